@@ -1,0 +1,535 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: what a data set is and how to train on it, as plain data read from a YAML file.
+
+A recipe is found by name among the package's own (`lemore_hf/recipes/*.yaml`) or by path, and every field can be
+overridden, in Python or on the command line:
+
+```python
+recipe = load_recipe("camvid", {"max_steps": 100, "crop_size": (360, 480)})
+
+parser = argparse.ArgumentParser()
+add_recipe_arguments(parser)  # --max_steps 100 --crop_size 360 480 --label_map "{7: 0, 8: 1}"
+args = parser.parse_args()
+recipe = load_recipe("camvid", recipe_overrides(args))
+```
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+IGNORE_INDEX = 255
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A data set, its classes, its augmentation and its schedule. Sizes are (height, width) in pixels.
+
+    Schedule and augmentation defaults are those that networks of this size are trained with (TopFormer's); where a
+    field is our own choice, it says so. A `None` switches the part off.
+
+    Raises:
+        ValueError: if a value is out of its range or two fields contradict each other; the message names the field.
+        TypeError: if a value has the wrong type.
+    """
+
+    # What it is
+    name: str
+    """Name of the recipe."""
+    task: Literal["semantic-segmentation", "image-classification"] = "semantic-segmentation"
+    """What the labels are: a map of class ids, or one class id an image."""
+    title: str = ""
+    """Name of the data set as people write it."""
+    status: str = "not run"
+    """"not run", or what was run with this recipe and where it is reported."""
+    paper_mean_iou: float | None = None
+    """Mean IoU in percent that the LeMoRe paper reports: the paper's figure, not this project's."""
+    license: str = ""
+    """Licence or terms of the data."""
+    citation: str = ""
+    """Whom to cite for the data."""
+    notes: str = ""
+    """Where the data comes from and how its folder has to look."""
+
+    # Where the samples are
+    dataset: str | None = None
+    """Hub id, used where no local folder is given; "scenes" is the package's own generated set."""
+    dataset_config: str | None = None
+    """Configuration of the Hub data set."""
+    revision: str | None = None
+    """Revision of the Hub data set."""
+    image_column: str = "image"
+    """Column of the images."""
+    label_column: str = "label"
+    """Column of the label maps, or of the class ids."""
+    name_column: str | None = None
+    """Column that names a sample."""
+    splits: dict[str, str] = dataclasses.field(default_factory=lambda: {split: split for split in SPLITS})
+    """The data set's own name of train, validation and test, as far as it has them."""
+    train_on: str = "train"
+    """Splits to train on, joined by "+": `train+validation`."""
+    validate_on: str = "validation"
+    """Splits to choose the best checkpoint on."""
+    data_files: dict[str, str] | None = None
+    """Glob pattern of each split's parquet files below the local folder, where their names do not begin with it."""
+    image_folder: str = "images"
+    """Folder of the images below the local folder; may hold "{split}"."""
+    label_folder: str = "masks"
+    """Folder of the label maps below the local folder; may hold "{split}"."""
+    image_suffix: str = ""
+    """What an image's file name has between the shared name and the extension."""
+    label_suffix: str = ""
+    """The same of a label map's file name."""
+    split_file: str | None = None
+    """Text file below the local folder with a name a line; must hold "{split}"."""
+    validation_fraction: float = 0.1
+    """Share held out evenly for validation from a local folder that is not split (our choice)."""
+
+    # Classes
+    num_classes: int | None = None
+    """Number of classes; must agree with `class_names`. From the data where neither is given."""
+    class_names: tuple[str, ...] = ()
+    """Class names in the order of the labels that the network learns."""
+    palette: tuple[tuple[int, int, int], ...] | None = None
+    """RGB colour of each class."""
+    reduce_labels: bool = False
+    """Stored label 0 is void, and label i is class i - 1."""
+    label_map: dict[int, int] | None = None
+    """Class of each stored label; every other one becomes void."""
+    allow_all_void: bool = False
+    """Accept samples without a single labelled pixel, which are refused otherwise."""
+
+    # Sizes
+    image_size: tuple[int, int] = (512, 512)
+    """Native grid of the network (`LeMoReConfig.image_size`)."""
+    crop_size: tuple[int, int] = (512, 512)
+    """Size of a training sample."""
+    resize: int | tuple[int, int] | None = None
+    """Images are brought to this size first, in training before the random scale: shortest edge, or (height, width),
+    or `None` for as they are. In evaluation the labels keep their size."""
+    max_longest_edge: int | None = None
+    """Limit of the longest edge where `resize` is a shortest edge."""
+    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean of the channels, of values in 0…1."""
+    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Standard deviation of the channels."""
+
+    # Augmentation
+    scale_range: tuple[float, float] = (0.5, 2.0)
+    """Random scale; in classification the range of the share of the area that is kept."""
+    max_class_share: float = 0.75
+    """A crop is drawn anew, up to ten times, while one class has more than this share of its labelled pixels."""
+    flip_prob: float = 0.5
+    """Probability of a horizontal flip."""
+    photometric_prob: float = 0.5
+    """Probability of each of the four distortions below."""
+    brightness: float = 0.125
+    """Factor drawn from 1 ± this."""
+    contrast: float = 0.5
+    """Factor drawn from 1 ± this."""
+    saturation: float = 0.5
+    """Factor drawn from 1 ± this."""
+    hue: float = 0.05
+    """Turn drawn from ± this, in whole turns."""
+    mixup_alpha: float = 0.0
+    """Parameter of MixUp's beta distribution (classification); 0 is off."""
+    cutmix_alpha: float = 0.0
+    """Parameter of CutMix's beta distribution (classification); 0 is off."""
+    shuffle_buffer_size: int = 1000
+    """Samples in the shuffle buffer of a streamed set."""
+
+    # Optimisation
+    max_steps: int = 80_000
+    """Optimizer steps."""
+    warmup_steps: int = 1_500
+    """Steps of linear warm-up."""
+    batch_size: int = 16
+    """Samples of an optimizer step, over all processes and accumulated batches together."""
+    eval_batch_size: int = 1
+    """Samples of an evaluation batch a process; above 1 only where all images have one size."""
+    learning_rate: float = 3e-4
+    """Peak rate of AdamW."""
+    weight_decay: float = 0.01
+    """Of all weights but norms and biases."""
+    head_lr_multiplier: float = 10.0
+    """Times the rate for the segmentation head."""
+    poly_power: float = 1.0
+    """Power of the polynomial decay to zero."""
+    max_grad_norm: float | None = None
+    """Limit of the gradient's norm."""
+    ema_decay: float | None = None
+    """Decay of the exponential moving average of the weights."""
+    freeze_batch_norm: bool = False
+    """Keep batch-norm statistics as they are, for small batches."""
+    model_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further fields of `LeMoReConfig`."""
+
+    # Loss
+    class_weights: Literal["median_frequency"] | tuple[float, ...] | None = None
+    """Weights of the classes in the cross entropy: median frequency balancing over the training split, or a list."""
+    label_smoothing: float = 0.0
+    """Of the cross entropy."""
+    ohem_threshold: float | None = None
+    """Online hard example mining: only pixels whose true class has a lower probability than this count."""
+    ohem_min_kept: int = 100_000
+    """The hardest pixels of a batch that always count under `ohem_threshold`."""
+    dice_weight: float = 0.0
+    """Weight of a Dice loss in addition."""
+    lovasz_weight: float = 0.0
+    """Weight of a Lovász-softmax loss in addition."""
+
+    def __post_init__(self):
+        for field, annotation in _field_types().items():
+            object.__setattr__(self, field, _convert(field, annotation, getattr(self, field)))
+        self._validate_classes()
+        self._validate_source()
+        self._validate_ranges()
+
+    def _validate_classes(self):
+        names, count = self.class_names, self.num_classes
+        if names and count is not None and count != len(names):
+            raise ValueError(
+                f"num_classes is {count}, but class_names lists {len(names)} names: correct one of them, or override "
+                "both."
+            )
+        if names and len(set(names)) != len(names):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise ValueError(f"class_names must differ from each other, but {twice} stand there more than once.")
+        object.__setattr__(self, "num_classes", len(names) if names else count)
+        count = self.num_classes
+        if count is not None and count < 1:
+            raise ValueError(f"num_classes must be at least 1, got {count}.")
+        if self.task == "semantic-segmentation" and count is not None and count > IGNORE_INDEX:
+            raise ValueError(
+                f"num_classes must be at most {IGNORE_INDEX} for segmentation, since {IGNORE_INDEX} is void; "
+                f"got {count}."
+            )
+        if self.palette is not None:
+            if len(self.palette) != (count or 0):
+                raise ValueError(f"palette has {len(self.palette)} colours for {count or 0} classes.")
+            if any(not 0 <= value <= 255 for colour in self.palette for value in colour):
+                raise ValueError("palette must hold RGB values in 0…255.")
+        if self.reduce_labels and self.label_map is not None:
+            raise ValueError("reduce_labels and label_map exclude each other: write the reduction into label_map.")
+        for raw, train in (self.label_map or {}).items():
+            if not 0 <= raw <= 65535:
+                raise ValueError(f"label_map: stored label {raw} is outside 0…65535.")
+            if train != IGNORE_INDEX and not 0 <= train < (count or 0):
+                raise ValueError(f"label_map sends {raw} to {train}, which is none of the {count or 0} classes.")
+        if isinstance(self.class_weights, tuple):
+            if len(self.class_weights) != (count or 0):
+                raise ValueError(f"class_weights has {len(self.class_weights)} weights for {count or 0} classes.")
+            if min(self.class_weights) < 0:
+                raise ValueError("class_weights must not be negative.")
+
+    def _validate_source(self):
+        for field in ("splits", "data_files"):
+            if unknown := set(getattr(self, field) or {}) - set(SPLITS):
+                raise ValueError(f"{field} has the unknown splits {sorted(unknown)}; the known ones are {SPLITS}.")
+        if "train" not in self.splits:
+            raise ValueError("splits must name at least the train split.")
+        for field in ("train_on", "validate_on"):
+            split_names(getattr(self, field), field)
+        if self.split_file is not None and "{split}" not in self.split_file:
+            raise ValueError(f'split_file must hold "{{split}}", got {self.split_file!r}.')
+
+    def _validate_ranges(self):
+        for field in ("image_size", "crop_size", "resize"):
+            value = getattr(self, field)
+            if value is not None and min(value if isinstance(value, tuple) else (value,)) < 32:
+                raise ValueError(f"{field} must be at least 32 pixels in height and width, got {value}.")
+        if self.max_longest_edge is not None:
+            if not isinstance(self.resize, int):
+                raise ValueError("max_longest_edge needs resize to be the length of the shortest edge.")
+            if self.max_longest_edge < self.resize:
+                raise ValueError(f"max_longest_edge is {self.max_longest_edge}, shorter than resize ({self.resize}).")
+        low, high = self.scale_range
+        if not 0 < low <= high:
+            raise ValueError(f"scale_range must be (low, high) with 0 < low <= high, got {self.scale_range}.")
+        if self.task == "image-classification" and high > 1:
+            raise ValueError(f"scale_range is a share of the area in classification, at most 1; got {high}.")
+        for fields, smallest, largest in _RANGES:
+            for field in fields:
+                value = getattr(self, field)
+                if value is not None and not smallest <= value <= largest:
+                    limit = f"at least {smallest}" if largest == math.inf else f"in {smallest}…{largest}"
+                    raise ValueError(f"{field} must be {limit}, got {value}.")
+        if self.warmup_steps > self.max_steps:
+            # A short trial run (--max_steps 20) should not need a second option.
+            object.__setattr__(self, "warmup_steps", self.max_steps)
+        if min(self.image_std) <= 0:
+            raise ValueError(f"image_std must be positive, got {self.image_std}.")
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Class names by id, as a Transformers configuration has them."""
+        names = self.class_names or tuple(f"class {index}" for index in range(self.num_classes or 0))
+        return dict(enumerate(names))
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """Class ids by name."""
+        return {name: index for index, name in self.id2label.items()}
+
+    def replace(self, **changes: Any) -> "Recipe":
+        """The recipe with some fields changed, validated anew."""
+        return _build({**self.to_dict(), **_forget_classes(changes)}, f"recipe {self.name}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: what `json.dumps` and `yaml.safe_dump` take, and `Recipe(**...)` reads back."""
+        return {field: _plain(getattr(self, field)) for field in _field_types()}
+
+
+# (fields, smallest, largest) of the plain numbers.
+_RANGES = (
+    (("validation_fraction",), 0.01, 0.5),
+    (("flip_prob", "photometric_prob", "max_class_share", "brightness", "contrast", "saturation"), 0.0, 1.0),
+    (("ohem_threshold", "ema_decay"), 0.0, 1.0),
+    (("hue",), 0.0, 0.5),
+    (("label_smoothing",), 0.0, 0.99),
+    (("mixup_alpha", "cutmix_alpha", "weight_decay", "poly_power", "head_lr_multiplier"), 0.0, math.inf),
+    (("learning_rate", "max_grad_norm", "warmup_steps", "dice_weight", "lovasz_weight"), 0.0, math.inf),
+    (("max_steps", "batch_size", "eval_batch_size", "shuffle_buffer_size", "ohem_min_kept"), 1, math.inf),
+)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that the package brings."""
+    folder = resources.files("lemore_hf") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(
+    name_or_path: str | Path,
+    overrides: Mapping[str, Any] | Iterable[str] | None = None,
+    data_dir: str | Path | None = None,
+) -> Recipe:
+    """Reads a recipe.
+
+    Args:
+        name_or_path: name of one of the package's recipes (`recipe_names()`), or path of a YAML file.
+        overrides: fields to change: a mapping, whose values may be text as on a command line, or "field=value" strings.
+        data_dir: local folder of the data. Where neither recipe nor overrides name classes, they come from its
+            `classes.txt` (a name a line) or `id2label.json`.
+
+    Raises:
+        FileNotFoundError: if there is no such recipe; names the nearest ones.
+        ValueError: for unknown fields, values out of range, or a class count that disagrees with the list.
+        TypeError: for values of the wrong type.
+    """
+    text, origin = _recipe_text(name_or_path)
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{origin} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{origin} must be a mapping of field names to values.")
+    values = {"name": Path(str(name_or_path)).stem, **values, **_forget_classes(_as_mapping(overrides))}
+    if data_dir is not None and not values.get("class_names"):
+        values["class_names"] = _classes_of_folder(Path(data_dir))
+    return _build(values, origin)
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds an option for every field of a recipe (but its name). Only those given on the command line appear in the
+    parsed namespace; `recipe_overrides` collects them."""
+    group = parser.add_argument_group("recipe", "override a field of the recipe; none switches a part off")
+    for field, annotation in _field_types().items():
+        if field == "name":
+            continue
+        group.add_argument(
+            f"--{field}",
+            default=argparse.SUPPRESS,
+            nargs="+" if "tuple" in str(annotation) else ("?" if annotation is bool else None),
+            **({"const": "true"} if annotation is bool else {}),
+            metavar=field.upper() if annotation is not bool else "BOOL",
+        )
+
+
+def recipe_overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """The recipe's fields that were given on the command line, for `load_recipe`."""
+    return {field: getattr(args, field) for field in _field_types() if field != "name" and hasattr(args, field)}
+
+
+def split_names(splits: str, field: str = "split") -> list[str]:
+    """`"train+validation"` → `["train", "validation"]`; "val" and "valid" stand for validation."""
+    names = [{"val": "validation", "valid": "validation"}.get(name, name) for name in splits.split("+")]
+    unknown = [name for name in names if name not in SPLITS]
+    if unknown or len(set(names)) != len(names):
+        raise ValueError(f"{field} must be {', '.join(SPLITS)}, or several joined by '+', each once; got {splits!r}.")
+    return names
+
+
+def _recipe_text(name_or_path: str | Path) -> tuple[str, str]:
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no recipe file {path}.")
+        return path.read_text(encoding="utf-8"), str(path)
+    if str(name_or_path) not in recipe_names():
+        raise FileNotFoundError(
+            f"There is no recipe {str(name_or_path)!r}{_nearest(str(name_or_path), recipe_names())}: the recipes are "
+            f"{', '.join(recipe_names())}; your own is given by the path of its YAML file."
+        )
+    return (resources.files("lemore_hf") / "recipes" / f"{name_or_path}.yaml").read_text(
+        encoding="utf-8"
+    ), f"recipe {name_or_path}"
+
+
+def _as_mapping(overrides: Mapping[str, Any] | Iterable[str] | None) -> dict[str, Any]:
+    if overrides is None or isinstance(overrides, Mapping):
+        return dict(overrides or {})
+    result = {}
+    for item in overrides:
+        field, equals, value = item.partition("=")
+        if not equals:
+            raise ValueError(f'An override must read "field=value", got {item!r}.')
+        result[field.strip()] = value
+    return result
+
+
+def _forget_classes(changes: dict[str, Any]) -> dict[str, Any]:
+    """A new class list brings its own count, and leaves the old list's colours and mapping behind."""
+    if "class_names" not in changes:
+        return changes
+    return {"num_classes": None, "palette": None, "label_map": None, "reduce_labels": False, **changes}
+
+
+def _classes_of_folder(folder: Path) -> list[str]:
+    """Class names from `classes.txt` or `id2label.json`; an empty list where there is neither."""
+    if (folder / "classes.txt").is_file():
+        lines = (folder / "classes.txt").read_text(encoding="utf-8").splitlines()
+        return [line.strip() for line in lines if line.strip()]
+    if (folder / "id2label.json").is_file():
+        id2label = json.loads((folder / "id2label.json").read_text(encoding="utf-8"))
+        ids = sorted(int(key) for key in id2label)
+        if ids != list(range(len(ids))):
+            raise ValueError(f"{folder / 'id2label.json'} must number the classes from 0 without gaps, got {ids}.")
+        return [str(id2label[str(index)]) for index in ids]
+    return []
+
+
+def _build(values: Mapping[str, Any], origin: str) -> Recipe:
+    known = _field_types()
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{origin} has the unknown field {key!r}{_nearest(str(key), list(known))}.")
+    try:
+        return Recipe(**values)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{origin}: {error}") from error
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def _field_types() -> dict[str, Any]:
+    return typing.get_type_hints(Recipe)
+
+
+def _convert(field: str, annotation: Any, value: Any) -> Any:
+    """`value` as the annotated type. Text, as a command line gives it, is read as YAML unless text is wanted."""
+    wrong = TypeError(f"{field} must be {_describe(annotation)}, got {value!r}.")
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            if types.NoneType in arguments:
+                return None
+            raise wrong
+        for alternative in arguments:
+            try:
+                return _convert(field, alternative, value)
+            except TypeError:
+                continue
+        raise wrong
+    if annotation is Any:
+        return value
+    if origin is Literal:
+        if value not in arguments:
+            # A wrong word is a wrong value, but inside a union the next alternative has to be tried.
+            raise wrong
+        return value
+    if origin is tuple:
+        return _convert_tuple(field, arguments, value, wrong)
+    if isinstance(value, str) and annotation is not str:
+        value = _read_text(value)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise wrong
+        key_type, value_type = arguments
+        return {_convert(field, key_type, k): _convert(field, value_type, v) for k, v in value.items()}
+    if annotation is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ValueError(f"{field} must be finite, got {value}.")
+        return float(value)
+    if annotation is int and isinstance(value, list) and len(value) == 1:
+        value = _read_text(value[0])  # one word of an option that takes several
+    if isinstance(value, annotation) and not (annotation is int and isinstance(value, bool)):
+        return value
+    raise wrong
+
+
+def _convert_tuple(field: str, arguments: tuple, value: Any, wrong: TypeError) -> tuple:
+    if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], str):
+        read = _read_text(value[0])
+        value = read if isinstance(read, list) else value
+    elif isinstance(value, str):
+        value = _read_text(value)
+    if not isinstance(value, (list, tuple)):
+        raise wrong
+    if arguments[-1] is Ellipsis:
+        return tuple(_convert(field, arguments[0], item) for item in value)
+    if len(value) != len(arguments):
+        raise wrong
+    return tuple(_convert(field, argument, item) for argument, item in zip(arguments, value, strict=True))
+
+
+def _read_text(text: Any) -> Any:
+    """Text as YAML; numbers with an exponent but no dot ("3e-4") too, which YAML 1.1 takes for text."""
+    if not isinstance(text, str):
+        return text
+    for read in (float, yaml.safe_load) if "e" in text.lower() else (yaml.safe_load,):
+        with contextlib.suppress(ValueError, yaml.YAMLError):
+            return read(text)
+    return text
+
+
+def _describe(annotation: Any) -> str:
+    arguments = typing.get_args(annotation)
+    origin = typing.get_origin(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_describe(alternative) for alternative in arguments)
+    if origin is Literal:
+        return " or ".join(repr(word) for word in arguments)
+    if origin is tuple:
+        if arguments[-1] is Ellipsis:
+            return f"a list of {_describe(arguments[0])}"
+        return f"{len(arguments)} values of {_describe(arguments[0])}"
+    if origin is dict:
+        return f"a mapping of {_describe(arguments[0])} to {_describe(arguments[1])}"
+    return {types.NoneType: "none", Any: "anything"}.get(annotation) or annotation.__name__
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
