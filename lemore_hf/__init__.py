@@ -1,0 +1,44 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""LeMoRe for Transformers. Importing the package registers the family with the Auto classes."""
+
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+)
+
+from .configuration_lemore import LeMoReConfig
+from .modeling_lemore import (
+    LeMoReBackbone,
+    LeMoReForImageClassification,
+    LeMoReForSemanticSegmentation,
+    LeMoReModel,
+    LeMoRePreTrainedModel,
+)
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register(LeMoReConfig.model_type, LeMoReConfig)
+LeMoReConfig.register_for_auto_class()
+for _auto_class, _model_class in (
+    (AutoModel, LeMoReModel),
+    (AutoModelForSemanticSegmentation, LeMoReForSemanticSegmentation),
+    (AutoModelForImageClassification, LeMoReForImageClassification),
+    (AutoBackbone, LeMoReBackbone),
+):
+    _auto_class.register(LeMoReConfig, _model_class)
+    # `save_pretrained` then writes the code too, for environments without this package.
+    _model_class.register_for_auto_class(_auto_class.__name__)
+
+__all__ = [
+    "LeMoReBackbone",
+    "LeMoReConfig",
+    "LeMoReForImageClassification",
+    "LeMoReForSemanticSegmentation",
+    "LeMoReModel",
+    "LeMoRePreTrainedModel",
+]
