@@ -31,7 +31,6 @@ from typing import Any, Literal
 
 import yaml
 
-
 IGNORE_INDEX = 255
 SPLITS = ("train", "validation", "test")
 

@@ -1,0 +1,667 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Loading: a recipe's samples from the Hub, a local folder, parquet files or a stream, ready for a `DataLoader`.
+
+```python
+recipe = load_recipe("camvid")
+split = load_split(recipe, "train+validation", data_dir)  # a datasets.Dataset with image, label and name
+dataset = RecipeDataset(split, recipe, training=True, seed=0, cache="memory")
+sampler = EpochSampler(len(dataset), seed=0, start=step * recipe.batch_size, stop=recipe.max_steps * recipe.batch_size)
+for batch in DataLoader(dataset, recipe.batch_size, sampler=sampler, collate_fn=collate, num_workers=4):
+    pixel_values, labels = normalize(batch["pixel_values"], recipe, device), batch["labels"].to(device).long()
+```
+"""
+
+import io
+import itertools
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import torch
+from datasets.distributed import split_dataset_by_node
+from PIL import Image, ImageOps
+from torch.utils.data import IterableDataset, Sampler, get_worker_info
+from tqdm.auto import tqdm
+
+from .augmentation import (
+    ClassificationAugmentation,
+    SegmentationAugmentation,
+    resize_for_evaluation,
+    sample_generator,
+)
+from .recipes import IGNORE_INDEX, Recipe, split_names
+
+
+_SPLIT_ALIASES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid"),
+    "test": ("test", "testing"),
+}
+_IMAGE_EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_LARGEST_STORED_LABEL = 65535
+_NAMES_SHOWN = 10
+
+
+class BadSampleError(ValueError):
+    """A sample that cannot be trained or evaluated on. Its message names the sample, the reason and the way out.
+
+    Attributes:
+        sample: name of the sample, `None` once the error has crossed a worker process.
+        reason: what is wrong with it, likewise.
+    """
+
+    def __init__(self, message: str, sample: str | None = None, reason: str | None = None):
+        super().__init__(message)
+        self.sample, self.reason = sample, reason
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Splits
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def load_split(
+    recipe: Recipe, split: str, data_dir: str | Path | None = None, streaming: bool = False
+) -> datasets.Dataset | datasets.IterableDataset:
+    """The samples of a split, with the columns `image`, `label` and, where samples have names, `name`.
+
+    Args:
+        recipe: says where the samples are.
+        split: "train", "validation" or "test", or several joined by "+".
+        data_dir: local folder with parquet files (`train.parquet`, `train-00000-of-00002.parquet`, `data/train-*`), or
+            with the recipe's folders of images and label maps, split by sub-folders (`train/images`, `images/train`),
+            by lists of names (`split_file`) or not at all; then `validation_fraction` of it is held out. In
+            classification one folder a class. Without it, the recipe's data set comes from the Hub.
+        streaming: read while iterating, never the whole set at once.
+
+    Raises:
+        FileNotFoundError: if folder or split is missing; says what was looked for.
+        ValueError: if a column is missing, the recipe has no such split, or images and label maps do not pair; lists
+            the names.
+    """
+    parts = []
+    for name in split_names(split):
+        if name not in recipe.splits:
+            raise ValueError(f"The recipe {recipe.name} has no {name} split; it has {', '.join(recipe.splits)}.")
+        part = _load_one(recipe, name, data_dir, streaming)
+        parts.append(_normalize_columns(part, recipe))
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def _load_one(
+    recipe: Recipe, split: str, data_dir: str | Path | None, streaming: bool
+) -> datasets.Dataset | datasets.IterableDataset:
+    if data_dir is None:
+        return _load_published(recipe, split, streaming)
+    folder = Path(data_dir).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"The data folder {folder} does not exist.")
+    if next(folder.rglob("*.parquet"), None) is not None:
+        return _load_parquet(recipe, split, folder, streaming)
+    if recipe.task == "image-classification":
+        return _load_class_folders(recipe, split, folder, streaming)
+    return _load_folders(recipe, split, folder, streaming)
+
+
+def _load_published(recipe: Recipe, split: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+    if recipe.dataset is None:
+        raise ValueError(f"The recipe {recipe.name} needs a local folder (data_dir). {recipe.notes}")
+    if recipe.dataset == "scenes":
+        from .scenes import load_scenes
+
+        scenes = load_scenes()[recipe.splits[split]]
+        return scenes.to_iterable_dataset() if streaming else scenes
+    return datasets.load_dataset(
+        recipe.dataset,
+        recipe.dataset_config,
+        split=recipe.splits[split],
+        revision=recipe.revision,
+        streaming=streaming,
+    )
+
+
+def _load_parquet(
+    recipe: Recipe, split: str, folder: Path, streaming: bool
+) -> datasets.Dataset | datasets.IterableDataset:
+    files = _parquet_files(recipe, split, folder)
+    if files:
+        return _read_parquet(files, streaming)
+    everything = sorted(folder.rglob("*.parquet"))
+    if any(_parquet_files(recipe, other, folder) for other in _SPLIT_ALIASES):
+        raise FileNotFoundError(
+            f"{folder} has no parquet file of the {split} split: none of {_listed([f.name for f in everything])} "
+            f"begins with {' or '.join(_aliases(recipe, split))}. Rename it, or set data_files in the recipe."
+        )
+    return _hold_out(_read_parquet(everything, streaming), recipe, split, folder)
+
+
+def _read_parquet(files: list[Path], streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+    return datasets.load_dataset(
+        "parquet", data_files=[str(file) for file in files], split="train", streaming=streaming
+    )
+
+
+def _parquet_files(recipe: Recipe, split: str, folder: Path) -> list[Path]:
+    if recipe.data_files is not None:
+        return sorted(folder.glob(recipe.data_files[split])) if split in recipe.data_files else []
+    for alias in _aliases(recipe, split):
+        for pattern in (f"{alias}.parquet", f"{alias}[-_.]*.parquet", f"{alias}/*.parquet"):
+            if files := sorted(folder.glob(pattern)) or sorted((folder / "data").glob(pattern)):
+                return files
+    return []
+
+
+def _load_class_folders(
+    recipe: Recipe, split: str, folder: Path, streaming: bool
+) -> datasets.Dataset | datasets.IterableDataset:
+    for alias in _aliases(recipe, split):
+        if (folder / alias).is_dir():
+            return datasets.load_dataset(
+                "imagefolder", data_dir=str(folder / alias), split="train", streaming=streaming, drop_labels=False
+            )
+    if any((folder / alias).is_dir() for aliases in _SPLIT_ALIASES.values() for alias in aliases):
+        raise FileNotFoundError(f"{folder} has no sub-folder {' or '.join(_aliases(recipe, split))}.")
+    whole = datasets.load_dataset(
+        "imagefolder", data_dir=str(folder), split="train", streaming=streaming, drop_labels=False
+    )
+    return _hold_out(whole, recipe, split, folder)
+
+
+def _load_folders(
+    recipe: Recipe, split: str, folder: Path, streaming: bool
+) -> datasets.Dataset | datasets.IterableDataset:
+    image_folder, label_folder, alias = _find_folders(recipe, split, folder)
+    images = _files_by_name(image_folder, recipe.image_suffix)
+    labels = _files_by_name(label_folder, recipe.label_suffix)
+    if recipe.split_file is not None:
+        wanted = _listed_names(recipe, split, folder)
+        images, labels = ({k: v for k, v in files.items() if k in wanted} for files in (images, labels))
+        if missing := sorted(wanted - set(images) - set(labels)):
+            raise ValueError(f"{folder} lacks {len(missing)} samples of the {split} split: {_listed(missing)}.")
+    if without := sorted(set(labels) - set(images)):
+        raise ValueError(f"{len(without)} label maps in {label_folder} have no image: {_listed(without)}.")
+    if without := sorted(set(images) - set(labels)):
+        raise ValueError(f"{len(without)} images in {image_folder} have no label map: {_listed(without)}.")
+    if not images:
+        raise FileNotFoundError(f"There are no images in {image_folder}.")
+    names = sorted(images)
+    features = datasets.Features(
+        {
+            recipe.image_column: datasets.Image(),
+            recipe.label_column: datasets.Image(),
+            "name": datasets.Value("string"),
+        }
+    )
+    columns = ([str(images[name]) for name in names], [str(labels[name]) for name in names], names)
+    samples = datasets.Dataset.from_dict(dict(zip(features, columns, strict=True)), features=features)
+    if alias is None:
+        samples = _hold_out(samples, recipe, split, folder)
+    return samples.to_iterable_dataset(num_shards=min(64, len(samples))) if streaming else samples
+
+
+def _find_folders(recipe: Recipe, split: str, folder: Path) -> tuple[Path, Path, str | None]:
+    """Folders of images and label maps, and the split's name in them; `None` if they are not split."""
+    pair = (recipe.image_folder, recipe.label_folder)
+    templates: list[tuple[str, str]] = []
+    if recipe.split_file is not None or any("{split}" in part for part in pair):
+        templates = [pair]
+    else:
+        templates = [tuple(f"{part}/{{split}}" for part in pair), tuple(f"{{split}}/{part}" for part in pair)]
+    tried = []
+    for alias in _aliases(recipe, split):
+        for template in templates:
+            found = tuple(folder / part.format(split=alias) for part in template)
+            if all(path.is_dir() for path in found):
+                return *found, alias
+            tried.append(" and ".join(str(path.relative_to(folder)) for path in found))
+    plain = tuple(folder / part for part in pair)
+    is_split = any(
+        (folder / part.format(split=alias)).is_dir()
+        for aliases in _SPLIT_ALIASES.values()
+        for alias in aliases
+        for template in templates
+        for part in template
+    )
+    if all(path.is_dir() for path in plain) and not is_split:
+        return *plain, None
+    raise FileNotFoundError(
+        f"{folder} does not have the {split} split: looked for parquet files and for the folders "
+        f"{_listed(tried)}{'' if is_split else f', or {pair[0]} and {pair[1]}'}. The recipe's fields image_folder and "
+        "label_folder name them."
+    )
+
+
+def _files_by_name(folder: Path, suffix: str) -> dict[str, Path]:
+    """Image files below a folder whose stem ends with the suffix, by relative path without suffix and extension."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in _IMAGE_EXTENSIONS or not path.stem.endswith(suffix) or path.name[0] == ".":
+            continue
+        name = path.relative_to(folder).with_suffix("").as_posix().removesuffix(suffix)
+        if name in found:
+            raise ValueError(f"{found[name]} and {path} have the same name; keep one of them.")
+        found[name] = path
+    return found
+
+
+def _listed_names(recipe: Recipe, split: str, folder: Path) -> set[str]:
+    for alias in _aliases(recipe, split):
+        path = folder / recipe.split_file.format(split=alias)
+        if path.is_file():
+            return {line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}
+    raise FileNotFoundError(f"There is no list of the {split} split at {folder / recipe.split_file}.")
+
+
+def _aliases(recipe: Recipe, split: str) -> list[str]:
+    """The recipe's own name of the split, then the usual ones."""
+    own = [recipe.splits[split]] if split in recipe.splits else []
+    return list(dict.fromkeys([*own, *_SPLIT_ALIASES[split]]))
+
+
+def _hold_out(samples, recipe: Recipe, split: str, folder: Path):
+    """Train or validation part of what is not split: every k-th sample in the order of names is held out."""
+    if split == "test":
+        raise FileNotFoundError(f"{folder} is not split, so there is no test split; give it as sub-folders or files.")
+    step = round(1 / recipe.validation_fraction)
+    wanted = (lambda index: index % step == step // 2) if split == "validation" else (lambda i: i % step != step // 2)
+    if isinstance(samples, datasets.IterableDataset):
+        return samples.filter(lambda _, index: wanted(index), with_indices=True)
+    return samples.select([index for index in range(len(samples)) if wanted(index)])
+
+
+def _normalize_columns(samples, recipe: Recipe):
+    wanted = {recipe.image_column: "image", recipe.label_column: "label"}
+    available = samples.column_names or list(next(iter(samples)))
+    if recipe.name_column is not None and recipe.name_column in available:
+        wanted[recipe.name_column] = "name"
+    elif "name" in available:
+        wanted["name"] = "name"
+    if missing := [column for column in wanted if column not in available]:
+        raise ValueError(
+            f"The data has no column {_listed(missing)}, only {_listed(available)}: set image_column and label_column."
+        )
+    samples = samples.select_columns(list(wanted))
+    samples = samples.rename_columns({old: new for old, new in wanted.items() if old != new})
+    for column in ("image",) if recipe.task == "image-classification" else ("image", "label"):
+        feature = (samples.features or {}).get(column)
+        # Parquet files that other tools wrote hold the encoded pictures without saying so.
+        if isinstance(feature, dict) or getattr(feature, "dtype", None) in ("binary", "large_binary", "string"):
+            samples = samples.cast_column(column, datasets.Image())
+    return samples
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(str(name) for name in names[:_NAMES_SHOWN])
+    return f"{shown} and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else shown
+
+
+def with_classes_of(recipe: Recipe, samples: datasets.Dataset | datasets.IterableDataset) -> Recipe:
+    """The recipe, with the class names of an image-classification set's label column where it has none of its own.
+
+    Raises:
+        ValueError: if neither knows how many classes there are.
+    """
+    if recipe.num_classes is not None:
+        return recipe
+    feature = (samples.features or {}).get("label")
+    if isinstance(feature, datasets.ClassLabel):
+        return recipe.replace(class_names=feature.names)
+    raise ValueError(
+        f"The recipe {recipe.name} names no classes: put classes.txt (a name a line) or id2label.json into the data "
+        "folder, or give --class_names NAME NAME ..."
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Samples
+# -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A decoded sample: image uint8 (3, H, W); labels uint8 (H, W) with 255 for void, or the class id; its name."""
+
+    image: torch.Tensor
+    labels: torch.Tensor | int
+    name: str
+
+
+class SampleDecoder:
+    """Decodes and checks a sample of `load_split`.
+
+    Args:
+        recipe: gives classes and label mapping.
+
+    Raises (when called):
+        BadSampleError: unreadable image or label map, sizes that differ, labels that are no integers or no class, no
+            labelled pixel at all.
+    """
+
+    def __init__(self, recipe: Recipe):
+        if recipe.num_classes is None:
+            raise ValueError(f"The recipe {recipe.name} does not know its classes yet: see with_classes_of.")
+        self.recipe = recipe
+        self._class_of, self._is_known = _label_table(recipe)
+
+    def __call__(self, sample: dict[str, Any], index: int | None = None) -> Sample:
+        name = sample_name(sample, index)
+        try:
+            image = _decode_image(sample["image"])
+            if self.recipe.task == "image-classification":
+                return Sample(image, self._class_id(sample["label"]), name)
+            labels = self._decode_labels(sample["label"])
+            if image.shape[1:] != labels.shape:
+                raise ValueError(
+                    f"the image has {image.shape[2]}×{image.shape[1]} pixels and the label map "
+                    f"{labels.shape[1]}×{labels.shape[0]}"
+                )
+            return Sample(image, labels, name)
+        except Exception as error:  # whatever a decoder raises, the sample's name is what helps
+            number = "" if index is None else f" {index}"
+            raise BadSampleError(
+                f"Sample{number} ({name!r}) cannot be used: {error}. `python scripts/check_dataset.py --recipe "
+                f"{self.recipe.name} --data_dir DIR` lists every such sample.",
+                name,
+                str(error),
+            ) from error
+
+    def _decode_labels(self, value: Any) -> torch.Tensor:
+        stored = _open_labels(value)
+        lowest, highest = int(stored.min()), int(stored.max())
+        if lowest < 0 or highest > _LARGEST_STORED_LABEL:
+            raise ValueError(f"its labels span {lowest}…{highest}, outside 0…{_LARGEST_STORED_LABEL}")
+        present = np.flatnonzero(np.bincount(stored.ravel()))
+        if unknown := [int(label) for label in present if not self._is_known[label]]:
+            raise ValueError(
+                f"stored labels {_listed(unknown)} are out of range: there are {self.recipe.num_classes} classes"
+                f"{', reduced by one,' if self.recipe.reduce_labels else ''} and {IGNORE_INDEX} for void"
+            )
+        if not self.recipe.allow_all_void and (self._class_of[present] == IGNORE_INDEX).all():
+            raise ValueError("all its pixels are void (allow_all_void accepts that)")
+        return torch.from_numpy(self._class_of[stored])
+
+    def _class_id(self, value: Any) -> int:
+        if isinstance(value, str):
+            value = self.recipe.label2id.get(value, value)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < self.recipe.num_classes:
+            raise ValueError(f"its label {value!r} is none of the {self.recipe.num_classes} classes")
+        return value
+
+
+def sample_name(sample: dict[str, Any], index: int | None = None) -> str:
+    """Name of a sample: its `name`, else the file name of its image, else its index."""
+    if sample.get("name") is not None:
+        return str(sample["name"])
+    image = sample.get("image")
+    path = image.get("path") if isinstance(image, dict) else None
+    return Path(path).name if path else str(index)
+
+
+def _label_table(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+    """For each label that can be stored: the class that it means (255 for void), and whether the recipe knows it."""
+    class_of = np.full(_LARGEST_STORED_LABEL + 1, IGNORE_INDEX, dtype=np.uint8)
+    known = np.zeros(_LARGEST_STORED_LABEL + 1, dtype=bool)
+    if recipe.task == "image-classification":
+        return class_of, known
+    if recipe.label_map is not None:
+        for stored, label in recipe.label_map.items():
+            class_of[stored] = label
+        known[:] = True
+        return class_of, known
+    first = int(recipe.reduce_labels)
+    class_of[first : first + recipe.num_classes] = np.arange(recipe.num_classes)
+    known[: first + recipe.num_classes] = True
+    known[IGNORE_INDEX] = True
+    return class_of, known
+
+
+def _open(value: Any) -> Image.Image:
+    if isinstance(value, dict):
+        source = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"]
+        # A local file of a Dataset; of a stream, `xopen`-able addresses come with their bytes.
+        value = Image.open(source)
+    elif not isinstance(value, Image.Image):
+        value = Image.fromarray(np.asarray(value))
+    # Reading the tag first spares the copy that exif_transpose makes of every upright picture.
+    return ImageOps.exif_transpose(value) if value.getexif().get(0x0112, 1) != 1 else value
+
+
+def _decode_image(value: Any) -> torch.Tensor:
+    """Any picture as uint8 RGB (3, H, W), with rows of interleaved pixels, which torchvision resizes fastest."""
+    image = _open(value)
+    if image.mode.startswith("I"):
+        # Pillow clips 16 bit to 8; what is meant is its upper byte.
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    pixels = np.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) → (3, H, W)
+
+
+def _open_labels(value: Any) -> np.ndarray:
+    """A label map of any integer kind as an array (H, W)."""
+    stored = np.asarray(value) if isinstance(value, (list, np.ndarray)) else None
+    if stored is None:
+        image = _open(value)
+        if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;"):
+            raise ValueError(f"its label map has mode {image.mode}, not one integer class id a pixel")
+        stored = np.asarray(image)
+    if stored.ndim != 2 or stored.dtype.kind not in "bui":
+        raise ValueError(f"its label map has shape {stored.shape} and type {stored.dtype}, not integers in (H, W)")
+    return stored.astype(np.uint8) if stored.dtype.kind == "b" else stored
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# torch data sets
+# -------------------------------------------------------------------------------------------------------------------
+
+
+class _Transform:
+    """Decoded sample → what the network is given, by task and purpose."""
+
+    def __init__(self, recipe: Recipe, training: bool, seed: int):
+        self.recipe, self.training, self.seed = recipe, training, seed
+        is_classification = recipe.task == "image-classification"
+        self.augment = (ClassificationAugmentation if is_classification else SegmentationAugmentation)(recipe)
+
+    def __call__(self, sample: Sample, epoch: int, index: int) -> dict[str, Any]:
+        image, labels = sample.image, sample.labels
+        if not self.training:
+            image = resize_for_evaluation(image, self.recipe)
+        elif self.recipe.task == "image-classification":
+            image = self.augment(image, sample_generator(self.seed, epoch, index))
+        else:
+            image, labels = self.augment(image, labels, sample_generator(self.seed, epoch, index))
+        return {"pixel_values": image.contiguous(), "labels": labels, "index": index, "name": sample.name}
+
+
+class RecipeDataset(torch.utils.data.Dataset):
+    """Samples of a split as the network is given them.
+
+    Args:
+        samples: from `load_split`, not streamed.
+        recipe: of the data set.
+        training: augment, rather than resize as the recipe says for evaluation.
+        seed: of the augmentation.
+        cache: "memory" decodes everything once, when it is made (3 + 1 bytes a pixel), and worker processes share it;
+            `None` decodes when asked.
+
+    `dataset[index]`, or `dataset[epoch, index]` as `EpochSampler` asks, is a dictionary of `pixel_values` (uint8,
+    (3, H, W); see `normalize`), `labels` (uint8, (H, W), 255 is void; or the class id), `index` and `name`. In
+    evaluation the labels keep the stored size. It depends on nothing but seed, epoch and index.
+
+    Raises:
+        BadSampleError: when asked for a sample that cannot be used; with a cache, when the data set is made.
+    """
+
+    def __init__(
+        self,
+        samples: datasets.Dataset,
+        recipe: Recipe,
+        training: bool = False,
+        seed: int = 0,
+        cache: Literal["memory"] | None = None,
+    ):
+        if cache not in (None, "memory"):
+            raise ValueError(f'cache must be "memory" or None, got {cache!r}.')
+        self.samples = without_decoding(samples)
+        self.decode = SampleDecoder(recipe)
+        self.transform = _Transform(recipe, training, seed)
+        self._cached = None
+        if cache == "memory":
+            positions = tqdm(range(len(samples)), desc="Decoding", unit="image", leave=False)
+            self._cached = [self.decode(self.samples[index], index) for index in positions]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        return self.transform(self.decoded(index), epoch, index)
+
+    def decoded(self, index: int) -> Sample:
+        """The sample as it is stored."""
+        return self._cached[index] if self._cached is not None else self.decode(self.samples[index], index)
+
+
+class StreamedRecipeDataset(IterableDataset):
+    """Streamed samples as the network is given them: like `RecipeDataset`, in the order in which they come.
+
+    In training it goes round and round, shuffled within `recipe.shuffle_buffer_size` samples, anew each epoch, and
+    `index` is a checksum of the image file, so that the augmentation depends on nothing but seed, epoch and image.
+
+    Args:
+        samples: from `load_split(..., streaming=True)`.
+        recipe: of the data set.
+        training: augment and repeat, rather than pass once over the set.
+        seed: of shuffling and augmentation.
+        rank, world_size: of the process, which gets its own part of the stream.
+        batch_size: of the `DataLoader`; needed with `start`.
+        start: batches that an interrupted run of as many processes and workers has consumed in this process. They are
+            read past without decoding: `collate` makes them `None`, which the loop skips.
+    """
+
+    def __init__(
+        self,
+        samples: datasets.IterableDataset,
+        recipe: Recipe,
+        training: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        batch_size: int = 1,
+        start: int = 0,
+    ):
+        samples = without_decoding(samples)
+        if training:
+            samples = samples.shuffle(seed=seed, buffer_size=recipe.shuffle_buffer_size)
+        self.samples = split_dataset_by_node(samples, rank, world_size)
+        self.decode = SampleDecoder(recipe)
+        self.transform = _Transform(recipe, training, seed)
+        self.training, self.batch_size, self.start = training, batch_size, start
+
+    @property
+    def max_workers(self) -> int:
+        """More worker processes than this would find nothing to read."""
+        return self.samples.num_shards
+
+    def __iter__(self) -> Iterator[dict[str, Any] | None]:
+        skip = self._samples_to_skip()
+        for epoch in itertools.count() if self.training else (0,):
+            self.samples.set_epoch(epoch)
+            is_empty = True
+            for sample in self.samples:
+                is_empty = False
+                if skip > 0:
+                    skip -= 1
+                    yield None
+                    continue
+                yield self.transform(self.decode(sample), epoch, _checksum(sample["image"]))
+            if is_empty:
+                return
+
+    def _samples_to_skip(self) -> int:
+        """The loader takes batches from its workers in turn, so this is the share of this worker in `start`."""
+        worker = get_worker_info()
+        number, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        return self.batch_size * len(range(number, self.start, count))
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Endless shuffled (epoch, index) pairs, each epoch a permutation of its own, from any position on.
+
+    All processes walk one sequence, process `rank` taking every `world_size`-th position: which samples make up an
+    optimizer step does not depend on the number of processes.
+
+    Args:
+        num_samples: length of the data set.
+        seed: of the permutations.
+        start: position to go on from: samples that all processes have consumed together.
+        stop: position to end at, `None` for never.
+        rank, world_size: of the process.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        seed: int = 0,
+        start: int = 0,
+        stop: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        if num_samples < 1:
+            raise ValueError("The data set is empty: there is nothing to sample from.")
+        self.num_samples, self.seed = num_samples, seed
+        self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order, order_epoch = None, None
+        for position in itertools.count(self.start + self.rank, self.world_size):
+            if self.stop is not None and position >= self.stop:
+                return
+            epoch, offset = divmod(position, self.num_samples)
+            if epoch != order_epoch:
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
+                order_epoch = epoch
+            yield epoch, int(order[offset])
+
+
+def collate(samples: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """A batch: `pixel_values` uint8 (B, 3, H, W), `labels` uint8 (B, H, W) or int64 (B,), `index` and `name` lists.
+    `None` for a batch that a resumed stream reads past.
+
+    Raises:
+        ValueError: if the samples differ in size.
+    """
+    if samples[0] is None:
+        return None
+    batch: dict[str, Any] = {key: [sample[key] for sample in samples] for key in samples[0]}
+    for key in ("pixel_values", "labels"):
+        if isinstance(batch[key][0], int):
+            batch[key] = torch.tensor(batch[key])
+            continue
+        if len({value.shape for value in batch[key]}) > 1:
+            raise ValueError(
+                f"The {key} of a batch differ in size ({_listed([tuple(v.shape) for v in batch[key]])}): evaluate them "
+                "with --eval_batch_size 1."
+            )
+        batch[key] = torch.stack(batch[key])
+    return batch
+
+
+def without_decoding(samples):
+    """The samples with pictures as they are stored, bytes or path, so that a broken one fails under its own name."""
+    for column, feature in (samples.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            samples = samples.cast_column(column, datasets.Image(decode=False))
+    return samples
+
+
+def _checksum(image: Any) -> int:
+    if isinstance(image, dict):
+        return zlib.crc32(image["bytes"] if image.get("bytes") is not None else image["path"].encode())
+    return zlib.crc32(np.asarray(image).tobytes())
