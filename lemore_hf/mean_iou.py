@@ -1,0 +1,81 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""The streaming confusion matrix as a metric of Hugging Face `evaluate` (an optional dependency, the extra `metrics`).
+
+Use it as `MeanIoU(num_labels=...)` or, by this file's path, with `evaluate.load`; nothing is fetched from the Hub.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+
+from lemore_hf.metrics import ConfusionMatrix
+
+_INPUTS = """
+Args:
+    predictions: list or array of integer label maps (H, W), which may differ in size from image to image.
+    references: the ground truth, of the same sizes; pixels of `ignore_index` do not count.
+
+Returns:
+    `mean_iou`, `mean_accuracy`, `overall_accuracy` (floats), `per_category_iou` and `per_category_accuracy` (arrays,
+    nan for classes that do not occur), the keys of the `mean_iou` metric of the Hub.
+"""
+
+
+class MeanIoU(evaluate.Metric):
+    """Mean IoU that counts every batch when it is added, where other metrics of `evaluate` store the images.
+
+    Args:
+        num_labels: number of classes.
+        ignore_index: label of void pixels.
+        kwargs: of `evaluate.Metric`. Over several processes `compute` sums up through `torch.distributed`.
+    """
+
+    def __init__(self, *args: Any, num_labels: int, ignore_index: int | None = 255, **kwargs: Any) -> None:
+        self.matrix = ConfusionMatrix(num_labels, ignore_index)
+        super().__init__(*args, **kwargs)
+
+    def _info(self) -> evaluate.MetricInfo:
+        label_map = datasets.Sequence(datasets.Sequence(datasets.Value("uint16")))
+        return evaluate.MetricInfo(
+            description="Mean intersection over union of semantic segmentation, from one confusion matrix.",
+            citation="",
+            inputs_description=_INPUTS,
+            features=datasets.Features({"predictions": label_map, "references": label_map}),
+        )
+
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
+        """Count one image."""
+        self.matrix.update(_as_label_map(prediction), _as_label_map(reference))
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
+        """Count a batch of images."""
+        if len(predictions) != len(references):
+            raise ValueError(f"{len(predictions)} predictions and {len(references)} references: one each is needed")
+        for prediction, reference in zip(predictions, references, strict=True):
+            self.add(prediction=prediction, reference=reference)
+
+    def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Scores of all that was added, and of the images given here; the metric starts anew afterwards."""
+        if (predictions is None) != (references is None):
+            raise ValueError("predictions and references belong together: one of them is missing")
+        if predictions is not None:
+            self.add_batch(predictions=predictions, references=references)
+        scores = self.matrix.reduce().compute()
+        self.matrix.reset()
+        return {
+            "mean_iou": scores["mean_iou"],
+            "mean_accuracy": scores["mean_accuracy"],
+            "overall_accuracy": scores["overall_accuracy"],
+            "per_category_iou": np.array(scores["per_class_iou"]),
+            "per_category_accuracy": np.array(scores["per_class_accuracy"]),
+        }
+
+
+def _as_label_map(image: Any) -> Any:
+    """Lists and PIL images as arrays; arrays and tensors stay where they are."""
+    return image if hasattr(image, "dtype") else np.array(image)
