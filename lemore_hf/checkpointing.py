@@ -1,0 +1,185 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Training checkpoints that are either whole or not there: safetensors and JSON, written aside and renamed.
+
+A checkpoint is a folder `checkpoint-<step>` with `tensors.safetensors` (weights, averages, optimizer moments, random
+states) and `state.json` (everything else, and the SHA-256 of the tensors). Nothing in it is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+
+TENSORS_NAME = "tensors.safetensors"
+STATE_NAME = "state.json"
+PICKLED_SUFFIXES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read. The message names the file, the reason and the way out."""
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """
+    A temporary folder that becomes `folder`, replacing what was there, once the block has ended well.
+
+    Everything is on the disk before the name changes, so that a process killed at any moment leaves the old folder or
+    the new one.
+
+    Raises:
+        `CheckpointError`: if the disk is full or not writable; what was there before is kept.
+    """
+    temporary = folder.with_name(f".{folder.name}.writing")
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        _flush(temporary)
+        if folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            folder.rename(replaced)
+        temporary.rename(folder)
+        _flush_entry(folder.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"{folder} could not be written ({error}): free space on the disk or choose another folder. What was "
+            "saved before is still there."
+        ) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def recover_folder(folder: Path) -> None:
+    """Finish a replacement that a kill between two renames has left half done, and clear away unfinished folders."""
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    if replaced.exists() and not folder.exists():
+        replaced.rename(folder)
+    for leftover in (replaced, folder.with_name(f".{folder.name}.writing")):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    """
+    Write a checkpoint, atomically.
+
+    Args:
+        folder (`Path`): Its folder; see `checkpoint_folder`.
+        tensors (`dict[str, torch.Tensor]`): Tensors by name.
+        state (`dict[str, Any]`): What JSON can hold.
+
+    Raises:
+        `CheckpointError`: if the disk is full or not writable; no other checkpoint is touched.
+    """
+    with atomic_folder(folder) as temporary:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary / TENSORS_NAME)
+        checksum = _sha256(temporary / TENSORS_NAME)
+        (temporary / STATE_NAME).write_text(json.dumps({**state, "sha256": checksum}, indent=2), encoding="utf-8")
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """
+    Read a checkpoint that `save_checkpoint` has written.
+
+    Returns:
+        The tensors by name, on the CPU, and the state.
+
+    Raises:
+        `CheckpointError`: for a folder without checkpoint, pickled files, or files that are not what was written.
+    """
+    refuse_pickled(folder)
+    for name in (TENSORS_NAME, STATE_NAME):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} is no checkpoint: it has no {name}.")
+    advice = "delete this checkpoint and resume from an earlier one."
+    try:
+        state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / STATE_NAME} is damaged ({error}): {advice}") from error
+    if _sha256(folder / TENSORS_NAME) != state.get("sha256"):
+        raise CheckpointError(
+            f"{folder / TENSORS_NAME} is truncated or was changed after it was written, its SHA-256 is not the one "
+            f"in {STATE_NAME}: {advice}"
+        )
+    try:
+        return load_file(folder / TENSORS_NAME), state
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / TENSORS_NAME} is damaged ({error}): {advice}") from error
+
+
+def checkpoint_folder(output_dir: Path, step: int) -> Path:
+    """Folder of the checkpoint after `step` optimizer steps."""
+    return output_dir / f"checkpoint-{step:07d}"
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    folders = output_dir.glob("checkpoint-*") if output_dir.is_dir() else ()
+    return sorted(folder for folder in folders if re.fullmatch(r"checkpoint-\d{7}", folder.name))
+
+
+def prune_checkpoints(output_dir: Path, keep: int, also_keep: Path | None = None) -> None:
+    """Delete all but the last `keep` checkpoints, `also_keep`, and what a killed process has left unfinished."""
+    for folder in list_checkpoints(output_dir)[:-keep]:
+        if folder != also_keep:
+            # Renamed first: a kill in the middle must not leave half a checkpoint under its name.
+            doomed = folder.with_name(f".{folder.name}.replaced")
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
+    for leftover in output_dir.glob(".checkpoint-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def refuse_pickled(folder: Path) -> None:
+    """Raise `CheckpointError` if a folder holds pickled files, which run code of their author when they are read."""
+    pickled = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLED_SUFFIXES)
+    if pickled:
+        raise CheckpointError(
+            f"{folder} holds pickled files ({', '.join(pickled)}), which can run code when they are loaded: only "
+            "safetensors are read. Convert them where you trust them, or delete them."
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file) -> str:
+    # Python 3.10 has no hashlib.file_digest.
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flush(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _flush_entry(path)
+
+
+def _flush_entry(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open folders.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

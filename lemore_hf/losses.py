@@ -1,0 +1,154 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Training criteria of semantic segmentation: weighted cross-entropy, hard example mining, Dice and Lovász."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class SegmentationCriterion(nn.Module):
+    """
+    The loss of a training step: cross-entropy, with Dice and Lovász-softmax losses added where they have a weight.
+
+    Args:
+        class_weights (`Sequence[float]`, *optional*):
+            Weight of each class in the cross-entropy, which is then a weighted mean.
+        label_smoothing (`float`): Of the cross-entropy, in [0, 1).
+        ohem_threshold (`float`, *optional*):
+            Online hard example mining (Shrivastava et al., CVPR 2016): only pixels whose true class has a lower
+            probability count.
+        ohem_min_kept (`int`): The hardest pixels of a batch, which count whatever their probability.
+        dice_weight (`float`): Weight of the soft Dice loss (Milletari et al., 3DV 2016), averaged over the classes present.
+        lovasz_weight (`float`): Weight of the Lovász-softmax loss (Berman et al., CVPR 2018), over the classes present.
+        ignore_index (`int`): The void label, which no term counts.
+
+    Raises:
+        `ValueError`: if the logits have another number of classes than `class_weights`.
+    """
+
+    def __init__(
+        self,
+        class_weights: Sequence[float] | None = None,
+        label_smoothing: float = 0.0,
+        ohem_threshold: float | None = None,
+        ohem_min_kept: int = 100_000,
+        dice_weight: float = 0.0,
+        lovasz_weight: float = 0.0,
+        ignore_index: int = 255,
+    ):
+        super().__init__()
+        weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
+        self.register_buffer("class_weights", weights, persistent=False)
+        self.label_smoothing = label_smoothing
+        self.ohem_threshold = ohem_threshold
+        self.ohem_min_kept = ohem_min_kept
+        self.dice_weight = dice_weight
+        self.lovasz_weight = lovasz_weight
+        self.ignore_index = ignore_index
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            logits (`torch.Tensor` of shape `(batch_size, num_labels, height, width)`): Scores at any stride.
+            labels (`torch.LongTensor` of shape `(batch_size, label_height, label_width)`): Ground truth.
+
+        Returns:
+            A scalar in single precision; 0, with gradients of 0, where all pixels are void.
+        """
+        if self.class_weights is not None and len(self.class_weights) != logits.shape[1]:
+            raise ValueError(
+                f"There are {len(self.class_weights)} class weights for {logits.shape[1]} classes: give one a class."
+            )
+        logits = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+        loss = self.cross_entropy(logits, labels)
+        if self.dice_weight or self.lovasz_weight:
+            valid = (labels != self.ignore_index).flatten()
+            probabilities = logits.softmax(1).movedim(1, -1).flatten(0, 2)[valid]  # (pixels, classes)
+            targets = labels.flatten()[valid]
+            if self.dice_weight:
+                loss = loss + self.dice_weight * dice_loss(probabilities, targets)
+            if self.lovasz_weight:
+                loss = loss + self.lovasz_weight * lovasz_softmax_loss(probabilities, targets)
+        return loss
+
+    def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        losses = F.cross_entropy(
+            logits,
+            labels,
+            weight=self.class_weights,
+            ignore_index=self.ignore_index,
+            reduction="none",
+            label_smoothing=self.label_smoothing,
+        )
+        weights = (labels != self.ignore_index).float()
+        if self.ohem_threshold is not None:
+            weights = weights * self.hard_pixels(logits, labels)
+        if self.class_weights is not None:
+            weights_of_labels = self.class_weights[labels.masked_fill(labels == self.ignore_index, 0)]
+            return (losses * weights).sum() / (weights_of_labels * weights).sum().clamp(min=1e-6)
+        return (losses * weights).sum() / weights.sum().clamp(min=1)
+
+    @torch.no_grad()
+    def hard_pixels(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Whether each pixel is hard: `(batch_size, label_height, label_width)`."""
+        probability = (-F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="none")).exp()
+        probability = probability.masked_fill(labels == self.ignore_index, torch.inf)
+        kept = min(self.ohem_min_kept, probability.numel())
+        kth_hardest = probability.flatten().kthvalue(kept).values
+        return (probability < self.ohem_threshold) | (probability <= kth_hardest)
+
+
+def dice_loss(probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Soft Dice loss `1 − 2 Σpt / (Σp + Σt)`, averaged over the classes among the targets.
+
+    Args:
+        probabilities (`torch.Tensor` of shape `(pixels, num_labels)`): After softmax.
+        targets (`torch.LongTensor` of shape `(pixels,)`): Classes, without void.
+    """
+    one_hot = F.one_hot(targets, probabilities.shape[1]).to(probabilities.dtype)
+    intersection = (probabilities * one_hot).sum(0)
+    total = probabilities.sum(0) + one_hot.sum(0)
+    present = one_hot.any(0)
+    return ((1 - 2 * intersection / total.clamp(min=1e-6)) * present).sum() / present.sum().clamp(min=1)
+
+
+def lovasz_softmax_loss(probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Lovász extension of the Jaccard loss (Berman et al., 2018, algorithm 1), over the classes among the targets.
+
+    Args:
+        probabilities (`torch.Tensor` of shape `(pixels, num_labels)`): After softmax.
+        targets (`torch.LongTensor` of shape `(pixels,)`): Classes, without void.
+    """
+    one_hot = F.one_hot(targets, probabilities.shape[1]).to(probabilities.dtype)
+    errors, order = (one_hot - probabilities).abs().sort(0, descending=True)
+    truth = one_hot.gather(0, order)
+    total = truth.sum(0)
+    intersection = total - truth.cumsum(0)
+    union = total + (1 - truth).cumsum(0)
+    jaccard = 1 - intersection / union
+    gradient = torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])
+    present = total > 0
+    return ((errors * gradient).sum(0) * present).sum() / present.sum().clamp(min=1)
+
+
+def median_frequency_weights(pixel_counts: torch.Tensor, pixels_where_present: torch.Tensor) -> list[float]:
+    """
+    Median frequency balancing (Eigen & Fergus, ICCV 2015): the median class frequency over each class's own.
+
+    Args:
+        pixel_counts (`torch.Tensor` of shape `(num_labels,)`): Pixels of each class in the training set.
+        pixels_where_present (`torch.Tensor` of shape `(num_labels,)`):
+            Labelled pixels of the images in which each class occurs.
+
+    Returns:
+        A weight for each class; 0 for classes that never occur.
+    """
+    frequency = pixel_counts.double() / pixels_where_present.clamp(min=1)
+    present = pixel_counts > 0
+    weights = torch.where(present, frequency[present].median() / frequency.clamp(min=1e-12), 0.0)
+    return weights.tolist()

@@ -1,0 +1,85 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizer parameter groups and the moving average of weights."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+HEAD_PREFIXES = ("decode_head.", "classifier.")
+
+
+def parameter_groups(
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    head_lr_multiplier: float = 1.0,
+    head_prefixes: tuple[str, ...] = HEAD_PREFIXES,
+) -> list[dict]:
+    """
+    Parameter groups for AdamW: no decay on norms and biases, another rate for the head (TopFormer's settings).
+
+    Args:
+        model (`nn.Module`): Its trainable parameters are grouped.
+        learning_rate (`float`): Rate of all but the head.
+        weight_decay (`float`): Decay of the weights of convolutions and linear layers.
+        head_lr_multiplier (`float`): The head's rate over `learning_rate`.
+        head_prefixes (`tuple[str, ...]`): What the names of the head's parameters begin with.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((name.startswith(head_prefixes), parameter.ndim > 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": learning_rate * (head_lr_multiplier if is_head else 1.0),
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for (is_head, decays), parameters in sorted(groups.items(), key=lambda group: group[0])
+    ]
+
+
+def freeze_batch_norm_statistics(model: nn.Module) -> None:
+    """Put the batch norms into evaluation mode, so that training uses and keeps their running statistics.
+
+    To be called after each `model.train()`.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+class ExponentialMovingAverage:
+    """
+    Exponential moving average of a model's weights and batch-norm statistics.
+
+    The decay grows with the number of updates, `min(decay, (1 + n) / (10 + n))`, so that short runs do not average
+    over their random start.
+
+    Args:
+        model (`nn.Module`): The model to follow; it is copied.
+        decay (`float`): The decay in the long run, in [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.num_updates = 0
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        self.num_updates += 1
+        averaged, current = [], []
+        for average, value in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
+            if average.is_floating_point():
+                averaged.append(average)
+                current.append(value)
+            else:
+                average.copy_(value)
+        torch._foreach_lerp_(averaged, current, 1 - decay)
