@@ -34,8 +34,7 @@ from .augmentation import (
     resize_for_evaluation,
     sample_generator,
 )
-from .recipes import IGNORE_INDEX, Recipe, split_names
-
+from .recipes import IGNORE_INDEX, SPLITS, Recipe, split_names
 
 _SPLIT_ALIASES = {
     "train": ("train", "training"),
@@ -114,12 +113,16 @@ def _load_published(recipe: Recipe, split: str, streaming: bool) -> datasets.Dat
     if recipe.dataset == "scenes":
         from .scenes import load_scenes
 
-        scenes = load_scenes()[recipe.splits[split]]
+        others = {f"num_{other}": 0 for other in SPLITS if other != split}
+        scenes = load_scenes(**others)[split]
         return scenes.to_iterable_dataset() if streaming else scenes
+    name = recipe.splits[split]
+    data_files = None if recipe.data_files is None else {name: recipe.data_files[split]}
     return datasets.load_dataset(
         recipe.dataset,
         recipe.dataset_config,
-        split=recipe.splits[split],
+        data_files=data_files,
+        split=name,
         revision=recipe.revision,
         streaming=streaming,
     )
@@ -147,8 +150,8 @@ def _read_parquet(files: list[Path], streaming: bool) -> datasets.Dataset | data
 
 
 def _parquet_files(recipe: Recipe, split: str, folder: Path) -> list[Path]:
-    if recipe.data_files is not None:
-        return sorted(folder.glob(recipe.data_files[split])) if split in recipe.data_files else []
+    if recipe.data_files is not None and (files := sorted(folder.glob(recipe.data_files.get(split, "")))):
+        return files
     for alias in _aliases(recipe, split):
         for pattern in (f"{alias}.parquet", f"{alias}[-_.]*.parquet", f"{alias}/*.parquet"):
             if files := sorted(folder.glob(pattern)) or sorted((folder / "data").glob(pattern)):

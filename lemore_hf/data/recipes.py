@@ -16,9 +16,12 @@ recipe = load_recipe("camvid", recipe_overrides(args))
 """
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import difflib
+import inspect
+import itertools
 import json
 import math
 import types
@@ -85,7 +88,8 @@ class Recipe:
     validate_on: str = "validation"
     """Splits to choose the best checkpoint on."""
     data_files: dict[str, str] | None = None
-    """Glob pattern of each split's parquet files below the local folder, where their names do not begin with it."""
+    """Glob pattern of each split's parquet files in the Hub data set or below the local folder, where their names do
+    not begin with the split's."""
     image_folder: str = "images"
     """Folder of the images below the local folder; may hold "{split}"."""
     label_folder: str = "masks"
@@ -242,6 +246,8 @@ class Recipe:
                 raise ValueError(f"{field} has the unknown splits {sorted(unknown)}; the known ones are {SPLITS}.")
         if "train" not in self.splits:
             raise ValueError("splits must name at least the train split.")
+        if self.data_files is not None and set(self.data_files) != set(self.splits):
+            raise ValueError(f"data_files must have the splits {sorted(self.splits)}, got {sorted(self.data_files)}.")
         for field in ("train_on", "validate_on"):
             split_names(getattr(self, field), field)
         if self.split_file is not None and "{split}" not in self.split_file:
@@ -348,6 +354,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds an option for every field of a recipe (but its name). Only those given on the command line appear in the
     parsed namespace; `recipe_overrides` collects them."""
     group = parser.add_argument_group("recipe", "override a field of the recipe; none switches a part off")
+    documentation = _field_documentation()
     for field, annotation in _field_types().items():
         if field == "name":
             continue
@@ -356,7 +363,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
             default=argparse.SUPPRESS,
             nargs="+" if "tuple" in str(annotation) else ("?" if annotation is bool else None),
             **({"const": "true"} if annotation is bool else {}),
-            metavar=field.upper() if annotation is not bool else "BOOL",
+            metavar="BOOL" if annotation is bool else "VALUE",
+            help=documentation[field].replace("%", "%%"),
         )
 
 
@@ -437,6 +445,16 @@ def _build(values: Mapping[str, Any], origin: str) -> Recipe:
 def _nearest(name: str, known: list[str]) -> str:
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def _field_documentation() -> dict[str, str]:
+    """What stands below each field in the class, for `--help`."""
+    body = ast.parse(inspect.getsource(Recipe)).body[0].body
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign)
+    }
 
 
 def _field_types() -> dict[str, Any]:
