@@ -19,7 +19,6 @@ from .modeling_lemore import (
     LeMoRePreTrainedModel,
 )
 
-
 __version__ = "0.1.0"
 
 AutoConfig.register(LeMoReConfig.model_type, LeMoReConfig)

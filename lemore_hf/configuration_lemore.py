@@ -5,9 +5,9 @@
 import math
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
-
 
 VIEWS = ("transverse", "frontal", "lateral")
 STAGE_STRIDES = (4, 8, 16, 32)
@@ -87,8 +87,9 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
             The same as indices.
 
     Raises:
-        `ValueError` (or the strict dataclass errors of `huggingface_hub`, for a value of the wrong type), naming the
-        field, when values are out of range or contradict each other.
+        `ValueError`: naming the field, when values are out of range or contradict each other.
+        `huggingface_hub.errors.StrictDataclassError`: naming the field, for a value of the wrong type; also when an
+        existing configuration that was changed to contradictory values is saved.
 
     Example:
 
@@ -126,9 +127,9 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
     hidden_act: str = "relu6"
     drop_path_rate: float | int = 0.0
     classifier_dropout_prob: float | int = 0.1
-    batch_norm_eps: float = 1e-5
-    batch_norm_momentum: float = 0.1
-    initializer_range: float = 0.02
+    batch_norm_eps: float | int = 1e-5
+    batch_norm_momentum: float | int = 0.1
+    initializer_range: float | int = 0.02
     axis_initialization: str = "normal"
     semantic_loss_ignore_index: int = 255
     palette: list[list[int]] | None = None
@@ -144,6 +145,8 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
         super().__post_init__(**kwargs)
+        # `strict` validates too, but what it raises is no `ValueError`.
+        self.validate_architecture()
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -165,11 +168,20 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
         """Channels S of the token pyramid and of the global features: the stages' channels together."""
         return sum(self.hidden_sizes)
 
-    def validate_stages(self):
-        """Refuse anything but four stages, a two-convolution stem and a native grid that four stages can halve."""
+    def validate_architecture(self):
+        """Refuse values that are out of range or contradict each other."""
+        self._check_stages()
+        self._check_views()
+        self._check_sizes()
+        self._check_strides()
+        self._check_choices()
+        self._check_rates()
+        self._check_labels()
+
+    def _check_stages(self):
         if len(self.hidden_sizes) != len(STAGE_STRIDES):
             raise ValueError(f"`hidden_sizes` must name the channels of four stages, got {self.hidden_sizes}.")
-        if len(self.stem_sizes) < 1:
+        if not self.stem_sizes:
             raise ValueError("`stem_sizes` is empty: the stem needs at least one convolution, e.g. (16, 16).")
         if not isinstance(self.image_size, int) and len(self.image_size) != 2:
             raise ValueError(f"`image_size` must be one side or (height, width), got {self.image_size}.")
@@ -179,39 +191,29 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"stride; got {self.image_size}."
             )
 
-    def validate_views(self):
-        """Refuse unknown, repeated or missing views, and an initialization that leaves nothing to learn from."""
+    def _check_views(self):
         if not self.views:
             raise ValueError(f"`views` is empty: name at least one of {list(VIEWS)}.")
-        unknown = [view for view in self.views if view not in VIEWS]
-        if unknown or len(set(self.views)) != len(self.views):
+        if not set(self.views) <= set(VIEWS) or len(set(self.views)) != len(self.views):
             raise ValueError(f"`views` must be distinct names out of {list(VIEWS)}, got {self.views}.")
-        initializations = ("normal", "identity", "zeros")
-        if self.axis_initialization not in initializations:
-            raise ValueError(
-                f"`axis_initialization` must be one of {initializations}, got {self.axis_initialization!r}."
-            )
         if self.axis_initialization == "zeros" and "transverse" not in self.views:
             raise ValueError(
                 "`axis_initialization`='zeros' needs 'transverse' among `views`: without it every encoder starts, and "
                 f"stays, at zero; got views {self.views}."
             )
 
-    def validate_positive(self):
-        """Refuse sizes and counts below one."""
-        sizes = {
-            name: getattr(self, name)
-            for name in (
-                "num_channels",
-                "dilation",
-                "channel_attention_reduction",
-                "num_nested_projections",
-                "num_attention_heads",
-                "attention_key_dim",
-                "attention_value_dim",
-                "decoder_hidden_size",
-            )
-        }
+    def _check_sizes(self):
+        names = (
+            "num_channels",
+            "dilation",
+            "channel_attention_reduction",
+            "num_nested_projections",
+            "num_attention_heads",
+            "attention_key_dim",
+            "attention_value_dim",
+            "decoder_hidden_size",
+        )
+        sizes = {name: getattr(self, name) for name in names}
         for name in ("stem_sizes", "hidden_sizes"):
             sizes |= {f"{name}[{index}]": size for index, size in enumerate(getattr(self, name))}
         for name, size in sizes.items():
@@ -222,40 +224,39 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`channel_attention_reduction`={self.channel_attention_reduction} leaves no hidden channel of the "
                 f"narrowest stage ({min(self.hidden_sizes)} channels); lower it or set `use_channel_attention=False`."
             )
-        if int(self.mlp_ratio * self.hidden_size) < 1:
+        if not self.mlp_ratio * self.hidden_size >= 1:
             raise ValueError(f"`mlp_ratio` leaves the feed-forward network no hidden channel, got {self.mlp_ratio}.")
 
-    def validate_attention(self):
-        """Refuse an unknown combination of the nested maps."""
-        if self.nested_attention_softmax not in ("per_map", "sum"):
-            raise ValueError(
-                f"`nested_attention_softmax` must be 'per_map' or 'sum', got {self.nested_attention_softmax!r}."
-            )
-
-    def validate_strides(self):
-        """Refuse strides that the stages do not have or cannot be pooled to."""
+    def _check_strides(self):
         if self.output_stride not in STAGE_STRIDES:
             raise ValueError(f"`output_stride` must be one of {list(STAGE_STRIDES)}, got {self.output_stride}.")
         if self.token_stride < STAGE_STRIDES[-1] or self.token_stride % STAGE_STRIDES[-1]:
             raise ValueError(f"`token_stride` must be a multiple of {STAGE_STRIDES[-1]}, got {self.token_stride}.")
 
-    def validate_rates(self):
-        """Refuse probabilities outside [0, 1) and non-positive batch-norm settings."""
+    def _check_choices(self):
+        choices = {
+            "nested_attention_softmax": ("per_map", "sum"),
+            "axis_initialization": ("normal", "identity", "zeros"),
+            "hidden_act": tuple(ACT2FN),
+        }
+        for name, values in choices.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"`{name}` must be one of {', '.join(values)}; got {getattr(self, name)!r}.")
+
+    def _check_rates(self):
         for name in ("drop_path_rate", "classifier_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
         if not 0 < self.batch_norm_momentum <= 1:
             raise ValueError(f"`batch_norm_momentum` must be in (0, 1], got {self.batch_norm_momentum}.")
-        if self.batch_norm_eps <= 0:
+        if not self.batch_norm_eps > 0:
             raise ValueError(f"`batch_norm_eps` must be positive, got {self.batch_norm_eps}.")
+        if not self.initializer_range >= 0:
+            raise ValueError(f"`initializer_range` must not be negative, got {self.initializer_range}.")
 
-    def validate_labels(self):
-        """Refuse a void label that is also a class, and a palette that does not fit the labels."""
-        if 0 <= self.semantic_loss_ignore_index < self.num_labels:
-            raise ValueError(
-                f"`semantic_loss_ignore_index`={self.semantic_loss_ignore_index} is one of the {self.num_labels} "
-                "labels; choose a value outside of them, for example -100."
-            )
+    def _check_labels(self):
+        if self.num_labels < 1:
+            raise ValueError(f"`num_labels` must be at least 1 (a binary task), got {self.num_labels}.")
         if self.palette is not None and any(
             len(colour) != 3 or not all(0 <= value <= 255 for value in colour) for colour in self.palette
         ):

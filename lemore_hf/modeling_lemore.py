@@ -28,7 +28,6 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_lemore import STAGE_STRIDES, LeMoReConfig
 
-
 # Below "transformers", so that its verbosity settings hold wherever this file is imported from.
 logger = logging.get_logger("transformers.models.lemore")
 
@@ -102,9 +101,6 @@ def _drop_path(rate: float) -> nn.Module:
 
 
 def _resize(hidden_state: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Bilinear resizing that leaves a map of the right size alone."""
-    if tuple(hidden_state.shape[-2:]) == tuple(size):
-        return hidden_state
     return F.interpolate(hidden_state, size=size, mode="bilinear", align_corners=False)
 
 
@@ -115,8 +111,8 @@ def resample_axis_weight(weight: torch.Tensor, size: int) -> torch.Tensor:
     r"""
     Resample the weights of a frontal or lateral view from their native size to another (our choice).
 
-    `A' = (n₀ / n) · resize(A, n × n)`: an axis of `n` positions is read down to `n₀` with a tent filter, mixed there,
-    and interpolated back.
+    `A' = (n₀ / n) · resize(A, n × n)`, bilinear, antialiased when shrinking: an axis of `n` positions is read down to
+    `n₀` with a tent filter, mixed there, and interpolated back.
 
     Args:
         weight (`torch.Tensor` of shape `(n₀, n₀)`):
@@ -125,24 +121,25 @@ def resample_axis_weight(weight: torch.Tensor, size: int) -> torch.Tensor:
             The axis length `n`.
 
     Returns:
-        `torch.Tensor` of shape `(n, n)`; `weight` itself when it has that size. Differentiable.
+        `torch.Tensor` of shape `(n, n)`, equal to `weight` where that is its size. Differentiable.
     """
-    native = weight.shape[-1]
-    if size == native:
-        return weight
-    # Half precision is resampled in single precision: it costs nothing at these sizes.
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    resized = F.interpolate(
-        weight[None, None].to(dtype), size=(size, size), mode="bilinear", align_corners=False, antialias=size < native
-    )
-    return (resized[0, 0] * (native / size)).to(weight.dtype)
+    native = weight.shape[0]
+    tent = _tent_filter(native, size, weight)
+    return tent @ weight @ tent.t() * (native / size)
 
 
 def _tent_filter(native: int, size: int, like: torch.Tensor) -> torch.Tensor:
-    """The `(native, size)` transpose of bilinear interpolation from `native` positions to `size` of them."""
+    """
+    Linear interpolation of `native` positions at `size` of them as a `(size, native)` matrix, as `F.interpolate` does
+    it with `align_corners=False` and `antialias=True`.
+    """
+    # No branch on the sizes, which may be symbols of an exported graph. Half precision could not count positions.
     dtype = torch.promote_types(like.dtype, torch.float32)
-    identity = torch.eye(native, device=like.device, dtype=dtype)[None]
-    return F.interpolate(identity, size=size, mode="linear", align_corners=False)[0].to(like.dtype)
+    step = native / size
+    positions = (torch.arange(size, device=like.device, dtype=dtype) + 0.5) * step - 0.5
+    distances = (positions[:, None] - torch.arange(native, device=like.device, dtype=dtype)).abs()
+    weights = (1 - distances / torch.sym_max(step, 1.0)).clamp(min=0)
+    return (weights / weights.sum(1, keepdim=True)).to(like.dtype)
 
 
 class LeMoReAxisView(nn.Module):
@@ -164,18 +161,22 @@ class LeMoReAxisView(nn.Module):
 
     def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
         native, size = self.weight.shape[0], hidden_state.shape[self.axis]
-        # From about 2.4 n₀ up, reading down, mixing and interpolating back (2 n n₀ + n₀²) costs less than the
-        # resampled weights (n²): the cost of a pixel stays flat as images grow.
-        if size > 2.5 * native:
-            return self.mix_at_native_size(hidden_state)
+        # A graph exported for any size (there the size is a symbol) cannot choose by it: it always resamples.
+        if isinstance(size, int):
+            if size == native:
+                return self._along_axis(self.weight, hidden_state)
+            # From about 2.4 n₀ up, reading down, mixing and interpolating back (2 n n₀ + n₀²) costs less than the
+            # resampled weights (n²): the cost of a pixel stays flat as images grow.
+            if size > 2.5 * native:
+                return self.mix_at_native_size(hidden_state)
         return self._along_axis(resample_axis_weight(self.weight, size), hidden_state)
 
     def mix_at_native_size(self, hidden_state: torch.Tensor) -> torch.Tensor:
-        """The same product with the resampled weights, for axes above the native size, from right to left."""
+        """The product with the resampled weights from right to left: read down, mix, interpolate back."""
         native, size = self.weight.shape[0], hidden_state.shape[self.axis]
         tent = _tent_filter(native, size, self.weight)
-        native_state = self._along_axis(self.weight @ tent * (native / size), hidden_state)
-        return self._along_axis(tent.t(), native_state)
+        native_state = self._along_axis(self.weight @ tent.t() * (native / size), hidden_state)
+        return self._along_axis(tent, native_state)
 
     def _along_axis(self, weight: torch.Tensor, hidden_state: torch.Tensor) -> torch.Tensor:
         if self.axis == 2:
@@ -343,7 +344,7 @@ class LeMoReEncoder(nn.Module):
                 f"`pixel_values` has {pixel_values.shape[1]} channels, but `config.num_channels` is "
                 f"{self.num_channels}: channels are the second dimension of shape {tuple(pixel_values.shape)}."
             )
-        if min(pixel_values.shape[2:]) < MINIMUM_SIZE:
+        if any(side < MINIMUM_SIZE for side in pixel_values.shape[2:]):
             raise ValueError(
                 f"Images must be at least {MINIMUM_SIZE}×{MINIMUM_SIZE} pixels, the stride of the last stage, got "
                 f"{pixel_values.shape[2]}×{pixel_values.shape[3]}: resize or pad them."
@@ -625,7 +626,8 @@ class LeMoReDecodeHead(nn.Module):
                 # Finer scales come to the output stride before they are fused, not after: fusing the decoder's many
                 # channels at stride 4 would take half of the network's time (our choice).
                 local_feature = _resize(local_feature, size)
-            hidden_state = hidden_state + _resize(fusion(local_feature, global_features), size)
+            fused = fusion(local_feature, global_features)
+            hidden_state = hidden_state + (_resize(fused, size) if index > self.output_stage else fused)
         return self.classifier(self.dropout(self.activation(hidden_state)))
 
 
@@ -637,6 +639,12 @@ class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
 
     def __init__(self, config: LeMoReConfig):
         super().__init__(config)
+        num_values = max(config.num_labels, 2)  # a binary task has the labels 0 and 1
+        if 0 <= config.semantic_loss_ignore_index < num_values:
+            raise ValueError(
+                f"`semantic_loss_ignore_index`={config.semantic_loss_ignore_index} is one of the {num_values} labels: "
+                "choose a value outside of them, for example -100."
+            )
         self.lemore = LeMoReModel(config)
         self.decode_head = LeMoReDecodeHead(config)
         self._labels_were_checked = False
@@ -721,6 +729,7 @@ def check_label_values(labels: torch.Tensor, num_labels: int, ignore_index: int 
         `ValueError`: naming the values outside of `[0, num_labels)` that are not `ignore_index`.
     """
     num_values = max(num_labels, 2)
+    labels = labels.long()  # an ignore index of -100 or 255 is beyond some integer types
     invalid = (labels != ignore_index) & ((labels < 0) | (labels >= num_values))
     if not invalid.any():
         return
@@ -751,9 +760,10 @@ def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: 
     num_labels = logits.shape[1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = _resize(logits, labels.shape[-2:])
+    labels = labels.long()
     valid = labels != ignore_index
     invalid = valid & ((labels < 0) | (labels >= max(num_labels, 2)))
-    labels = labels.masked_fill(~valid | invalid, 0).long()
+    labels = labels.masked_fill(~valid | invalid, 0)
     if num_labels == 1:
         losses = F.binary_cross_entropy_with_logits(logits.squeeze(1), labels.to(logits.dtype), reduction="none")
     else:
