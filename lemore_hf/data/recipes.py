@@ -471,17 +471,14 @@ def _convert(field: str, annotation: Any, value: Any) -> Any:
                 return None
             raise wrong
         for alternative in arguments:
-            try:
+            with contextlib.suppress(TypeError, ValueError):
                 return _convert(field, alternative, value)
-            except TypeError:
-                continue
         raise wrong
     if annotation is Any:
         return value
     if origin is Literal:
         if value not in arguments:
-            # A wrong word is a wrong value, but inside a union the next alternative has to be tried.
-            raise wrong
+            raise ValueError(str(wrong))
         return value
     if origin is tuple:
         return _convert_tuple(field, arguments, value, wrong)

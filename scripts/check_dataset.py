@@ -1,0 +1,207 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Read a data set once and tell whether a training would get through it.
+
+    python scripts/check_dataset.py --recipe camvid --data_dir DIR
+
+Prints class frequencies, sizes and every sample that would fail with the reason, draws a few samples as a grid, and
+exits with status 1 if anything would fail. Every field of the recipe is an option too (`--reduce_labels`).
+"""
+
+import argparse
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from PIL import Image
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from lemore_hf.data.loading import BadSampleError, Sample, SampleDecoder, load_split, with_classes_of, without_decoding
+from lemore_hf.data.recipes import (
+    IGNORE_INDEX,
+    Recipe,
+    add_recipe_arguments,
+    load_recipe,
+    recipe_overrides,
+    split_names,
+)
+from lemore_hf.visualization import draw_segmentation, image_grid
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", required=True, help="name of a recipe, or path of its YAML file")
+    parser.add_argument("--data_dir", type=Path, help="local folder of the data set; without it, from the Hub")
+    parser.add_argument("--split", help="only these splits, joined by '+'; by default all that are there")
+    parser.add_argument("--streaming", action="store_true", help="read without keeping anything on disk")
+    parser.add_argument("--num_workers", type=int, default=2, help="processes that decode")
+    parser.add_argument("--picture", type=Path, default=Path("dataset_check.png"), help="where the grid is written")
+    parser.add_argument("--num_pictures", type=int, default=4, help="samples of each split in the grid; 0 for none")
+    add_recipe_arguments(parser)
+    return parser.parse_args()
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found in a sample."""
+
+    name: str
+    reason: str | None = None
+    """Why it would fail, `None` if it would not."""
+    size: tuple[int, int] = (0, 0)
+    """(height, width)."""
+    counts: dict[int, int] = field(default_factory=dict)
+    """Pixels (segmentation) or images (classification) of each class and of void."""
+    sample: Sample | None = None
+    """The sample, where a picture of it is wanted."""
+
+
+@dataclass
+class Report:
+    """What was found in a split."""
+
+    num_samples: int = 0
+    counts: Counter = field(default_factory=Counter)
+    occurrences: Counter = field(default_factory=Counter)
+    """Images in which each class occurs."""
+    sizes: Counter = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    pictures: list[Sample] = field(default_factory=list)
+
+    def add(self, inspection: Inspection) -> None:
+        self.num_samples += 1
+        if inspection.reason is not None:
+            self.failures.append(f"{inspection.name}: {inspection.reason}")
+            return
+        self.counts.update(inspection.counts)
+        self.occurrences.update(inspection.counts.keys())
+        self.sizes[inspection.size] += 1
+        if inspection.sample is not None:
+            self.pictures.append(inspection.sample)
+
+
+class InspectedSamples(torch.utils.data.Dataset):
+    """The inspections of a split's samples, for worker processes.
+
+    Args:
+        samples: from `load_split`, with pictures not decoded.
+        recipe: of the data set.
+        num_pictures: samples to keep for the picture, evenly spaced.
+    """
+
+    def __init__(self, samples: Dataset, recipe: Recipe, num_pictures: int):
+        self.samples, self.decode = samples, SampleDecoder(recipe)
+        self.shown = {index * len(samples) // num_pictures for index in range(num_pictures)}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Inspection:
+        return inspect_sample(self.samples[index], self.decode, index, index in self.shown)
+
+
+def inspect_sample(stored: dict[str, Any], decode: SampleDecoder, index: int, keep: bool) -> Inspection:
+    try:
+        sample = decode(stored, index)
+    except BadSampleError as error:
+        return Inspection(error.sample, error.reason)
+    labels = sample.labels
+    values, counts = ([labels], [1]) if isinstance(labels, int) else np.unique(labels.numpy(), return_counts=True)
+    found = {int(value): int(count) for value, count in zip(values, counts, strict=True)}
+    return Inspection(sample.name, None, tuple(sample.image.shape[1:]), found, sample if keep else None)
+
+
+def main() -> int:
+    args = parse_arguments()
+    recipe = load_recipe(args.recipe, recipe_overrides(args), args.data_dir)
+    print(f"{recipe.title or recipe.name}: {args.data_dir or recipe.dataset}")
+    pictures, problems = [], []
+    for split in split_names(args.split) if args.split else recipe.splits:
+        try:
+            samples = load_split(recipe, split, args.data_dir, args.streaming)
+        except (FileNotFoundError, ValueError) as error:
+            if isinstance(error, FileNotFoundError) and split != "train" and not args.split:
+                print(f"\n{split}: not there")
+            else:
+                problems.append(f"{split}: {error}")
+            continue
+        recipe = with_classes_of(recipe, samples)
+        report = check_split(samples, recipe, split, args)
+        print_report(report, recipe, split)
+        problems += [f"{split}: {failure}" for failure in report.failures]
+        pictures += [(f"{split}: {sample.name}", sample) for sample in report.pictures]
+    if pictures:
+        draw_samples(pictures, recipe, args.num_pictures).save(args.picture)
+        print(f"\n{len(pictures)} samples are drawn in {args.picture}.")
+    if problems:
+        print(f"\nA training would fail ({len(problems)}):")
+        print("\n".join(f"  {problem}" for problem in problems))
+        return 1
+    print("\nEvery sample can be trained on.")
+    return 0
+
+
+def check_split(samples: Dataset | IterableDataset, recipe: Recipe, split: str, args: argparse.Namespace) -> Report:
+    """Decodes every sample of a split once."""
+    report = Report()
+    samples = without_decoding(samples)
+    if isinstance(samples, Dataset):
+        inspected = InspectedSamples(samples, recipe, args.num_pictures)
+        inspections = DataLoader(inspected, batch_size=None, num_workers=args.num_workers)
+    else:
+        decode = SampleDecoder(recipe)
+        inspections = (inspect_sample(s, decode, index, index < args.num_pictures) for index, s in enumerate(samples))
+    total = len(samples) if isinstance(samples, Dataset) else None
+    for inspection in tqdm(inspections, total=total, desc=f"Checking {split}", unit="image"):
+        report.add(inspection)
+    if report.num_samples == 0:
+        report.failures.append("there are no samples")
+    return report
+
+
+def print_report(report: Report, recipe: Recipe, split: str) -> None:
+    usable = report.num_samples - len(report.failures)
+    print(f"\n{split}: {report.num_samples} samples, {usable} usable")
+    if usable == 0:
+        return
+    heights, widths = zip(*report.sizes, strict=True)
+    common = ", ".join(f"{w}×{h} ({count})" for (h, w), count in report.sizes.most_common(3))
+    print(
+        f"sizes (width×height): {len(report.sizes)} different, widths {min(widths)}…{max(widths)}, heights "
+        f"{min(heights)}…{max(heights)}; most common {common}"
+    )
+    void = report.counts.get(IGNORE_INDEX, 0) if recipe.task == "semantic-segmentation" else 0
+    labelled = report.counts.total() - void
+    unit = "pixels" if recipe.task == "semantic-segmentation" else "images"
+    names = recipe.id2label
+    width = max(len("class"), *(len(name) for name in names.values()))
+    print(f"  id  {'class':{width}}  {unit:>8}  in images")
+    for index, name in names.items():
+        share = 100 * report.counts[index] / max(labelled, 1)
+        never = "  never occurs" if report.counts[index] == 0 else ""
+        print(f"{index:4}  {name:{width}}  {share:7.3f}%  {report.occurrences[index]:9}{never}")
+    if void:
+        print(f"      {'void':{width}}  {100 * void / report.counts.total():7.3f}% of all pixels")
+
+
+def draw_samples(pictures: list[tuple[str, Sample]], recipe: Recipe, columns: int) -> Image.Image:
+    """The samples as a grid, label maps drawn over the images."""
+    drawn, titles = [], []
+    for title, sample in pictures:
+        if isinstance(sample.labels, int):
+            drawn.append(sample.image)
+            titles.append(f"{title}: {recipe.id2label[sample.labels]}")
+        else:
+            drawn.append(draw_segmentation(sample.image, sample.labels, recipe.id2label, recipe.palette))
+            titles.append(title)
+    return image_grid(drawn, columns=columns, titles=titles, cell_size=(360, 640))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
