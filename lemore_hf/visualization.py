@@ -59,7 +59,7 @@ def default_palette(num_colors: int) -> list[tuple[int, int, int]]:
     """
     if not 0 <= num_colors <= _MAX_PALETTE:
         raise ValueError(f"The default palette has 0 to {_MAX_PALETTE} colours, not {num_colors}: pass `palette`.")
-    return list(_extended_palette(max(num_colors, 256) if num_colors <= 256 else _MAX_PALETTE)[:num_colors])
+    return list(_extended_palette(256 if num_colors <= 256 else _MAX_PALETTE)[:num_colors])
 
 
 @cache
@@ -263,7 +263,7 @@ def _legend(entries: Sequence[tuple[str, tuple[int, int, int] | None, float]], h
     letter = min(max(height // 28, 11), 96)
     font = ImageFont.load_default(size=letter)
     margin, row = letter, round(letter * 1.6)
-    rows = max((height - 2 * margin) // row, min(len(entries), 12), 1)
+    rows = max((height - 2 * margin) // row, math.ceil(3 * math.sqrt(len(entries))), 1)
     columns = [entries[start : start + rows] for start in range(0, len(entries), rows)]
     texts = [[f"{name}  {_percent(share)}" for name, _, share in column] for column in columns]
     widths = [math.ceil(max(map(font.getlength, column))) + row + margin for column in texts]
@@ -432,7 +432,7 @@ def _plot_smoothed(axes: Any, steps: np.ndarray, values: np.ndarray, color: str,
         return
     axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
     mean = np.convolve(values, np.full(window, 1 / window), mode="valid")
-    axes.plot(steps[window - 1 :], mean, color=color, label=label)
+    axes.plot(steps[window // 2 :][: len(mean)], mean, color=color, label=label)
 
 
 def _plot_score(axes: Any, steps: np.ndarray, values: np.ndarray, color: str) -> None:
