@@ -22,7 +22,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-
 TENSORS_NAME = "tensors.safetensors"
 STATE_NAME = "state.json"
 PICKLED_SUFFIXES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
@@ -158,15 +157,10 @@ def refuse_pickled(folder: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file) -> str:
-    # Python 3.10 has no hashlib.file_digest.
     digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 

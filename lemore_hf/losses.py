@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +134,31 @@ def lovasz_softmax_loss(probabilities: torch.Tensor, targets: torch.Tensor) -> t
     gradient = torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])
     present = total > 0
     return ((errors * gradient).sum(0) * present).sum() / present.sum().clamp(min=1)
+
+
+def count_for_median_frequency(
+    label_maps: Iterable[torch.Tensor], num_labels: int, ignore_index: int = 255
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Pixels of each class in a training set, and labelled pixels of the images in which each class occurs.
+
+    Args:
+        label_maps (`Iterable[torch.Tensor]`): The set's label maps, integers of shape `(height, width)`.
+        num_labels (`int`): Classes.
+        ignore_index (`int`): The void label.
+
+    Returns:
+        Two `torch.LongTensor` of shape `(num_labels,)`, for `median_frequency_weights`.
+    """
+    pixel_counts = torch.zeros(num_labels, dtype=torch.long)
+    pixels_where_present = torch.zeros(num_labels, dtype=torch.long)
+    for labels in label_maps:
+        counts = torch.bincount(labels.flatten(), minlength=max(num_labels, ignore_index + 1))
+        counts[ignore_index] = 0
+        counts = counts[:num_labels]
+        pixel_counts += counts
+        pixels_where_present += counts.sum() * (counts > 0)
+    return pixel_counts, pixels_where_present
 
 
 def median_frequency_weights(pixel_counts: torch.Tensor, pixels_where_present: torch.Tensor) -> list[float]:

@@ -9,7 +9,6 @@ import copy
 import torch
 from torch import nn
 
-
 HEAD_PREFIXES = ("decode_head.", "classifier.")
 
 

@@ -17,7 +17,6 @@ from torchvision.transforms.v2 import functional as F
 
 from .recipes import IGNORE_INDEX, Recipe
 
-
 # Rec. 601 luma, as in torchvision's grey images.
 _LUMA = np.array([0.299, 0.587, 0.114])
 _RGB_TO_YIQ = np.array([_LUMA, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
@@ -176,27 +175,27 @@ def distort_photometrically(image: torch.Tensor, recipe: Recipe, rng: np.random.
     brightness, contrast, saturation, turn = [1, 1, 1, 0] + apply * spread * rng.uniform(-1, 1, 4)
     if not (apply & (spread > 0)).any():
         return image
+    colour_map, luma = (
+        torch.from_numpy(array).to(image.device, torch.float32)
+        for array in (_colour_map(brightness, contrast, saturation, turn), _LUMA)
+    )
     # A sixteenth of the pixels is enough for the mean.
-    mean_grey = float(_LUMA @ image[:, ::4, ::4].float().mean(dim=(1, 2)).numpy())
-    matrix, offset = _colour_map(brightness, contrast, saturation, turn, mean_grey)
-    pixels = image.float().reshape(3, -1)
-    # The half rounds to nearest where uint8 would cut off.
-    distorted = torch.addmm(torch.from_numpy(offset + 0.5).float()[:, None], torch.from_numpy(matrix).float(), pixels)
+    mean_grey = luma @ image[:, ::4, ::4].float().mean(dim=(1, 2))
+    # Grey stays grey under saturation and hue, so the contrast's offset is the same for all channels. The half rounds
+    # to nearest where uint8 would cut off.
+    offset = (1 - contrast) * brightness * mean_grey + 0.5
+    distorted = torch.addmm(offset.expand(3, 1), colour_map, image.float().reshape(3, -1))
     return distorted.clamp_(0, 255).to(torch.uint8).view(image.shape)
 
 
-def _colour_map(
-    brightness: float, contrast: float, saturation: float, turn: float, mean_grey: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """(3, 3) matrix and (3,) offset that do all four to RGB in 0…255."""
+def _colour_map(brightness: float, contrast: float, saturation: float, turn: float) -> np.ndarray:
+    """The (3, 3) matrix that does all four to RGB, but for the contrast's offset."""
     angle = 2 * math.pi * turn
     rotation = np.eye(3)
     rotation[1:, 1:] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
     hue = _YIQ_TO_RGB @ rotation @ _RGB_TO_YIQ
     saturate = saturation * np.eye(3) + (1 - saturation) * np.outer(np.ones(3), _LUMA)
-    matrix = brightness * contrast * hue @ saturate
-    # Grey stays grey under saturation and hue, so the contrast's offset is the same for all channels.
-    return matrix, np.full(3, (1 - contrast) * brightness * mean_grey)
+    return brightness * contrast * hue @ saturate
 
 
 def mix_images(recipe: Recipe) -> v2.Transform | None:

@@ -16,7 +16,7 @@ import io
 import itertools
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -490,7 +490,9 @@ class RecipeDataset(torch.utils.data.Dataset):
         training: augment, rather than resize as the recipe says for evaluation.
         seed: of the augmentation.
         cache: "memory" decodes everything once, when it is made (3 + 1 bytes a pixel), and worker processes share it;
-            `None` decodes when asked.
+            "device" keeps the images on a GPU instead, where they are augmented too (without worker processes); `None`
+            decodes when asked.
+        device: where "device" keeps the images.
 
     `dataset[index]`, or `dataset[epoch, index]` as `EpochSampler` asks, is a dictionary of `pixel_values` (uint8,
     (3, H, W); see `normalize`), `labels` (uint8, (H, W), 255 is void; or the class id), `index` and `name`. In
@@ -506,17 +508,20 @@ class RecipeDataset(torch.utils.data.Dataset):
         recipe: Recipe,
         training: bool = False,
         seed: int = 0,
-        cache: Literal["memory"] | None = None,
+        cache: Literal["memory", "device"] | None = None,
+        device: torch.device | str | None = None,
     ):
-        if cache not in (None, "memory"):
-            raise ValueError(f'cache must be "memory" or None, got {cache!r}.')
+        if cache not in (None, "memory", "device"):
+            raise ValueError(f'cache must be "memory", "device" or None, got {cache!r}.')
         self.samples = without_decoding(samples)
         self.decode = SampleDecoder(recipe)
         self.transform = _Transform(recipe, training, seed)
         self._cached = None
-        if cache == "memory":
+        if cache is not None:
             positions = tqdm(range(len(samples)), desc="Decoding", unit="image", leave=False)
             self._cached = [self.decode(self.samples[index], index) for index in positions]
+        if cache == "device":
+            self._cached = [replace(sample, image=sample.image.contiguous().to(device)) for sample in self._cached]
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -274,9 +274,9 @@ class Recipe:
                 if value is not None and not smallest <= value <= largest:
                     limit = f"at least {smallest}" if largest == math.inf else f"in {smallest}…{largest}"
                     raise ValueError(f"{field} must be {limit}, got {value}.")
-        if self.warmup_steps > self.max_steps:
+        if self.warmup_steps >= self.max_steps:
             # A short trial run (--max_steps 20) should not need a second option.
-            object.__setattr__(self, "warmup_steps", self.max_steps)
+            object.__setattr__(self, "warmup_steps", self.max_steps // 10)
         if min(self.image_std) <= 0:
             raise ValueError(f"image_std must be positive, got {self.image_std}.")
 
@@ -466,7 +466,11 @@ def _convert(field: str, annotation: Any, value: Any) -> Any:
     wrong = TypeError(f"{field} must be {_describe(annotation)}, got {value!r}.")
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (types.UnionType, typing.Union):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+        is_one_word = isinstance(value, list) and len(value) == 1 and isinstance(value[0], str)
+        word = value[0] if is_one_word else value  # of an option that takes several
+        if any(word in typing.get_args(alternative) for alternative in arguments if word is not value):
+            return word
+        if word is None or (isinstance(word, str) and word.lower() in ("none", "null")):
             if types.NoneType in arguments:
                 return None
             raise wrong

@@ -179,8 +179,10 @@ class _Street:
         chroma = self.rng.uniform(0.02, 0.15, count)
         hue = self.uniform(0, 2 * np.pi) + self.uniform(0.3, 1.2) * self.rng.normal(size=count)
         hue += np.pi * (self.rng.random(count) < 0.25)
-        self.palette = self.rng.permutation(_oklch_to_rgb(lightness, chroma, hue))
-        self.haze_colour = self.palette[0]
+        palette = self.rng.permutation(_oklch_to_rgb(lightness, chroma, hue))
+        self.facade_colours, self.leaf_colours, self.other_colours = palette[:3], palette[3:5], palette[5:]
+        self.sky_colour, self.haze_colour, self.road_colour, self.pavement_colour = palette[5:9]
+        self.lamp_colour, self.glass_colour, self.tyre_colour = palette[9:12]
         self.haze_distance = self.uniform(40, 200)
         azimuth, elevation = self.uniform(0, 2 * np.pi), self.uniform(0.3, 1.0)
         level = math.cos(elevation)
@@ -196,8 +198,8 @@ class _Street:
         self.end = self.uniform(25, 60) if self.chance(0.4) else None
 
     def other_colour(self, *avoided: np.ndarray) -> np.ndarray:
-        """A palette colour far from `avoided`: the best of six draws, so that no colour is sure to be taken."""
-        candidates = self.palette[self.rng.integers(len(self.palette), size=6)]
+        """A colour far from `avoided` that no wall or tree has: the best of six draws, so that none is sure to win."""
+        candidates = self.other_colours[self.rng.integers(len(self.other_colours), size=6)]
         distances = [np.abs(candidates - colour).sum(axis=1) for colour in avoided]
         return candidates[np.minimum.reduce(distances).argmax()]
 
@@ -261,7 +263,7 @@ class _Street:
         return self._develop(surfaces), self._label(surfaces)
 
     def _sky(self) -> None:
-        top, bottom = self.palette[1], self.palette[0]
+        top, bottom = self.sky_colour, self.haze_colour
         self.draw.rectangle((0, 0, *self.raster.size), fill=self.surface(_SKY, top))
         width, height = self.raster.size
         if self.chance(0.5):
@@ -285,7 +287,6 @@ class _Street:
         self.draw.ellipse(box, fill=surface)
 
     def _ground(self) -> None:
-        self.road_colour, self.pavement_colour = self.palette[2], self.palette[3]
         marking, joint = self.other_colour(self.road_colour), self.other_colour(self.pavement_colour)
         pavement = self.surface(_PAVEMENT, self.pavement_colour)
         road = self.surface(_ROAD, self.road_colour)
@@ -354,7 +355,7 @@ class _Street:
                     self._fence(wall, near, min(far, _NEARBY))
 
     def _house(self, left: float, right: float, near: float, far: float, height: float) -> None:
-        colour = self.palette[self.rng.integers(2, len(self.palette))]
+        colour = self.facade_colours[self.rng.integers(3)]
         glass, trim = self.other_colour(colour), self.other_colour(colour)
         faces = _frustum((left, right, near, far), 0, (left, right, near, far), height)
         storey, pitch = self.uniform(2.4, 3.4), self.uniform(1.6, 3.0)
@@ -368,7 +369,7 @@ class _Street:
             panes = _grid(face, max(int(length / pitch), 1), max(int(height / storey), 1), fill_u, fill_v)
             lit = self.rng.random(len(panes)) < 0.25
             self.fill(panes[~lit], self.surface(_BUILDING, glass, distance, shade))
-            self.fill(panes[lit], self.surface(_BUILDING, self.palette[4], distance, shade))
+            self.fill(panes[lit], self.surface(_BUILDING, self.lamp_colour, distance, shade))
             edge = self.surface(_BUILDING, trim, distance, shade)
             self.fill(_panel(face, 0, 1, 1 - 0.35 / height, 1), edge)
             self.fill(_panel(face, door, door + min(1.1 / length, 0.2), 0, min(2.1 / height, 0.8)), edge)
@@ -434,7 +435,7 @@ class _Street:
 
     def _car(self, x: float, z: float) -> None:
         """A car, a hatchback or a van, along the street or turned across it."""
-        colour, glass, tyre = self.other_colour(self.road_colour), self.palette[5], self.palette[6]
+        colour, glass, tyre = self.other_colour(self.road_colour), self.glass_colour, self.tyre_colour
         if np.abs(glass - colour).sum() < 0.5:
             glass = self.other_colour(colour)
         if np.abs(tyre - colour).sum() < 0.5:
@@ -495,10 +496,10 @@ class _Street:
 
     def _tree(self, x: float, z: float, height: float) -> None:
         """A broad-leaved tree, a poplar or a conifer."""
-        leaves = self.other_colour(self.palette[0], self.palette[1])
+        leaves = self.leaf_colours[self.rng.integers(2)]
         bark = self.other_colour(leaves)
         wood = self.surface(_TREE, bark, z)
-        dark, bright = self.surface(_TREE, leaves * 0.85, z), self.surface(_TREE, 0.75 * leaves + 0.25 * bark, z)
+        dark, bright = self.surface(_TREE, leaves * 0.85, z), self.surface(_TREE, 0.6 * leaves + 0.4 * bark, z)
         if z < 30:
             self.cast_shadow(_disc(x + 0.3, z, 0.28 * height))
 
@@ -610,7 +611,7 @@ class _Street:
         light *= 1 + self.uniform(0.0, 0.2) * self._clouded(2, 3)
         gain = self.uniform(0.45, 0.75) if self.chance(0.15) else self.uniform(0.85, 1.15)
         picture *= light[..., None] * (gain * (1 + 0.06 * self.rng.normal(size=3))).astype(np.float32)
-        picture += self.uniform(0.003, 0.03) * self.rng.standard_normal(picture.shape, dtype=np.float32)
+        picture += self.uniform(0.003, 0.025) * self.rng.standard_normal(picture.shape, dtype=np.float32)
         return PILImage.fromarray(np.rint(picture.clip(0, 1) * 255).astype(np.uint8))
 
     def _texture(self, surfaces: np.ndarray) -> np.ndarray:
@@ -624,7 +625,7 @@ class _Street:
         blots, patches = (self._clouded(max(self.height // k, 2), max(self.width // k, 2)) for k in (4, 16))
         count = len(self.surfaces)
         kinds = self.rng.choice(4, size=count, p=[0.1, 0.3, 0.3, 0.3])
-        strengths = self.rng.uniform(0, np.array([0.06, 0.12, 0.12, 0.12])[kinds]).astype(np.float32)
+        strengths = self.rng.uniform(0, np.array([0.06, 0.1, 0.1, 0.1])[kinds]).astype(np.float32)
         return np.choose(kinds.take(surfaces), [stripes, grain, blots, patches]) * strengths.take(surfaces)
 
     def _clouded(self, rows: int, columns: int) -> np.ndarray:

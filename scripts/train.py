@@ -1,0 +1,444 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Train LeMoRe, or a network it is compared with, by a recipe: segmentation, or classification for pretraining.
+
+    python scripts/train.py --recipe camvid --data_dir DIR --output_dir OUT
+    accelerate launch --num_processes 2 scripts/train.py --recipe camvid --data_dir DIR --output_dir OUT
+
+Every field of the recipe is an option too (`--max_steps 1000 --learning_rate 5e-4`). A run can be killed at any
+moment; the same command with `--resume` goes on from its last checkpoint. The trained model lands in `OUT/final`.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import is_tensorboard_available, set_seed
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, get_polynomial_decay_schedule_with_warmup
+
+from lemore_hf import LeMoReConfig, LeMoReForImageClassification, LeMoReForSemanticSegmentation
+from lemore_hf.checkpointing import (
+    CheckpointError,
+    atomic_folder,
+    checkpoint_folder,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    recover_folder,
+    refuse_pickled,
+)
+from lemore_hf.data.augmentation import mix_images, normalize
+from lemore_hf.data.loading import (
+    BadSampleError,
+    EpochSampler,
+    RecipeDataset,
+    StreamedRecipeDataset,
+    collate,
+    load_split,
+    with_classes_of,
+)
+from lemore_hf.data.recipes import Recipe, add_recipe_arguments, load_recipe, recipe_overrides
+from lemore_hf.evaluation import evaluate
+from lemore_hf.image_processing_lemore import LeMoReImageProcessor
+from lemore_hf.losses import SegmentationCriterion, count_for_median_frequency, median_frequency_weights
+from lemore_hf.optimization import ExponentialMovingAverage, freeze_batch_norm_statistics, parameter_groups
+from lemore_hf.peers import PEERS, build_peer, head_prefixes
+from lemore_hf.training_state import TrainingState
+from lemore_hf.visualization import plot_training_curve
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", required=True, help="name of a recipe, or path of its YAML file")
+    parser.add_argument("--data_dir", type=Path, help="local folder of the data set; without it, from the Hub")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of checkpoints, logs and final model")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--init_from", help="folder or Hub id of a checkpoint whose weights training starts from")
+    parser.add_argument("--peer", choices=sorted(PEERS), help="train this network instead of LeMoRe")
+    parser.add_argument("--streaming", action="store_true", help="read the data while training, never all of it")
+    parser.add_argument(
+        "--cache", choices=["memory", "device"], help="keep the decoded images in memory or on the GPU"
+    )
+    parser.add_argument("--num_workers", type=int, default=2, help="processes that load data for each GPU")
+    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
+    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    parser.add_argument("--channels_last", action="store_true", help="use the channels-last memory format")
+    parser.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
+    parser.add_argument("--eval_every", type=int, default=1000, help="steps between validations; 0 for none")
+    parser.add_argument("--save_every", type=int, default=1000, help="steps between checkpoints")
+    parser.add_argument("--keep_checkpoints", type=int, default=2, help="last checkpoints to keep, besides the best")
+    parser.add_argument("--log_every", type=int, default=50, help="steps between log entries")
+    parser.add_argument("--push_to_hub", metavar="REPO_ID", help="publish the final model as this Hub repository")
+    add_recipe_arguments(parser)
+    args = parser.parse_args()
+    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
+        parser.error("--mixed_precision fp16 needs a GPU; on the CPU use bf16 or no.")
+    if args.cache == "device" and args.num_workers:
+        parser.error("--cache device augments where the images are, on the GPU: it needs --num_workers 0.")
+    if args.streaming and args.cache:
+        parser.error("--streaming and --cache exclude each other: a stream is not kept.")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with="tensorboard" if is_tensorboard_available() else None,
+        project_dir=args.output_dir,
+    )
+    prepare_output_folder(args, accelerator)
+    recipe = load_recipe(args.recipe, recipe_overrides(args), args.data_dir)
+    set_seed(args.seed)
+
+    # Data
+    samples = load_split(recipe, recipe.train_on, args.data_dir, args.streaming)
+    recipe = with_classes_of(recipe, samples)
+    micro_batch_size = divide_batch(recipe.batch_size, accelerator.num_processes, args.gradient_accumulation_steps)
+    cache_device = accelerator.device if args.cache == "device" else None
+    dataset = None if args.streaming else RecipeDataset(samples, recipe, True, args.seed, args.cache, cache_device)
+    validation = None
+    if args.eval_every:
+        validation = RecipeDataset(load_split(recipe, recipe.validate_on, args.data_dir), recipe)
+
+    # Model, optimizer, schedule
+    model = build_model(args, recipe)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(accelerator.device)
+    ema = ExponentialMovingAverage(model, recipe.ema_decay) if recipe.ema_decay else None
+    groups = parameter_groups(
+        model, recipe.learning_rate, recipe.weight_decay, recipe.head_lr_multiplier, head_prefixes(model)
+    )
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=accelerator.device.type == "cuda")
+    state = TrainingState(accelerator, model, optimizer, ema, fingerprint(args, recipe, accelerator))
+    criterion = build_criterion(recipe, dataset).to(accelerator.device)
+    mix = mix_images(recipe) if recipe.task == "image-classification" else None
+    if args.resume:
+        resume(state, args.output_dir)
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    scheduler = get_polynomial_decay_schedule_with_warmup(
+        optimizer, recipe.warmup_steps, recipe.max_steps, 0.0, recipe.poly_power, last_epoch=state.step - 1
+    )
+    if args.compile:
+        model.compile()
+    prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    averaged_model = ema.module if ema is not None else model
+
+    log = RunLog(args.output_dir, accelerator, state.step)
+    batches = training_batches(args, recipe, accelerator, samples, dataset, micro_batch_size, state.step)
+    progress = tqdm(
+        total=recipe.max_steps,
+        initial=state.step,
+        desc="Training",
+        unit="step",
+        disable=not accelerator.is_main_process,
+    )
+    pending: list[tuple[int, list[str], torch.Tensor]] = []  # Losses that have not been looked at yet.
+    try:
+        while state.step < recipe.max_steps:
+            prepared_model.train()
+            if recipe.freeze_batch_norm:
+                freeze_batch_norm_statistics(model)
+            batch = next(batches)
+            with accelerator.accumulate(prepared_model):
+                pixel_values = normalize(batch["pixel_values"], recipe, accelerator.device)
+                labels = batch["labels"].to(accelerator.device, non_blocking=True).long()
+                if args.channels_last:
+                    pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+                if mix is not None:
+                    pixel_values, labels = mix(pixel_values, labels)
+                loss = criterion(prepared_model(pixel_values).logits, labels)
+                accelerator.backward(loss)
+                if recipe.max_grad_norm is not None and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+                prepared_optimizer.step()
+                prepared_optimizer.zero_grad()
+            pending.append((state.step, batch["name"], loss.detach()))
+            if not accelerator.sync_gradients:
+                continue
+
+            state.step += 1
+            scheduler.step()
+            if ema is not None:
+                ema.update(model)
+            progress.update()
+            is_last = state.step == recipe.max_steps
+            is_due = {
+                name: bool(every) and (state.step % every == 0 or is_last)
+                for name, every in (("log", args.log_every), ("eval", args.eval_every), ("save", args.save_every))
+            }
+            # Reading a loss waits for a GPU, so there it is done for many steps at once.
+            if any(is_due.values()) or accelerator.device.type == "cpu":
+                mean_loss = check_losses(pending, accelerator)
+                pending.clear()
+            if is_due["log"]:
+                rate = progress.format_dict["rate"] or 0.0
+                log.write(
+                    step=state.step,
+                    loss=mean_loss,
+                    lr=scheduler.get_last_lr()[0],
+                    images_per_second=rate * recipe.batch_size,
+                )
+                progress.set_postfix_str(
+                    f"loss {mean_loss:.3f}, lr {scheduler.get_last_lr()[0]:.1e}, {rate * recipe.batch_size:.0f} images/s"
+                )
+            if is_due["eval"]:
+                scores = evaluate(averaged_model, validation, recipe, accelerator, num_workers=0, progress=False)
+                log.write(step=state.step, **scores)
+                score = next(iter(scores.values()))
+                if state.best is None or score > state.best["score"]:
+                    state.best = {"step": state.step, "score": score}
+            if is_due["save"]:
+                save(state, args)
+    except BadSampleError:
+        if accelerator.num_processes == 1:
+            save(state, args)
+        raise
+    progress.close()
+
+    # Results
+    if accelerator.is_main_process:
+        export_model(averaged_model, recipe, args.output_dir / "final")
+        log.plot()
+        write_summary(args, recipe, accelerator, state)
+        if args.push_to_hub:
+            from lemore_hf.hub import push_folder
+
+            push_folder(args.output_dir / "final", args.push_to_hub)
+    accelerator.end_training()
+
+
+def prepare_output_folder(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Refuse to overwrite a run, or to resume none."""
+    if args.resume and not list_checkpoints(args.output_dir):
+        print(f"There is no checkpoint in {args.output_dir} yet: starting from the beginning.")
+        args.resume = False
+    if not args.resume and list_checkpoints(args.output_dir):
+        raise CheckpointError(
+            f"{args.output_dir} already holds a run: add --resume to go on with it, or choose another --output_dir."
+        )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        recover_folder(args.output_dir / "final")
+
+
+def divide_batch(batch_size: int, num_processes: int, accumulation_steps: int) -> int:
+    """Samples that a process takes at once."""
+    micro_batch_size, rest = divmod(batch_size, num_processes * accumulation_steps)
+    if rest or micro_batch_size < 1:
+        raise ValueError(
+            f"batch_size={batch_size} cannot be divided by {num_processes} processes and {accumulation_steps} "
+            f"accumulation steps: choose a multiple of {num_processes * accumulation_steps}."
+        )
+    return micro_batch_size
+
+
+def build_model(args: argparse.Namespace, recipe: Recipe) -> PreTrainedModel:
+    """The network with random weights, or with those of `--init_from` wherever they fit."""
+    if args.peer:
+        return build_peer(args.peer, recipe.num_classes, recipe.id2label)
+    is_classification = recipe.task == "image-classification"
+    model_class = LeMoReForImageClassification if is_classification else LeMoReForSemanticSegmentation
+    fields = {
+        "id2label": recipe.id2label,
+        "label2id": recipe.label2id,
+        "image_size": list(recipe.image_size),
+        "palette": [list(colour) for colour in recipe.palette] if recipe.palette else None,
+        **recipe.model_config,
+    }
+    if args.init_from is None:
+        return model_class(LeMoReConfig(**fields))
+    if Path(args.init_from).is_dir():
+        refuse_pickled(Path(args.init_from))
+    return model_class.from_pretrained(
+        args.init_from, use_safetensors=True, ignore_mismatched_sizes=True, dtype=torch.float32, **fields
+    )
+
+
+def build_criterion(recipe: Recipe, dataset: RecipeDataset | None) -> nn.Module:
+    if recipe.task == "image-classification":
+        return nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+    class_weights = recipe.class_weights
+    if class_weights == "median_frequency":
+        if dataset is None:
+            raise ValueError(
+                "class_weights='median_frequency' needs the whole set: give a list of weights to a stream."
+            )
+        labels = (dataset.decoded(index).labels for index in tqdm(range(len(dataset)), "Class weights", leave=False))
+        class_weights = median_frequency_weights(*count_for_median_frequency(labels, recipe.num_classes))
+    return SegmentationCriterion(
+        class_weights,
+        recipe.label_smoothing,
+        recipe.ohem_threshold,
+        recipe.ohem_min_kept,
+        recipe.dice_weight,
+        recipe.lovasz_weight,
+    )
+
+
+def training_batches(
+    args: argparse.Namespace,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    samples: Any,
+    dataset: RecipeDataset | None,
+    micro_batch_size: int,
+    step: int,
+) -> Iterator[dict[str, Any]]:
+    """Batches of this process, from optimizer step `step` on."""
+    place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    if dataset is None:
+        start = step * args.gradient_accumulation_steps
+        dataset = StreamedRecipeDataset(
+            samples, recipe, True, args.seed, **place, batch_size=micro_batch_size, start=start
+        )
+        sampler, num_workers = None, min(args.num_workers, dataset.max_workers)
+    else:
+        sampler = EpochSampler(len(dataset), args.seed, start=step * recipe.batch_size, **place)
+        num_workers = args.num_workers
+    loader = DataLoader(
+        dataset,
+        micro_batch_size,
+        sampler=sampler,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=accelerator.device.type == "cuda" and args.cache != "device",
+        # A generator of its own, so that making the loader leaves the one of dropout alone.
+        generator=torch.Generator(),
+    )
+    return (batch for batch in loader if batch is not None)
+
+
+def fingerprint(args: argparse.Namespace, recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
+    """Settings that decide what a run computes."""
+    data = {f"recipe.{name}": value for name, value in recipe.to_dict().items() if name not in ("status", "notes")}
+    options = ("seed", "init_from", "peer", "streaming", "mixed_precision", "gradient_accumulation_steps")
+    run = {name: getattr(args, name) for name in options}
+    return json.loads(json.dumps({**data, **run, "num_processes": accelerator.num_processes}))
+
+
+def resume(state: TrainingState, output_dir: Path) -> None:
+    """Go on from the newest checkpoint; where it is damaged, say so and take the one before."""
+    for folder in reversed(list_checkpoints(output_dir)):
+        try:
+            load_checkpoint(folder)
+        except CheckpointError as error:
+            print(f"Skipping a checkpoint: {error}")
+            continue
+        state.load(folder)
+        return
+    raise CheckpointError(f"None of the checkpoints in {output_dir} can be read: start again without --resume.")
+
+
+def check_losses(pending: list[tuple[int, list[str], torch.Tensor]], accelerator: Accelerator) -> float:
+    """Mean of the losses since the last check; an error that names the samples if one is not finite."""
+    values = torch.stack([loss for _, _, loss in pending]).float().tolist()
+    for (step, names, _), value in zip(pending, values, strict=True):
+        if not torch.isfinite(torch.tensor(value)):
+            raise FloatingPointError(
+                f"The loss of step {step + 1} is {value}, for the samples {', '.join(names)}. The last checkpoint is "
+                "from before. Look at the samples with scripts/check_dataset.py, lower learning_rate or set "
+                "max_grad_norm, then --resume."
+            )
+    return sum(values) / len(values)
+
+
+def save(state: TrainingState, args: argparse.Namespace) -> None:
+    state.save(checkpoint_folder(args.output_dir, state.step))
+    if state.accelerator.is_main_process:
+        best = checkpoint_folder(args.output_dir, int(state.best["step"])) if state.best else None
+        prune_checkpoints(args.output_dir, args.keep_checkpoints, also_keep=best)
+    state.accelerator.wait_for_everyone()
+
+
+class RunLog:
+    """`log.jsonl`, TensorBoard where it is installed, and a picture of the curves at the end."""
+
+    def __init__(self, output_dir: Path, accelerator: Accelerator, step: int):
+        self.path = output_dir / "log.jsonl"
+        self.accelerator = accelerator
+        if accelerator.is_main_process:
+            # A resumed run writes the entries after its checkpoint again.
+            kept = [record for record in self.records() if record["step"] <= step]
+            self.path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        accelerator.init_trackers("tensorboard")
+
+    def records(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def write(self, step: int, **values: Any) -> None:
+        self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def plot(self) -> None:
+        plot_training_curve(self.records()).save(self.path.with_name("curves.png"))
+
+
+def export_model(model: PreTrainedModel, recipe: Recipe, folder: Path) -> None:
+    """Model and image processor as a folder that `from_pretrained` and `pipeline` load."""
+    if isinstance(recipe.resize, int):
+        size = {"shortest_edge": recipe.resize}
+        if recipe.max_longest_edge is not None:
+            size["longest_edge"] = recipe.max_longest_edge
+    else:
+        height, width = recipe.resize or recipe.image_size
+        size = {"height": height, "width": width}
+    processor = LeMoReImageProcessor(
+        size=size,
+        image_mean=list(recipe.image_mean),
+        image_std=list(recipe.image_std),
+        do_reduce_labels=recipe.reduce_labels,
+    )
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+
+
+def write_summary(args: argparse.Namespace, recipe: Recipe, accelerator: Accelerator, state: TrainingState) -> None:
+    """`run.json`: what was run, for how long and on what; `scripts/evaluate.py` adds the test score to it."""
+    settings = json.dumps(state.fingerprint, sort_keys=True)
+    device = accelerator.device
+    summary = {
+        "recipe": recipe.name,
+        "network": args.peer or "lemore",
+        "configuration_hash": hashlib.sha256(settings.encode()).hexdigest()[:12],
+        "seed": args.seed,
+        "steps": state.step,
+        "images": state.step * recipe.batch_size,
+        "train_on": recipe.train_on,
+        "best_validation": state.best,
+        "hours": round(state.seconds / 3600, 3),
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "settings": state.fingerprint,
+    }
+    (args.output_dir / "run.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (BadSampleError, CheckpointError, FileNotFoundError, FloatingPointError, ValueError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error

@@ -1,0 +1,23 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures that the tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+# Nothing here may reach for the network; two cores are shared by all tests.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+CAMVID_DIR = Path(os.environ.get("LEMORE_CAMVID", Path(__file__).resolve().parents[2] / "shared" / "camvid"))
+
+
+@pytest.fixture(scope="session")
+def camvid_dir() -> Path:
+    """Folder of the CamVid parquet files; see the README for where to put them."""
+    if not (CAMVID_DIR / "test.parquet").is_file():
+        pytest.skip(f"CamVid is not at {CAMVID_DIR}; set LEMORE_CAMVID to its folder")
+    return CAMVID_DIR
