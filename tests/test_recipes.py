@@ -1,0 +1,220 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: complete and consistent ones are shipped, wrong ones are refused by name, every field can be overridden."""
+
+import argparse
+import json
+import shlex
+
+import pytest
+import yaml
+
+from lemore_hf.data import scenes
+from lemore_hf.data.recipes import (
+    IGNORE_INDEX,
+    Recipe,
+    add_recipe_arguments,
+    load_recipe,
+    recipe_names,
+    recipe_overrides,
+    split_names,
+)
+
+# Name, number of classes, and some classes by index in the benchmark's own order.
+BENCHMARKS = {
+    "ade20k": (150, {0: "wall", 12: "person", 20: "car", 130: "screen", 149: "flag"}),
+    "camvid": (11, {0: "sky", 3: "road", 10: "bicyclist"}),
+    "cityscapes": (19, {0: "road", 11: "person", 13: "car", 18: "bicycle"}),
+    "coco_stuff_10k": (171, {0: "person", 11: "stop sign", 79: "toothbrush", 80: "banner", 170: "wood"}),
+    "coco_stuff_164k": (171, {0: "person", 11: "stop sign", 79: "toothbrush", 80: "banner", 170: "wood"}),
+    "imagenet1k": (1000, {0: "tench", 207: "golden retriever", 281: "tabby", 817: "sports car", 999: "toilet tissue"}),
+    "pascal_context_59": (59, {0: "aeroplane", 36: "person", 58: "wood"}),
+    "pascal_context_60": (60, {0: "background", 1: "aeroplane", 37: "person", 59: "wood"}),
+}
+PAPER = {
+    "ade20k": (33.5, 3e-4, 160_000),
+    "cityscapes": (65.0, 3e-4, 80_000),
+    "coco_stuff_10k": (27.19, 1.2e-4, 80_000),
+    "pascal_context_59": (35.76, 1.2e-4, 80_000),
+    "pascal_context_60": (31.48, 1.2e-4, 80_000),
+}
+# Category ids of 1…182 that COCO-Stuff leaves out.
+COCO_ABSENT = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}
+
+
+def test_every_shipped_recipe_is_covered():
+    assert set(recipe_names()) == {*BENCHMARKS, "folder", "scenes"}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_class_lists_are_complete_and_in_the_benchmarks_order(name):
+    recipe = load_recipe(name)
+    count, classes = BENCHMARKS[name]
+    assert recipe.num_classes == len(recipe.class_names) == len(set(recipe.class_names)) == count
+    assert {index: recipe.class_names[index] for index in classes} == classes
+    assert recipe.id2label[count - 1] == recipe.class_names[-1]
+    assert recipe.label2id[recipe.class_names[-1]] == count - 1
+    if recipe.task == "semantic-segmentation":
+        assert len(recipe.palette) == count
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_schedules_and_the_papers_figures(name):
+    recipe = load_recipe(name)
+    assert (recipe.paper_mean_iou, recipe.learning_rate, recipe.max_steps) == PAPER[name]
+    assert (recipe.batch_size, recipe.warmup_steps, recipe.weight_decay, recipe.head_lr_multiplier) == (
+        16,
+        1500,
+        0.01,
+        10,
+    )
+    assert recipe.scale_range == (0.5, 2.0)
+    assert recipe.max_class_share == 0.75
+    assert recipe.status == "not run"
+
+
+@pytest.mark.parametrize(("name", "shift"), [("coco_stuff_10k", 0), ("coco_stuff_164k", 1)])
+def test_coco_stuff_maps_every_category_that_occurs(name, shift):
+    label_map = load_recipe(name).label_map
+    assert set(label_map) == {category - shift for category in set(range(1, 183)) - COCO_ABSENT}
+    # Ids ascend, and so do the classes: the list has the order of the ids.
+    assert [label_map[stored] for stored in sorted(label_map)] == list(range(171))
+
+
+def test_cityscapes_maps_the_19_evaluated_ids():
+    recipe = load_recipe("cityscapes")
+    assert sorted(recipe.label_map.values()) == list(range(19))
+    raw = {"road": 7, "pole": 17, "person": 24, "train": 31, "bicycle": 33}
+    assert {name: {v: k for k, v in recipe.label_map.items()}[recipe.label2id[name]] for name in raw} == raw
+
+
+def test_scenes_recipe_agrees_with_the_generator():
+    recipe = load_recipe("scenes")
+    assert recipe.class_names == tuple(scenes.CLASS_NAMES)
+    assert recipe.palette == tuple(scenes.PALETTE)
+
+
+@pytest.mark.parametrize("name", ["camvid", "coco_stuff_164k", "imagenet1k", "folder"])
+def test_round_trip_through_plain_values(name):
+    recipe = load_recipe(name)
+    assert Recipe(**yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
+    # JSON turns the keys of label_map into text.
+    assert Recipe(**json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert recipe.replace(max_steps=7).max_steps == 7
+
+
+def test_overrides_from_the_command_line():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--recipe")
+    add_recipe_arguments(parser)
+    line = """--max_steps 100 --learning_rate 1e-3 --crop_size 360 480 --resize 512 --flip_prob 0 --freeze_batch_norm
+        --class_names road "traffic sign" --label_map "{7: 0, 8: 1}" --class_weights 1 2.5 --ema_decay none
+        --model_config "{views: [transverse], dilation: 3}" --train_on train+validation --scale_range 0.75 1.25"""
+    recipe = load_recipe("camvid", recipe_overrides(parser.parse_args(shlex.split(line))))
+    assert (recipe.max_steps, recipe.learning_rate, recipe.flip_prob) == (100, 1e-3, 0.0)
+    assert (recipe.crop_size, recipe.resize, recipe.scale_range) == ((360, 480), 512, (0.75, 1.25))
+    assert recipe.freeze_batch_norm is True
+    assert recipe.ema_decay is None
+    assert (recipe.class_names, recipe.num_classes, recipe.palette) == (("road", "traffic sign"), 2, None)
+    assert recipe.label_map == {7: 0, 8: 1}
+    assert recipe.class_weights == (1.0, 2.5)
+    assert recipe.model_config == {"views": ["transverse"], "dilation": 3}
+    assert recipe.train_on == "train+validation"
+
+
+def test_a_command_line_without_overrides_changes_nothing():
+    parser = argparse.ArgumentParser()
+    add_recipe_arguments(parser)
+    assert recipe_overrides(parser.parse_args([])) == {}
+
+
+def test_every_field_has_an_option_with_its_documentation():
+    parser = argparse.ArgumentParser()
+    add_recipe_arguments(parser)
+    text = parser.format_help()
+    missing = [field for field in load_recipe("camvid").to_dict() if field != "name" and f"--{field} " not in text]
+    assert not missing
+    assert all(action.help for action in parser._actions)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"max_step": 5}, ValueError, r"unknown field 'max_step' \(did you mean 'max_steps'\?\)"),
+        ({"num_classes": 12}, ValueError, "num_classes is 12, but class_names lists 11"),
+        ({"class_names": ["a", "b", "a"]}, ValueError, r"class_names must differ.*\['a'\]"),
+        ({"palette": [[0, 0, 0]]}, ValueError, "palette has 1 colours for 11 classes"),
+        ({"crop_size": [360, 480, 3]}, TypeError, "crop_size must be 2 values of int"),
+        ({"crop_size": [16, 480]}, ValueError, "crop_size must be at least 32"),
+        ({"max_steps": "many"}, TypeError, "max_steps must be int, got 'many'"),
+        ({"max_steps": 1.5}, TypeError, "max_steps must be int"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"learning_rate": -1}, ValueError, "learning_rate must be at least 0"),
+        ({"learning_rate": float("nan")}, ValueError, "learning_rate must be finite"),
+        ({"flip_prob": 1.5}, ValueError, "flip_prob must be in 0.0…1.0"),
+        ({"scale_range": [2.0, 0.5]}, ValueError, "scale_range must be"),
+        ({"task": "detection"}, ValueError, "task must be 'semantic-segmentation' or"),
+        ({"label_map": {7: 11}}, ValueError, "label_map sends 7 to 11"),
+        ({"label_map": {1: 0}, "reduce_labels": True}, ValueError, "reduce_labels and label_map exclude"),
+        ({"class_weights": [1.0, 2.0]}, ValueError, "class_weights has 2 weights for 11 classes"),
+        ({"class_weights": "inverse"}, TypeError, "class_weights must be 'median_frequency' or"),
+        ({"splits": {"validation": "val"}}, ValueError, "at least the train split"),
+        ({"splits": {"train": "train", "dev": "dev"}}, ValueError, r"unknown splits \['dev'\]"),
+        ({"train_on": "train+train"}, ValueError, "train_on must be"),
+        ({"max_longest_edge": 2048}, ValueError, "max_longest_edge needs resize"),
+        ({"split_file": "train.txt"}, ValueError, "split_file must hold"),
+        ({"class_names": [f"class {i}" for i in range(256)]}, ValueError, "at most 255"),
+        (["max_steps"], ValueError, '"field=value"'),
+    ],
+)
+def test_wrong_values_are_refused_by_name(overrides, error, message):
+    with pytest.raises(error, match=message):
+        load_recipe("camvid", overrides)
+
+
+def test_unknown_recipes_name_the_nearest(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"'cityscape' \(did you mean 'cityscapes'\?\)"):
+        load_recipe("cityscape")
+    with pytest.raises(FileNotFoundError, match="no recipe file"):
+        load_recipe(tmp_path / "mine.yaml")
+
+
+def test_recipe_by_path(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("class_names: [floor, wall]\nlearning_rate: 3e-4\nlabel_map: {10: 0, 20: 1, 30: 255}\n")
+    recipe = load_recipe(path, ["max_steps=12"])
+    assert (recipe.name, recipe.num_classes, recipe.learning_rate, recipe.max_steps) == ("mine", 2, 3e-4, 12)
+    assert recipe.label_map == {10: 0, 20: 1, 30: IGNORE_INDEX}
+
+
+@pytest.mark.parametrize("text", ["- a list", "a: [unclosed", ""])
+def test_files_that_are_no_recipe(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"mine\.yaml"):
+        load_recipe(path)
+
+
+def test_classes_of_a_local_folder(tmp_path):
+    assert load_recipe("folder", data_dir=tmp_path).num_classes is None
+    (tmp_path / "id2label.json").write_text('{"1": "wall", "0": "floor"}')
+    assert load_recipe("folder", data_dir=tmp_path).class_names == ("floor", "wall")
+    (tmp_path / "classes.txt").write_text("sky\nroad\n\ncar\n")
+    assert load_recipe("folder", data_dir=tmp_path).class_names == ("sky", "road", "car")
+    assert load_recipe("folder", {"class_names": ["x"]}, data_dir=tmp_path).class_names == ("x",)
+    assert load_recipe("camvid", data_dir=tmp_path).num_classes == 11
+    (tmp_path / "classes.txt").unlink()
+    (tmp_path / "id2label.json").write_text('{"1": "wall", "2": "floor"}')
+    with pytest.raises(ValueError, match="from 0 without gaps"):
+        load_recipe("folder", data_dir=tmp_path)
+
+
+def test_short_runs_shorten_the_warm_up():
+    assert load_recipe("camvid", {"max_steps": 20}).warmup_steps < 20
+    assert load_recipe("camvid", {"max_steps": 20, "warmup_steps": 5}).warmup_steps == 5
+
+
+def test_split_names():
+    assert split_names("train+val") == ["train", "validation"]
+    with pytest.raises(ValueError, match="'holdout'"):
+        split_names("holdout")
