@@ -65,7 +65,8 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
         hidden_act (`str`, *optional*, defaults to `"relu6"`):
             Activation, a name that Transformers knows.
         drop_path_rate (`float`, *optional*, defaults to 0.0):
-            Stochastic depth of the last residual branch; it grows linearly from 0 with depth.
+            Stochastic depth of the last residual branch; it grows linearly from 0 with depth. The branches are the
+            Cartesian encoders (with `use_residual`) and the global block (with `use_nested_attention`).
         classifier_dropout_prob (`float`, *optional*, defaults to 0.1):
             Dropout before the classifier: whole channels in segmentation, single values in classification.
         batch_norm_eps (`float`, *optional*, defaults to 1e-5):
@@ -247,6 +248,11 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ("drop_path_rate", "classifier_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
+        if self.drop_path_rate > 0 and not (self.use_residual or self.use_nested_attention):
+            raise ValueError(
+                f"`drop_path_rate`={self.drop_path_rate} has no residual branch to drop: set it to 0, or set "
+                "`use_residual` or `use_nested_attention`."
+            )
         if not 0 < self.batch_norm_momentum <= 1:
             raise ValueError(f"`batch_norm_momentum` must be in (0, 1], got {self.batch_norm_momentum}.")
         if not self.batch_norm_eps > 0:

@@ -199,10 +199,12 @@ class ResampleAxisWeights(ConversionOps):
         weight = tensors[0] if isinstance(tensors, list) else tensors
         size = model.get_parameter(full_layer_name).shape[-1]
         if size != weight.shape[-1]:
-            logger.info_once(
-                f"The checkpoint's axis weights were made for another image size: they are resampled to "
-                f"`image_size`={model.config.image_size}."
-            )
+            if not model.axis_weights_were_resampled:
+                logger.info(
+                    "The checkpoint's axis weights were made for another image size: they are resampled to "
+                    f"`image_size`={model.config.image_size}."
+                )
+                model.axis_weights_were_resampled = True
             weight = resample_axis_weight(weight, size)
         return {pattern: weight}
 
@@ -473,6 +475,8 @@ class LeMoRePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["LeMoReStage", "LeMoReGlobalBlock"]
     _can_compile_fullgraph = True
+    # Whether loading resampled the checkpoint's axis weights to another native size.
+    axis_weights_were_resampled = False
     _can_record_outputs = {
         "hidden_states": LeMoReStage,
         "attentions": OutputRecorder(LeMoReNestedAttention, index=1),
