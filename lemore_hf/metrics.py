@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .image_processing_pil_lemore import _check_finite, _segment
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import EvalPrediction
@@ -96,15 +98,10 @@ def scores_from_confusion_matrix(matrix: Tensor) -> dict[str, Any]:
     }
 
 
-def _predicted_labels(predictions: Tensor, size: tuple[int, int]) -> Tensor:
-    """Label map of integer label maps (as they are) or of logits (B, C, h, w), upsampled bilinearly to `size`."""
-    if predictions.ndim != 4:
-        return predictions
-    if predictions.isnan().any():
-        raise ValueError("the logits hold NaN: no class can be predicted from them; look at the weights and inputs")
-    logits = F.interpolate(predictions.float(), size=size, mode="bilinear", align_corners=False)
-    # One channel is the binary case, as in the loss: a positive logit is class 1.
-    return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(1)
+def _predicted_labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """int64 label maps (B, H, W) of logits (B, C, h, w) at `size`, without the upsampled scores in memory."""
+    _check_finite(logits)
+    return torch.stack([_segment(scores, size) for scores in logits])
 
 
 class _StreamingCounts:
@@ -130,19 +127,19 @@ class _StreamingCounts:
 
         Raises:
             TypeError: floating-point predictions that are not 4-dimensional logits, or floating-point labels.
-            ValueError: shapes that do not fit, NaN logits, labels or predictions out of range. Nothing of the batch
-                has been counted then.
+            ValueError: shapes that do not fit, logits that are not finite, labels or predictions out of range.
+                Nothing of the batch has been counted then.
         """
         predictions, labels = torch.as_tensor(predictions), torch.as_tensor(labels)
         self._check(predictions, labels)
-        labels = labels.to(predictions.device)
-        predictions, labels = (x if x.ndim > 2 else x[None] for x in (predictions, labels))
-        # An image at a time: the 64-bit temporaries of a whole batch would outweigh the batch.
-        batch = sum(
-            self._count(_predicted_labels(prediction[None], label.shape)[0], label)
-            for prediction, label in zip(predictions, labels, strict=True)
-        )
         device = self.device or predictions.device
+        labels = labels.to(predictions.device)
+        if predictions.is_floating_point():
+            predictions = _predicted_labels(predictions, tuple(labels.shape[1:]))
+        elif labels.ndim == 2:
+            predictions, labels = predictions[None], labels[None]
+        # An image at a time: the 64-bit temporaries of a whole batch would outweigh the batch.
+        batch = sum(self._count(*pair) for pair in zip(predictions, labels, strict=True))
         self.counts = self.counts.to(device) + torch.as_tensor(batch, device=device)
 
     def _check(self, predictions: Tensor, labels: Tensor) -> None:
@@ -343,10 +340,10 @@ def trainer_metrics(
 ) -> TrainerMetrics:
     """Streaming mean IoU for `Trainer`; set `TrainingArguments(batch_eval_metrics=True)` so that nothing accumulates.
 
-    `preprocess_logits_for_metrics` turns logits into label maps of the labels' size (int16, so that `Trainer.predict`
-    returns small arrays); `compute_metrics` counts them and, at the last batch, returns `mean_iou`, `mean_accuracy`,
-    `overall_accuracy`, and `iou_<class>` and `accuracy_<class>` of every class (nan as in `ConfusionMatrix`), and
-    starts anew. Batches may differ in size. With several processes their images must agree in width, since `Trainer`
+    `preprocess_logits_for_metrics` turns logits into label maps of the labels' size (int32, the smallest type that all
+    backends of `torch.distributed` gather); `compute_metrics` counts them and, at the last batch, returns `mean_iou`,
+    `mean_accuracy`, `overall_accuracy`, and `iou_<class>` and `accuracy_<class>` of every class (nan as in
+    `ConfusionMatrix`), and starts anew. Batches may differ in size. With several processes their images must agree in width, since `Trainer`
     itself pads labels in height only; it also drops repeated samples, and gives every process the whole counts.
 
     Args:
@@ -365,7 +362,7 @@ def trainer_metrics(
         # The logits belong to the image above the padding.
         height = int((labels != _TRAINER_PADDING).any(-1).any(0).sum())
         size = (height or labels.shape[-2], labels.shape[-1])
-        maps = torch.cat([_predicted_labels(image[None], size) for image in logits]).to(torch.int16)
+        maps = _predicted_labels(logits, size).to(torch.int32)
         return F.pad(maps, (0, 0, 0, labels.shape[-2] - size[0]), value=_TRAINER_PADDING)
 
     def compute_metrics(evaluation: EvalPrediction, compute_result: bool = True) -> dict[str, float]:

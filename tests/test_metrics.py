@@ -57,7 +57,8 @@ def test_counts_and_scores_are_those_of_scikit_learn(label_dtype):
     valid = labels != 255
     expected = confusion_matrix(labels[valid], predictions[valid], labels=range(7))
     assert scores["confusion_matrix"] == expected.tolist()
-    iou = jaccard_score(labels[valid], predictions[valid], labels=range(7), average=None, zero_division=np.nan)
+    iou = jaccard_score(labels[valid], predictions[valid], labels=range(7), average=None, zero_division=0)
+    iou[5] = np.nan  # In neither: scikit-learn can only say 0 or 1.
     np.testing.assert_allclose(scores["per_class_iou"], iou, rtol=1e-12)
     np.testing.assert_allclose(scores["mean_iou"], np.nanmean(iou), rtol=1e-12)
     assert scores["overall_accuracy"] == pytest.approx((labels == predictions)[valid].float().mean().item())
@@ -130,29 +131,6 @@ def test_merge_reset_and_state_dict():
         ConfusionMatrix(3).load_state_dict(saved)
 
 
-def test_two_processes_count_what_one_counts():
-    code = """
-        import torch
-        from accelerate import Accelerator
-        from lemore_hf.metrics import BoundaryIoU, ConfusionMatrix
-        accelerator = Accelerator(cpu=True)
-        rank, world = accelerator.process_index, accelerator.num_processes
-        generator = torch.Generator().manual_seed(0)
-        maps = torch.randint(0, 4, (2, 5, 20, 30), generator=generator)
-        results = []
-        for kind in (ConfusionMatrix, BoundaryIoU):
-            metric = kind(4)
-            for index in range(rank, 5, world):  # Five images: one process counts three, the other two.
-                metric.update(maps[0, index], maps[1, index])
-            results += [metric.reduce(accelerator).counts.tolist(), metric.reduce().counts.tolist()]
-        if accelerator.is_main_process:
-            print(results)
-    """
-    alone, together = run_python(code), run_python(code, processes=2)
-    assert json.loads(alone) == json.loads(together)
-    assert np.sum(json.loads(alone)[0]) == 5 * 20 * 30
-
-
 # Bad input
 
 
@@ -177,7 +155,7 @@ def test_values_out_of_range_are_named_and_nothing_is_counted(kind):
         (torch.zeros(1, 8, 9).long(), torch.zeros(1, 8, 8).long(), ValueError, "bring both to one size"),
         (torch.zeros(1, 5, 8, 8), torch.zeros(1, 8, 8).long(), ValueError, "num_labels=7"),
         (torch.zeros(2, 7, 8, 8), torch.zeros(1, 8, 8).long(), ValueError, "do not fit"),
-        (torch.full((1, 7, 8, 8), math.nan), torch.zeros(1, 8, 8).long(), ValueError, "NaN"),
+        (torch.full((1, 7, 8, 8), math.nan), torch.zeros(1, 8, 8).long(), ValueError, "not finite"),
         (torch.zeros(8).long(), torch.zeros(8).long(), ValueError, r"\(B, H, W\)"),
     ],
 )
@@ -294,6 +272,7 @@ def test_trainer_functions_stream_over_batches_of_different_sizes_and_padding():
 
 TRAINER_PROGRAM = """
     import json, resource, sys, tempfile
+    sys.modules["evaluate"] = None  # An optional dependency: nothing here may import it.
     import torch
     from torch import nn
     from transformers import Trainer, TrainingArguments
@@ -309,9 +288,11 @@ TRAINER_PROGRAM = """
             return self.length
         def __getitem__(self, index):
             generator = torch.Generator().manual_seed(index)
-            labels = torch.randint(0, num_labels, (size, size), generator=generator)
+            coarse = torch.randn(1, 3, size // 16, size // 16, generator=generator)
+            image = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")[0]
+            labels = (image[0] * 20).long().remainder(num_labels)
             labels[:, : index % 7] = 255
-            return {"pixel_values": torch.randn(3, size, size, generator=generator), "labels": labels}
+            return {"pixel_values": image, "labels": labels}
 
     class Model(nn.Module):
         def __init__(self):
@@ -333,26 +314,36 @@ TRAINER_PROGRAM = """
     for length in lengths:
         results.append(trainer.evaluate(Images(length))["eval_mean_iou"])
         peaks.append(peak())
+    images, counts = Images(lengths[-1]), {}
+    shards = {"whole": range(len(images)), "shard": range(args.process_index, len(images), args.world_size)}
+    with torch.no_grad():
+        for name, shard in shards.items():
+            counts[name] = ConfusionMatrix(num_labels)
+            for sample in map(images.__getitem__, shard):
+                counts[name].update(model(sample["pixel_values"][None]).logits, sample["labels"][None])
+    sums = [counts["shard"].reduce(x).counts.tolist() for x in (trainer.accelerator, None)]
     if trainer.is_world_process_zero():
-        matrix = ConfusionMatrix(num_labels)
-        with torch.no_grad():
-            for sample in Images(lengths[-1]):
-                matrix.update(model(sample["pixel_values"][None]).logits, sample["labels"][None])
-        print(json.dumps({"results": results, "peaks": peaks, "expected": matrix.compute()["mean_iou"]}))
+        print(json.dumps({
+            "results": results, "peaks": peaks, "expected": counts["whole"].compute()["mean_iou"],
+            "whole": counts["whole"].counts.tolist(), "sums": sums,
+        }))
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_trainer_evaluate_gives_the_counts_of_one_loop(processes):
-    output = json.loads(run_python(TRAINER_PROGRAM, 32, 5, "9,11", processes=processes).splitlines()[-1])
+def test_two_processes_count_what_one_counts_in_trainer_and_in_a_loop():
+    # Eleven images: no batch divides them, and Trainer repeats samples to fill the last one.
+    output = json.loads(run_python(TRAINER_PROGRAM, 32, 5, "9,11", processes=2).splitlines()[-1])
     assert output["results"][-1] == pytest.approx(output["expected"], abs=1e-12)
+    assert output["sums"] == [output["whole"], output["whole"]]
 
 
 def test_trainer_evaluate_keeps_its_memory_whatever_the_number_of_images():
-    output = json.loads(run_python(TRAINER_PROGRAM, 512, 150, "12,120").splitlines()[-1])
+    output = json.loads(run_python(TRAINER_PROGRAM, 512, 150, "8,80").splitlines()[-1])
     before, few, many = output["peaks"]
     assert many - before < 100, f"{many - before:.0f} MB"
-    assert many - few < 10, f"ten times the images took {many - few:.0f} MB more"
+    # Keeping the label maps of 72 images, at 1 MB, would show.
+    assert many - few < 40, f"ten times the images took {many - few:.0f} MB more"
+    assert output["results"][-1] == pytest.approx(output["expected"], abs=1e-12)
 
 
 # evaluate
@@ -377,12 +368,3 @@ def test_evaluate_metric_streams_and_has_the_keys_of_mean_iou(tmp_path):
         assert math.isnan(metric.compute()["mean_iou"])  # Started anew.
         with pytest.raises(ValueError, match="2 predictions and 1 references"):
             metric.add_batch(predictions=predictions[:2], references=labels[:1])
-
-
-def test_metrics_need_no_evaluate():
-    run_python("""
-        import sys
-        sys.modules["evaluate"] = None
-        from lemore_hf.metrics import ConfusionMatrix
-        assert ConfusionMatrix(2).compute()["mean_iou"] != 0
-    """)
