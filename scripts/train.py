@@ -111,7 +111,8 @@ def main() -> None:
     dataset = None if args.streaming else RecipeDataset(samples, recipe, True, args.seed, args.cache, cache_device)
     validation = None
     if args.eval_every:
-        validation = RecipeDataset(load_split(recipe, recipe.validate_on, args.data_dir), recipe)
+        validation_samples = load_split(recipe, recipe.validate_on, args.data_dir)
+        validation = RecipeDataset(validation_samples, recipe, cache="memory" if args.cache else None)
 
     # Model, optimizer, schedule
     model = build_model(args, recipe)
