@@ -1,0 +1,443 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation on a recipe's data, of LeMoRe and of every other model that returns `logits`, over any number of processes.
+
+```python
+result = evaluate_segmentation(model, RecipeDataset(load_split(recipe, "test", data_dir), recipe), recipe)
+print(result.scores()["mean_iou"])
+```
+
+Batches are the same whatever the number of processes, which take them in turn: every sample is counted once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageClassification, AutoModelForSemanticSegmentation, PreTrainedModel
+from transformers.modeling_outputs import SemanticSegmenterOutput
+
+from . import peers  # noqa: F401  Registers them, so that their folders load as any other.
+from .checkpointing import PICKLED_SUFFIXES, CheckpointError
+from .data.augmentation import normalize
+from .data.loading import RecipeDataset, StreamedRecipeDataset, collate
+from .data.recipes import IGNORE_INDEX, Recipe
+from .image_processing_lemore import LeMoReImageProcessor
+from .metrics import BoundaryIoU, ConfusionMatrix
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class EvaluatedImage:
+    """An image, what was predicted for it and how well. Tensors are uint8 on the CPU."""
+
+    mean_iou: float
+    """Mean IoU over the classes of this image's labels and predictions, in 0…1."""
+    name: str
+    image: Tensor
+    """(3, H, W), as the network was given it."""
+    labels: Tensor
+    """(label height, label width), 255 is void."""
+    prediction: Tensor
+    """(label height, label width)."""
+
+
+@dataclass(frozen=True)
+class SegmentationEvaluation:
+    """What `evaluate_segmentation` has counted, over all processes."""
+
+    confusion_matrix: ConfusionMatrix
+    boundary_iou: BoundaryIoU | None
+    num_images: int
+    worst_images: tuple[EvaluatedImage, ...]
+    """The worst first."""
+
+    def scores(self) -> dict[str, Any]:
+        """The scores of `ConfusionMatrix.compute`, and those of `BoundaryIoU.compute` where it was asked for."""
+        return self.confusion_matrix.compute() | (self.boundary_iou.compute() if self.boundary_iou else {})
+
+
+@dataclass(frozen=True)
+class ClassificationEvaluation:
+    """What `evaluate_classification` has counted, over all processes."""
+
+    num_images: int
+    top1_correct: int
+    top5_correct: int
+
+    def scores(self) -> dict[str, float]:
+        """`accuracy` and `top5_accuracy` in 0…1; nan without images."""
+        number = self.num_images or math.nan
+        return {"accuracy": self.top1_correct / number, "top5_accuracy": self.top5_correct / number}
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: RecipeDataset | StreamedRecipeDataset,
+    recipe: Recipe,
+    accelerator: Accelerator | None = None,
+    **options: Any,
+) -> dict[str, float]:
+    """The scores to follow a training by, whatever its task; the first is the one to choose checkpoints by.
+
+    Arguments and errors are those of `evaluate_segmentation` or `evaluate_classification`.
+
+    Returns:
+        `mean_iou`, `mean_accuracy` and `overall_accuracy`, or `accuracy` and `top5_accuracy`, on every process.
+    """
+    if recipe.task == "image-classification":
+        return evaluate_classification(model, dataset, recipe, accelerator, **options).scores()
+    scores = evaluate_segmentation(model, dataset, recipe, accelerator, **options).scores()
+    return {name: scores[name] for name in ("mean_iou", "mean_accuracy", "overall_accuracy")}
+
+
+@torch.no_grad()
+def evaluate_segmentation(
+    model: nn.Module,
+    dataset: RecipeDataset | StreamedRecipeDataset,
+    recipe: Recipe,
+    accelerator: Accelerator | None = None,
+    *,
+    batch_size: int | None = None,
+    num_workers: int = 0,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    window: Size | None = None,
+    window_stride: Size | None = None,
+    boundary: bool = False,
+    num_worst: int = 0,
+    progress: bool = True,
+) -> SegmentationEvaluation:
+    """Predict every image of a data set and count its pixels, at the size of its labels.
+
+    With an accelerator it is collective: every process calls it, has its share, and gets the counts of all. A streamed
+    data set must have been divided among the processes (`StreamedRecipeDataset(rank=..., world_size=...)`).
+
+    Args:
+        model: its output has `logits` (B, num_labels, h, w). It is moved to the accelerator's device, evaluated in
+            evaluation mode, and left in the mode that it was in.
+        dataset: samples of the recipe, not augmented.
+        recipe: gives the normalization and the classes.
+        accelerator: gives the processes, the device and the precision; by default this process alone on the model's
+            device, in the model's precision.
+        batch_size: images of a batch; by default the recipe's `eval_batch_size`.
+        num_workers: processes that load data.
+        scales, flip, window, window_stride: see `predict_labels`.
+        boundary: count the Boundary IoU too.
+        num_worst: how many of the images with the lowest mean IoU to keep.
+        progress: show a progress bar, on the main process.
+
+    Raises:
+        ValueError: for options out of range, a model with another number of classes than the recipe, images of
+            different sizes in a batch, or logits that are NaN.
+        BadSampleError: for a sample that cannot be used; names it.
+    """
+    _check_options(scales, window, window_stride, num_worst)
+    _check_classes(model, recipe)
+    model, device = _placed(model, accelerator)
+    num_labels = model.config.num_labels
+    matrix = ConfusionMatrix(num_labels, IGNORE_INDEX, device)
+    boundary_iou = BoundaryIoU(num_labels, IGNORE_INDEX, device) if boundary else None
+    num_images, worst = 0, []
+    with _evaluating(model, accelerator):
+        for batch in _batches(dataset, recipe, accelerator, batch_size, num_workers, progress):
+            labels = batch["labels"].to(device)
+            pixel_values = normalize(batch["pixel_values"], recipe, device)
+            predictions = predict_labels(model, pixel_values, labels.shape[-2:], scales, flip, window, window_stride)
+            num_images += len(labels)
+            matrix.update(predictions, labels)
+            if boundary_iou is not None:
+                boundary_iou.update(predictions, labels)
+            if num_worst:
+                worst = _worst([*worst, *_evaluated_images(batch, predictions, num_labels)], num_worst)
+    if accelerator is not None:
+        matrix = matrix.reduce(accelerator)
+        boundary_iou = boundary_iou.reduce(accelerator) if boundary_iou else None
+        num_images = int(accelerator.reduce(torch.tensor(num_images, device=device)))
+        worst = _worst(gather_object(worst), num_worst)
+    return SegmentationEvaluation(matrix, boundary_iou, num_images, tuple(worst))
+
+
+@torch.no_grad()
+def evaluate_classification(
+    model: nn.Module,
+    dataset: RecipeDataset | StreamedRecipeDataset,
+    recipe: Recipe,
+    accelerator: Accelerator | None = None,
+    *,
+    batch_size: int | None = None,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> ClassificationEvaluation:
+    """Count how often the right class is the first, and among the first five.
+
+    Arguments and errors are those of `evaluate_segmentation`; the model's `logits` are (B, num_labels).
+    """
+    _check_classes(model, recipe)
+    model, device = _placed(model, accelerator)
+    counts = torch.zeros(3, dtype=torch.int64, device=device)  # images, right at first, right among five
+    with _evaluating(model, accelerator):
+        for batch in _batches(dataset, recipe, accelerator, batch_size, num_workers, progress):
+            labels = batch["labels"].to(device)
+            logits = model(normalize(batch["pixel_values"], recipe, device)).logits.float()
+            if logits.isnan().any():
+                raise ValueError("The logits hold NaN: no class can be predicted; look at the weights.")
+            is_right = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            counts += torch.stack([is_right.new_ones(len(labels)).sum(), is_right[:, 0].sum(), is_right.sum()])
+    if accelerator is not None:
+        counts = accelerator.reduce(counts)
+    return ClassificationEvaluation(*counts.tolist())
+
+
+def predict_labels(
+    model: nn.Module,
+    pixel_values: Tensor,
+    size: Size,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    window: Size | None = None,
+    window_stride: Size | None = None,
+) -> Tensor:
+    """Label maps of a batch of images.
+
+    Args:
+        model: its output has `logits` (B, num_labels, h, w).
+        pixel_values: normalized images (B, 3, H, W).
+        size: (height, width) of the label maps, to which the logits are upsampled bilinearly.
+        scales: factors that the images are resized by. Where there are several views of an image (scales, flip), their
+            class probabilities are averaged at `size`.
+        flip: also look at the mirrored image.
+        window: (height, width) of a sliding window, for images larger than what the network was trained on; logits are
+            averaged where windows overlap. Along a side on which the image is smaller, the window is the image.
+        window_stride: (rows, columns) between windows, at most the window; by default two thirds of it (our choice).
+
+    Returns:
+        int64 (B, *size).
+    """
+    views = [
+        _view_logits(model, pixel_values, scale, mirrored, window, window_stride)
+        for scale in scales
+        for mirrored in ((False, True) if flip else (False,))
+    ]
+    if len(views) == 1:
+        return _label_maps(views[0], size)
+    # An image at a time: the probabilities of all classes at full size are the largest thing in memory.
+    images = ([view[index : index + 1] for view in views] for index in range(len(pixel_values)))
+    return torch.cat([_label_maps(_mean_scores(image, size), size) for image in images])
+
+
+def load_trained_model(name_or_path: str | Path, task: str = "semantic-segmentation") -> PreTrainedModel:
+    """A trained LeMoRe or peer, in float32 and evaluation mode.
+
+    Args:
+        name_or_path: folder that `save_pretrained` wrote, or Hub id.
+        task: a recipe's task.
+
+    Raises:
+        CheckpointError: for weights that are missing, pickled, damaged, or not those of the whole network.
+        OSError: if there is no such model.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        _require_safetensors(folder)
+    is_classification = task == "image-classification"
+    auto_class = AutoModelForImageClassification if is_classification else AutoModelForSemanticSegmentation
+    try:
+        model, report = auto_class.from_pretrained(
+            name_or_path, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"The weights of {name_or_path} are truncated or damaged ({error}): copy or train them anew."
+        ) from error
+    if missing := sorted(report["missing_keys"]):
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise CheckpointError(
+            f"{name_or_path} does not hold all weights of {type(model).__name__}, {len(missing)} are missing ({shown}): "
+            f"give a model that was trained for {task}."
+        )
+    return model.eval()
+
+
+def _require_safetensors(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED_SUFFIXES)
+    if pickled:
+        raise CheckpointError(
+            f"{folder} holds pickled weights ({', '.join(pickled)}), which can run code when they are loaded: only "
+            "safetensors are read. Where you trust them, load and save them with save_pretrained."
+        )
+    raise CheckpointError(f"{folder} is no model folder: it holds no model.safetensors.")
+
+
+def _check_options(scales: Sequence[float], window: Size | None, window_stride: Size | None, num_worst: int) -> None:
+    if not scales or not all(0 < scale < math.inf for scale in scales):
+        raise ValueError(f"scales must be one or more positive factors, got {list(scales)}.")
+    if window is None and window_stride is not None:
+        raise ValueError(f"window_stride {tuple(window_stride)} has no effect without a window: give both.")
+    for name, value in (("window", window), ("window_stride", window_stride)):
+        if value is not None and (len(value) != 2 or min(value) < 1):
+            raise ValueError(f"{name} must be (height, width) of at least 1 pixel each, got {tuple(value)}.")
+    if window_stride is not None and (window_stride[0] > window[0] or window_stride[1] > window[1]):
+        raise ValueError(
+            f"window_stride {tuple(window_stride)} is larger than the window {tuple(window)}: pixels between two "
+            "windows would never be looked at."
+        )
+    if num_worst < 0:
+        raise ValueError(f"num_worst must be at least 0, got {num_worst}.")
+
+
+def _check_classes(model: nn.Module, recipe: Recipe) -> None:
+    config = getattr(model, "module", model).config
+    # A single logit tells two classes apart.
+    is_binary = config.num_labels == 1 and recipe.task == "semantic-segmentation"
+    if recipe.num_classes not in ((1, 2) if is_binary else (config.num_labels,)):
+        raise ValueError(
+            f"The model has {config.num_labels} labels, the recipe {recipe.name} has {recipe.num_classes} classes: give "
+            "the recipe that the model was trained with."
+        )
+    names = [str(config.id2label[index]) for index in range(config.num_labels)]
+    if set(names) == set(recipe.class_names) and tuple(names) != recipe.class_names:
+        raise ValueError(
+            f"The model has the classes of the recipe {recipe.name} in another order ({', '.join(names[:5])}, ...): "
+            "override class_names or label_map."
+        )
+
+
+def _placed(model: nn.Module, accelerator: Accelerator | None) -> tuple[nn.Module, torch.device]:
+    if accelerator is None:
+        return model, next(model.parameters()).device
+    # Without its wrapper the processes need not make the same number of forward passes.
+    return accelerator.unwrap_model(model).to(accelerator.device), accelerator.device
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module, accelerator: Accelerator | None) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        with accelerator.autocast() if accelerator is not None else contextlib.nullcontext():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _batches(
+    dataset: RecipeDataset | StreamedRecipeDataset,
+    recipe: Recipe,
+    accelerator: Accelerator | None,
+    batch_size: int | None,
+    num_workers: int,
+    progress: bool,
+) -> Iterator[dict[str, Any]]:
+    batch_size = batch_size or recipe.eval_batch_size
+    rank, world_size = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    if isinstance(dataset, IterableDataset):
+        shares = {"batch_size": batch_size}
+        num_workers = min(num_workers, dataset.max_workers)
+    else:
+        starts = range(rank * batch_size, len(dataset), world_size * batch_size)
+        shares = {"batch_sampler": [range(start, min(start + batch_size, len(dataset))) for start in starts]}
+    loader = DataLoader(
+        dataset,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=accelerator is not None and accelerator.device.type == "cuda",
+        **shares,
+    )
+    total = None if isinstance(dataset, IterableDataset) else len(loader)
+    return tqdm(loader, "Evaluating", total, unit="batch", leave=False, disable=not progress or rank != 0)
+
+
+def _view_logits(
+    model: nn.Module,
+    pixel_values: Tensor,
+    scale: float,
+    mirrored: bool,
+    window: Size | None,
+    window_stride: Size | None,
+) -> Tensor:
+    """Logits (B, num_labels, h, w) of one view, in float32 and the right way round."""
+    if scale != 1:
+        size = [max(1, round(scale * side)) for side in pixel_values.shape[-2:]]
+        pixel_values = F.interpolate(pixel_values, size=size, mode="bilinear", antialias=True)
+    if mirrored:
+        pixel_values = pixel_values.flip(-1)
+    height, width = pixel_values.shape[-2:]
+    if window is None or (window[0] >= height and window[1] >= width):
+        logits = model(pixel_values).logits.float()
+    else:
+        logits = _window_logits(model, pixel_values, window, window_stride)
+    return logits.flip(-1) if mirrored else logits
+
+
+def _window_logits(model: nn.Module, pixel_values: Tensor, window: Size, stride: Size | None) -> Tensor:
+    """Logits (B, num_labels, H, W), the mean of all windows that cover a pixel."""
+    size = pixel_values.shape[-2:]
+    window = tuple(min(sides) for sides in zip(window, size, strict=True))
+    stride = stride or tuple(math.ceil(2 * side / 3) for side in window)
+    tops, lefts = (_window_starts(*sides) for sides in zip(size, window, stride, strict=True))
+    total, count = 0, pixel_values.new_zeros(1, 1, *size)
+    for top in tops:
+        for left in lefts:
+            rows, columns = slice(top, top + window[0]), slice(left, left + window[1])
+            logits = model(pixel_values[..., rows, columns]).logits.float()
+            if isinstance(total, int):
+                total = logits.new_zeros(*logits.shape[:2], *size)
+            total[..., rows, columns] += F.interpolate(logits, size=window, mode="bilinear", align_corners=False)
+            count[..., rows, columns] += 1
+    return total / count
+
+
+def _window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Every `stride` pixels as far as windows fit, and once at the end."""
+    return sorted({*range(0, length - window, stride), length - window})
+
+
+def _mean_scores(views: list[Tensor], size: Size) -> Tensor:
+    """Mean class probabilities (B, num_labels, *size) of logits (B, num_labels, ·, ·); of one label, less a half."""
+    mean = 0
+    for logits in views:
+        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        # A single score means class 1 where it is above 0.
+        mean = mean + (logits.softmax(1) if logits.shape[1] > 1 else logits.sigmoid() - 0.5) / len(views)
+    return mean
+
+
+def _label_maps(scores: Tensor, size: Size) -> Tensor:
+    """The best class of scores (B, num_labels, h, w) at each pixel of `size`, as the image processor finds it."""
+    sizes = [tuple(size)] * len(scores)
+    return torch.stack(
+        LeMoReImageProcessor().post_process_semantic_segmentation(SemanticSegmenterOutput(logits=scores), sizes)
+    )
+
+
+def _evaluated_images(batch: dict[str, Any], predictions: Tensor, num_labels: int) -> Iterator[EvaluatedImage]:
+    """The images of a batch, without those that are all void."""
+    for image, labels, prediction, name in zip(
+        batch["pixel_values"], batch["labels"], predictions.cpu(), batch["name"], strict=True
+    ):
+        matrix = ConfusionMatrix(num_labels, IGNORE_INDEX)
+        matrix.update(prediction, labels)
+        mean_iou = matrix.compute()["mean_iou"]
+        if not math.isnan(mean_iou):
+            yield EvaluatedImage(mean_iou, name, image, labels, prediction.to(torch.uint8))
+
+
+def _worst(images: list[EvaluatedImage], number: int) -> list[EvaluatedImage]:
+    return sorted(images, key=lambda image: (image.mean_iou, image.name))[:number]
