@@ -1,0 +1,807 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""The LeMoRe network: fidelity to the paper, behaviour at any size, losses, bad input."""
+
+import copy
+import doctest
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
+
+from lemore_hf import (
+    LeMoReBackbone,
+    LeMoReConfig,
+    LeMoReForImageClassification,
+    LeMoReForSemanticSegmentation,
+    LeMoReModel,
+    configuration_lemore,
+    modeling_lemore,
+)
+from lemore_hf.modeling_lemore import (
+    LeMoReAxisView,
+    LeMoReCartesianEncoder,
+    LeMoReNestedAttention,
+    check_label_values,
+    resample_axis_weight,
+    segmentation_loss,
+)
+
+TINY = {
+    "image_size": (64, 96),
+    "stem_sizes": (8, 8),
+    "hidden_sizes": (8, 12, 16, 16),
+    "num_attention_heads": 2,
+    "attention_key_dim": 4,
+    "attention_value_dim": 6,
+    "decoder_hidden_size": 16,
+    "num_labels": 5,
+    "classifier_dropout_prob": 0.0,
+}
+MODEL_CLASSES = (LeMoReModel, LeMoReBackbone, LeMoReForSemanticSegmentation, LeMoReForImageClassification)
+
+
+def as_if_trained(model: nn.Module) -> nn.Module:
+    """Gives the batch norms statistics, weights and biases such as training leaves."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, mean=1, std=0.1)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model
+
+
+def tiny(model_class=LeMoReForSemanticSegmentation, **overrides):
+    torch.manual_seed(0)
+    return as_if_trained(model_class(LeMoReConfig(**TINY | overrides))).eval()
+
+
+def random_images(batch_size: int = 2, height: int = 64, width: int = 96, dtype=torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(height * 10_000 + width)
+    return torch.randn(batch_size, 3, height, width, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def random_labels(batch_size: int = 2, height: int = 64, width: int = 96, num_labels: int = 5) -> torch.Tensor:
+    labels = torch.randint(num_labels, (batch_size, height, width), generator=torch.Generator().manual_seed(1))
+    labels[:, : height // 4] = 255
+    return labels
+
+
+@torch.no_grad()
+def main_output(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    outputs = model(pixel_values)
+    if "feature_maps" in outputs:
+        return outputs.feature_maps[-1]
+    return outputs.logits if "logits" in outputs else outputs.last_hidden_state
+
+
+# Fidelity
+
+
+def load_script(name: str):
+    path = Path(__file__).parents[1] / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"scripts_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+complexity = load_script("complexity")
+EXPECTED_COUNTS = (
+    (1_109_830, 677.86),
+    (1_131_590, 728.91),
+    (1_153_350, 779.96),
+    (1_203_822, 780.01),
+    (1_497_382, 704.62),
+    (1_519_142, 755.67),
+    (1_540_902, 806.72),
+    (1_591_374, 806.77),
+    (1_581_174, 607.54),
+    (1_565_854, 639.25),
+    (1_596_099, 826.04),
+    (1_627_179, 1_479.54),
+    (1_546_502, 446.37),
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"), list(zip(complexity.ABLATION + complexity.INPUT_SIZES, EXPECTED_COUNTS, strict=True))
+)
+def test_parameters_and_multiply_accumulates(row, expected):
+    parameters, multiply_accumulates = complexity.count(row.config)
+    assert parameters == expected[0]
+    assert multiply_accumulates / 1e6 == pytest.approx(expected[1], rel=0.005)
+
+
+@pytest.mark.parametrize("row", complexity.ABLATION)
+def test_every_parameter_of_every_ablation_row_is_trained(row):
+    switches = {name: getattr(row.config, name) for name in ("views", "use_channel_attention", "use_nested_attention")}
+    model = tiny(**switches).train()
+    model(random_images(height=128, width=160), labels=random_labels()).loss.backward()
+    untrained = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    constant = [name for name, parameter in model.named_parameters() if not parameter.grad.any()]
+    assert (untrained, constant) == ([], [])
+
+
+# The Cartesian encoder
+
+
+AXES = {"transverse": 1, "frontal": 2, "lateral": 3}
+
+
+@pytest.mark.parametrize("view_name", AXES)
+def test_views_act_along_their_axes(view_name):
+    encoder = LeMoReCartesianEncoder(LeMoReConfig(**TINY), stage_index=0).double()
+    view = encoder.views[view_name]
+    nn.init.normal_(view.weight)
+    for axis in AXES.values():
+        # All that varies in the input varies along one axis of (1, 8, 16, 24).
+        profile = torch.randn((8, 16, 24)[axis - 1], dtype=torch.float64)
+        volume = torch.ones(1, 8, 16, 24, dtype=torch.float64).movedim(axis, -1) * profile
+        mixed = view(volume.movedim(-1, axis)).movedim(axis, -1)
+        if axis == AXES[view_name]:
+            torch.testing.assert_close(mixed, (view.weight.squeeze() @ profile).expand_as(mixed))
+        else:  # the profile goes through, scaled by the sums of the view's weights
+            torch.testing.assert_close(mixed, mixed[..., :1] / profile[0] * profile)
+
+
+def test_the_views_are_summed():
+    encoder = tiny(LeMoReBackbone).encoder.stages[1].cartesian_encoder
+    volume = torch.randn(2, 12, 8, 12)
+    transverse, frontal, lateral = (encoder.views[name].weight for name in AXES)
+    expected = (
+        torch.einsum("dc,bchw->bdhw", transverse[:, :, 0, 0], volume)
+        + torch.einsum("ij,bcjw->bciw", frontal, volume)
+        + torch.einsum("ij,bchj->bchi", lateral, volume)
+    )
+    summed = []
+    encoder.normalization.register_forward_pre_hook(lambda module, inputs: summed.append(inputs[0]))
+    encoder(volume)
+    torch.testing.assert_close(summed[0], expected)
+
+
+@pytest.mark.parametrize("initialization", ["identity", "zeros"])
+def test_axis_initialization(initialization):
+    weight = LeMoReModel(LeMoReConfig(**TINY, axis_initialization=initialization)).encoder.stages[0]
+    weight = weight.cartesian_encoder.views["lateral"].weight
+    assert torch.equal(weight, torch.eye(24) if initialization == "identity" else torch.zeros(24, 24))
+
+
+# Axis weights at other sizes
+
+
+@pytest.mark.parametrize("size", [7, 15, 16, 17, 24, 40, 41, 100])
+def test_resampled_axis_weights_are_antialiased_bilinear_interpolation(size):
+    weight = torch.randn(16, 16, dtype=torch.float64)
+    expected = F.interpolate(weight[None, None], size=(size, size), mode="bilinear", antialias=True)[0, 0] * 16 / size
+    torch.testing.assert_close(resample_axis_weight(weight, size), expected)
+
+
+def test_axis_weights_are_exact_at_the_native_size():
+    weight = torch.randn(37, 37)
+    assert torch.equal(resample_axis_weight(weight, 37), weight)
+
+
+@pytest.mark.parametrize("axis", [2, 3])
+@pytest.mark.parametrize("size", [9, 16, 23, 64, 100])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_axis_weights_agree_in_whichever_order_they_are_applied(axis, size, dtype, tolerance):
+    view = LeMoReAxisView(16, axis).to(dtype)
+    nn.init.normal_(view.weight, std=0.25)
+    volume = torch.randn(2, 3, 5, size, dtype=dtype).movedim(3, axis)
+    resampled = resample_axis_weight(view.weight, size)
+    expected = torch.einsum("ij,...j->...i", resampled, volume.movedim(axis, -1)).movedim(-1, axis)
+    torch.testing.assert_close(view.mix_at_native_size(volume), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(view(volume), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("size", [96, 128, 200, 512])
+def test_axis_weights_at_larger_sizes_stay_close_to_upsampling_the_native_result(size):
+    view = LeMoReAxisView(64, axis=3).double()
+    nn.init.normal_(view.weight, std=1 / 8)
+    angles = torch.linspace(0, 3 * math.pi, 64, dtype=torch.float64)
+    smooth = torch.stack([angles.cos(), (angles / 2).sin(), angles / angles.max()])[None, None]
+
+    def upsampled(volume):
+        return F.interpolate(volume, size=(3, size), mode="bilinear")
+
+    expected = upsampled(view(smooth))
+    error = (view(upsampled(smooth)) - expected).norm() / expected.norm()
+    assert error < 0.02
+
+
+# Nested attention
+
+
+def make_attention(**overrides) -> LeMoReNestedAttention:
+    torch.manual_seed(0)
+    return as_if_trained(LeMoReNestedAttention(LeMoReConfig(**TINY | overrides))).double().eval()
+
+
+def tokens_of(attention: LeMoReNestedAttention) -> torch.Tensor:
+    return torch.randn(2, attention.query.convolution.in_channels, 3, 4, dtype=torch.float64)
+
+
+def test_the_nine_maps_each_sum_to_one_and_are_averaged():
+    attention = make_attention()
+    tokens = tokens_of(attention)
+    # (B, 3·heads·key_dim, H, W) → a list of three (B, heads, H·W, key_dim)
+    queries, keys = (
+        layer(tokens).reshape(2, 3, 2, 4, 12).transpose(-1, -2).unbind(1) for layer in (attention.query, attention.key)
+    )
+    maps = [(query @ key.transpose(-1, -2) / 2).softmax(-1) for query in queries for key in keys]
+    assert len(maps) == 9
+    actual = attention.nested_maps(torch.stack(queries, 2) / 2, torch.stack(keys, 2))  # (B, heads, i, H·W, j, H·W)
+    torch.testing.assert_close(actual.sum(-1), torch.ones(2, 2, 3, 12, 3, dtype=torch.float64))
+    torch.testing.assert_close(actual.permute(2, 4, 0, 1, 3, 5).flatten(0, 1), torch.stack(maps))
+    torch.testing.assert_close(attention.combined_map(tokens), sum(maps) / 9)
+
+
+def test_softmax_of_the_sum_is_one_ordinary_attention():
+    attention = make_attention(nested_attention_softmax="sum")
+    tokens = tokens_of(attention)
+    query, key, value = (
+        layer(tokens).reshape(2, 3, 2, -1, 12).sum(1).transpose(-1, -2)
+        for layer in (attention.query, attention.key, attention.value)
+    )
+    context = F.scaled_dot_product_attention(query, key, value).transpose(-1, -2).reshape(2, -1, 3, 4)
+    torch.testing.assert_close(attention(tokens)[0], attention.projection(attention.activation(context)))
+
+
+def test_folding_the_three_value_projections_into_one_changes_nothing():
+    attention = make_attention()
+    tokens = tokens_of(attention)
+    convolution, norm = attention.value.convolution, attention.value.normalization
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    weight = (convolution.weight * scale[:, None, None, None]).unflatten(0, (3, 12)).sum(0)
+    bias = (norm.bias - norm.running_mean * scale).unflatten(0, (3, 12)).sum(0)
+    value = F.conv2d(tokens, weight, bias).reshape(2, 2, 6, 12).transpose(-1, -2)
+    context = (attention.combined_map(tokens) @ value).transpose(-1, -2).reshape(2, 12, 3, 4)
+    torch.testing.assert_close(attention(tokens)[0], attention.projection(attention.activation(context)))
+
+
+def test_the_combined_map_multiplies_each_value():
+    attention = make_attention()
+    tokens = tokens_of(attention)
+    values = attention.value(tokens).reshape(2, 3, 2, 6, 12).transpose(-1, -2).unbind(1)
+    combined = attention.combined_map(tokens)
+    context = sum(combined @ value for value in values).transpose(-1, -2).reshape(2, 12, 3, 4)
+    torch.testing.assert_close(attention(tokens)[0], attention.projection(attention.activation(context)))
+
+
+# The whole network
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(32, 32), (33, 47), (64, 96), (65, 97), (127, 32), (96, 64), (130, 201), (200, 300)]
+)
+def test_any_input_size(height, width):
+    pixel_values = random_images(1, height, width)
+    with torch.no_grad():
+        outputs = tiny()(pixel_values, output_hidden_states=True)
+        features = tiny(LeMoReModel)(pixel_values)
+
+    def grid(stride):
+        return math.ceil(height / stride), math.ceil(width / stride)
+
+    assert outputs.logits.shape == (1, 5, *grid(8))
+    assert outputs.logits.isfinite().all()
+    assert [tuple(state.shape[2:]) for state in outputs.hidden_states] == [
+        grid(2),
+        grid(4),
+        grid(8),
+        grid(16),
+        grid(32),
+    ]
+    assert [tuple(feature.shape[1:]) for feature in features.local_features] == [
+        (channels, *grid(stride)) for channels, stride in zip((8, 12, 16, 16), (4, 8, 16, 32), strict=True)
+    ]
+    assert features.last_hidden_state.shape == (1, 52, *grid(64))
+
+
+def test_each_token_averages_its_own_pixels():
+    pyramid = tiny(LeMoReModel).token_pyramid
+    features = tuple(torch.randn(1, 2, math.ceil(90 / stride), math.ceil(130 / stride)) for stride in (4, 8, 16, 32))
+    tokens = pyramid(features)
+    assert tokens.shape == (1, 8, 2, 3)
+    for index, (feature, side) in enumerate(zip(features, (16, 8, 4, 2), strict=True)):
+        for row in range(2):
+            for column in range(3):
+                cell = feature[..., row * side : (row + 1) * side, column * side : (column + 1) * side]
+                token = tokens[:, 2 * index : 2 * index + 2, row, column]
+                torch.testing.assert_close(token, cell.mean((2, 3)))
+
+
+@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+def test_batch_items_do_not_influence_each_other(model_class):
+    model = tiny(model_class)
+    pixel_values = random_images(3)
+    together = main_output(model, pixel_values)
+    for index in range(3):
+        alone = main_output(model, pixel_values[index : index + 1])
+        torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 32), (90, 45)])
+def test_gradients(height, width):
+    config = LeMoReConfig(
+        **TINY | {"image_size": (64, 32), "stem_sizes": (2,), "hidden_sizes": (2, 2, 2, 3), "token_stride": 32},
+        views=("transverse", "frontal", "lateral"),
+        hidden_act="silu",
+    )
+    torch.manual_seed(0)
+    model = as_if_trained(LeMoReForSemanticSegmentation(config)).double().eval()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+
+    def logits(pixel_values, *parameters):
+        return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), pixel_values).logits
+
+    pixel_values = random_images(1, height, width, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(logits, (pixel_values, *parameters), fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"num_channels": 4},
+        {"image_size": 128},
+        {"stem_sizes": (8,)},
+        {"hidden_sizes": (8, 12, 16, 20)},
+        {"views": ("frontal",)},
+        {"dilation": 1},
+        {"use_residual": False},
+        {"use_channel_attention": False},
+        {"channel_attention_reduction": 4},
+        {"use_nested_attention": False},
+        {"num_nested_projections": 2},
+        {"nested_attention_softmax": "sum"},
+        {"num_attention_heads": 3},
+        {"attention_key_dim": 8},
+        {"attention_value_dim": 4},
+        {"mlp_ratio": 1},
+        {"token_stride": 32},
+        {"decoder_hidden_size": 8},
+        {"output_stride": 4},
+        {"output_stride": 16},
+        {"output_stride": 32},
+        {"hidden_act": "gelu"},
+        {"drop_path_rate": 0.9},
+        {"classifier_dropout_prob": 0.5},
+        {"batch_norm_eps": 0.1},
+        {"batch_norm_momentum": 0.9},
+        {"initializer_range": 0.5},
+        {"axis_initialization": "identity"},
+        {"num_labels": 6},
+    ],
+    ids=str,
+)
+def test_every_option_has_its_effect(option):
+    def state_after_a_training_step(model):
+        pixel_values = random_images(4, 128, 128)
+        if option == {"num_channels": 4}:
+            pixel_values = pixel_values[:, [0, 1, 2, 2]] if model.config.num_channels == 4 else pixel_values
+        torch.manual_seed(0)
+        logits = model.train()(pixel_values).logits.detach()
+        return [logits, *model.state_dict().values()]
+
+    usual, changed = state_after_a_training_step(tiny()), state_after_a_training_step(tiny(**option))
+    assert len(usual) != len(changed) or not all(map(torch.equal, usual, changed))
+
+
+def test_output_stride_is_the_stride_of_the_logits():
+    for stride in (4, 8, 16, 32):
+        logits = main_output(tiny(output_stride=stride), random_images(1, 100, 130))
+        assert logits.shape[2:] == (math.ceil(100 / stride), math.ceil(130 / stride))
+
+
+def test_drop_path_drops_whole_residual_branches_of_single_images():
+    config = LeMoReConfig(**TINY, drop_path_rate=0.9)
+    encoder = LeMoReCartesianEncoder(config, stage_index=3, drop_path_rate=0.9).train()
+    torch.manual_seed(0)
+    volume = torch.randn(64, 16, 2, 3)
+    dropped = (encoder(volume) == volume).flatten(1).all(1)
+    assert 0.75 < dropped.float().mean() < 1
+    assert not (encoder.eval()(volume) == volume).flatten(1).all(1).any()
+
+
+def test_drop_path_grows_linearly_with_depth():
+    model = LeMoReModel(LeMoReConfig(**TINY, drop_path_rate=0.2))
+    blocks = [*(stage.cartesian_encoder for stage in model.encoder.stages), model.global_block]
+    rates = [getattr(block.drop_path, "p", 0.0) for block in blocks]
+    assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+
+
+# Outputs
+
+
+def test_attentions_and_hidden_states():
+    outputs = tiny()(random_images(2, 128, 200), output_attentions=True, output_hidden_states=True)
+    (attention,) = outputs.attentions
+    assert attention.shape == (2, 2, 8, 8)  # 2×4 tokens
+    torch.testing.assert_close(attention.sum(-1), torch.ones(2, 2, 8))
+    assert [state.shape[1] for state in outputs.hidden_states] == [8, 8, 12, 16, 16]
+    plain = tiny()(random_images(2, 128, 200))
+    assert plain.attentions is None
+    assert plain.hidden_states is None
+
+
+@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+def test_tuples_on_request(model_class):
+    model, pixel_values = tiny(model_class), random_images()
+    named, plain = model(pixel_values), model(pixel_values, return_dict=False)
+    assert isinstance(plain, tuple)
+    first = named.to_tuple()[0]
+    torch.testing.assert_close(plain[0], first)
+
+
+def test_backbone_gives_the_features_that_are_asked_for():
+    backbone = tiny(LeMoReBackbone, out_features=["stem", "stage2", "stage4"])
+    outputs = backbone(random_images())
+    assert backbone.channels == [8, 12, 16]
+    assert [tuple(feature.shape[1:]) for feature in outputs.feature_maps] == [(8, 32, 48), (12, 8, 12), (16, 2, 3)]
+    model = tiny(LeMoReModel)
+    model.encoder.load_state_dict(backbone.encoder.state_dict())
+    assert torch.equal(model(random_images()).local_features[1], outputs.feature_maps[1])
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "problem_type", "labels"),
+    [
+        (5, None, torch.tensor([1, 4])),
+        (1, "regression", torch.tensor([0.5, -1.0])),
+        (5, "multi_label_classification", torch.tensor([[0.0, 1, 1, 0, 0], [1.0, 0, 0, 0, 1]])),
+    ],
+)
+def test_classification_losses(num_labels, problem_type, labels):
+    model = tiny(LeMoReForImageClassification, num_labels=num_labels, problem_type=problem_type)
+    outputs = model(random_images(), labels=labels)
+    assert outputs.logits.shape == (2, num_labels)
+    expected = {
+        None: F.cross_entropy,
+        "regression": lambda logits, labels: F.mse_loss(logits[:, 0], labels),
+        "multi_label_classification": F.binary_cross_entropy_with_logits,
+    }[problem_type](outputs.logits, labels)
+    torch.testing.assert_close(outputs.loss, expected)
+
+
+# Numbers and layouts
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (100, 300)])
+def test_half_precision(dtype, height, width):
+    pixel_values, labels = random_images(2, height, width), random_labels()
+    expected = tiny()(pixel_values, labels=labels)
+    actual = tiny().to(dtype)(pixel_values.to(dtype), labels=labels)
+    assert actual.logits.dtype == dtype
+    assert actual.loss.dtype == torch.float32
+    scale = expected.logits.abs().max()
+    assert (actual.logits.float() - expected.logits).abs().max() < 16 * torch.finfo(dtype).eps * scale
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=0.05, atol=0)
+
+
+def test_autocast_trains():
+    model = tiny().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(random_images(), labels=random_labels()).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+def test_channels_last_gives_the_same_result(model_class):
+    model, pixel_values = tiny(model_class), random_images(2, 100, 130)
+    expected = main_output(model, pixel_values)
+    model = model.to(memory_format=torch.channels_last)
+    actual = main_output(model, pixel_values.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        pixel_values = random_images().requires_grad_()
+        model(pixel_values, labels=random_labels()).loss.backward()
+        gradients.append([pixel_values.grad, *(parameter.grad for parameter in model.parameters())])
+    for expected, actual in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+# Compilation and export
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+def test_compiles_to_one_graph(model_class):
+    model, pixel_values = tiny(model_class), random_images(2, 64, 130)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(main_output(compiled, pixel_values), main_output(model, pixel_values))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_training_step_compiles_to_one_graph():
+    gradients = []
+    for compiled in (False, True):
+        model = tiny().train()
+        forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        loss = forward(random_images(), labels=random_labels()).loss
+        loss.backward()
+        gradients.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for expected, actual in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_exports_with_dynamic_batch_height_and_width():
+    model = tiny()
+    dynamic = torch.export.Dim.DYNAMIC
+    program = torch.export.export(
+        model, (random_images(2, 96, 160),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
+    ).module()
+    # The native size, one above all thresholds, odd ones.
+    for batch_size, height, width in ((1, 96, 192), (3, 64, 96), (1, 300, 400), (2, 101, 67)):
+        pixel_values = random_images(batch_size, height, width)
+        with torch.no_grad():
+            actual = program(pixel_values)["logits"]
+        torch.testing.assert_close(actual, main_output(model, pixel_values), rtol=1e-4, atol=1e-5)
+
+
+# Saving and loading
+
+
+@pytest.fixture
+def captured_log():
+    logger = logging.get_logger("transformers.models.lemore")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    with CaptureLogger(logger) as captured:
+        yield captured
+    logger.setLevel(level)
+
+
+@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+def test_saves_safetensors_only_and_loads_the_same_model(model_class, tmp_path):
+    model = tiny(model_class)
+    model.save_pretrained(tmp_path)
+    weights = [path.name for path in tmp_path.iterdir() if path.suffix not in (".json", ".py")]
+    assert weights == ["model.safetensors"]
+    loaded, info = model_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(main_output(loaded, random_images()), main_output(model, random_images()))
+
+
+def test_loading_into_another_image_size_resamples_and_says_so_once(tmp_path, captured_log):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    for _ in range(2):  # each load says so
+        loaded, info = LeMoReForSemanticSegmentation.from_pretrained(
+            tmp_path, image_size=(96, 160), output_loading_info=True
+        )
+        captured_log.io.flush()
+    assert not any(info.values())
+    assert loaded.config.native_size == (96, 160)
+    for name, parameter in loaded.named_parameters():
+        original = model.get_parameter(name)
+        if "frontal" in name or "lateral" in name:
+            original = resample_axis_weight(original, parameter.shape[0])
+        torch.testing.assert_close(parameter, original)
+    messages = [line for line in captured_log.io.getvalue().splitlines() if line]
+    assert len(messages) == 2
+    assert all("resampled" in message and "(96, 160)" in message for message in messages)
+
+
+def test_loading_at_the_same_size_says_nothing(tmp_path, captured_log):
+    tiny().save_pretrained(tmp_path)
+    LeMoReForSemanticSegmentation.from_pretrained(tmp_path)
+    assert captured_log.io.getvalue() == ""
+
+
+def test_a_classifiers_encoder_serves_segmentation_at_another_size(tmp_path):
+    classifier = tiny(LeMoReForImageClassification, num_labels=9)
+    classifier.save_pretrained(tmp_path)
+    model, info = LeMoReForSemanticSegmentation.from_pretrained(
+        tmp_path, image_size=(96, 64), num_labels=5, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert {name.split(".")[0] for name in info["missing_keys"]} == {"decode_head"}
+    view = model.lemore.encoder.stages[0].cartesian_encoder.views["frontal"]
+    original = classifier.lemore.encoder.stages[0].cartesian_encoder.views["frontal"]
+    torch.testing.assert_close(view.weight, resample_axis_weight(original.weight, 24))
+    pixel_values = random_images()
+    torch.testing.assert_close(
+        model.lemore.global_block.attention.query.convolution.weight,
+        classifier.lemore.global_block.attention.query.convolution.weight,
+    )
+    assert main_output(model.eval(), pixel_values).isfinite().all()
+
+
+def test_a_segmentation_models_encoder_serves_as_backbone(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    backbone, info = LeMoReBackbone.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    features = model.lemore(random_images()).local_features
+    assert torch.equal(main_output(backbone, random_images()), features[-1])
+
+
+def test_a_new_head_needs_ignore_mismatched_sizes(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        LeMoReForSemanticSegmentation.from_pretrained(tmp_path, num_labels=7)
+    loaded, info = LeMoReForSemanticSegmentation.from_pretrained(
+        tmp_path, num_labels=7, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert {key[0] for key in info["mismatched_keys"]} == {
+        "decode_head.classifier.weight",
+        "decode_head.classifier.bias",
+    }
+    assert main_output(loaded, random_images()).shape[1] == 7
+    assert torch.equal(loaded.lemore(random_images())[0], model.lemore(random_images())[0])
+
+
+# Losses
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_the_loss_is_cross_entropy_of_the_upsampled_logits_without_void(dtype):
+    outputs = tiny()(random_images(), labels=random_labels().to(dtype))
+    logits = F.interpolate(outputs.logits, size=(64, 96), mode="bilinear")
+    torch.testing.assert_close(outputs.loss, F.cross_entropy(logits, random_labels(), ignore_index=255))
+
+
+def test_labels_of_another_size_than_the_image():
+    outputs = tiny()(random_images(), labels=random_labels(height=50, width=31))
+    logits = F.interpolate(outputs.logits, size=(50, 31), mode="bilinear")
+    expected = F.cross_entropy(logits, random_labels(height=50, width=31), ignore_index=255)
+    torch.testing.assert_close(outputs.loss, expected)
+
+
+def test_one_label_is_binary_cross_entropy():
+    labels = random_labels(num_labels=2)
+    outputs = tiny(num_labels=1)(random_images(), labels=labels)
+    assert outputs.logits.shape[1] == 1
+    logits = F.interpolate(outputs.logits, size=(64, 96), mode="bilinear")[:, 0]
+    valid = labels != 255
+    expected = F.binary_cross_entropy_with_logits(logits[valid], labels[valid].float())
+    torch.testing.assert_close(outputs.loss, expected)
+
+
+@pytest.mark.parametrize("num_labels", [1, 2, 5])
+def test_a_batch_of_void_has_no_loss_and_no_gradient(num_labels):
+    model = tiny(num_labels=num_labels).train()
+    loss = model(random_images(), labels=torch.full((2, 64, 96), 255)).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert not any(parameter.grad.any() for parameter in model.parameters())  # NaN would be true
+
+
+def test_another_ignore_index():
+    labels = random_labels().masked_fill(random_labels() == 255, -100)
+    actual = tiny(semantic_loss_ignore_index=-100)(random_images(), labels=labels).loss
+    torch.testing.assert_close(actual, tiny()(random_images(), labels=random_labels()).loss)
+
+
+def test_the_ignore_index_may_be_no_label():
+    with pytest.raises(ValueError, match="semantic_loss_ignore_index"):
+        tiny(semantic_loss_ignore_index=3)
+    with pytest.raises(ValueError, match="semantic_loss_ignore_index"):
+        tiny(num_labels=1, semantic_loss_ignore_index=1)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((3, 64, 96), "batch"), ((2, 4, 64, 96), "num_channels"), ((1, 3, 31, 96), "32×32"), ((1, 3, 64, 8), "64×8")],
+)
+def test_bad_pixel_values(model_class, shape, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(model_class)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (torch.zeros(1, 64, 96, dtype=torch.long), ValueError, r"batch size of `pixel_values` \(2\)"),
+        (torch.zeros(2, 1, 64, 96, dtype=torch.long), ValueError, "shape"),
+        (torch.zeros(2, 64, 96), TypeError, "float32"),
+        (torch.zeros(2, 64, 96, dtype=torch.bool), TypeError, "bool"),
+    ],
+)
+def test_bad_labels(labels, error, message):
+    with pytest.raises(error, match=message):
+        tiny()(random_images(), labels=labels)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_labels_that_are_no_class_are_named(training):
+    model, labels = tiny().train(training), random_labels()
+    for _ in range(2):  # also after labels that were fine
+        model(random_images(), labels=random_labels())
+        labels[0, 40, :3] = torch.tensor([5, 17, -1])
+        with pytest.raises(ValueError, match=r"-1, 5, 17.*Expected 0 to 4.*255"):
+            model(random_images(), labels=labels)
+
+
+def test_binary_labels_are_zero_and_one():
+    check_label_values(torch.tensor([0, 1, 255]), num_labels=1)
+    with pytest.raises(ValueError, match="2"):
+        check_label_values(torch.tensor([0, 2]), num_labels=1)
+
+
+def test_many_wrong_labels_are_not_all_named():
+    with pytest.raises(ValueError, match=r"no class: 2, 3, .*11, \.\.\.\. Expected"):
+        check_label_values(torch.arange(200), num_labels=2)
+
+
+class LabelsElsewhere(torch.Tensor):
+    """Labels that claim to be on a GPU."""
+
+    device = torch.device("cuda")
+
+
+def test_on_other_devices_only_the_first_training_step_and_evaluation_look_at_labels():
+    def elsewhere(labels):
+        return labels.as_subclass(LabelsElsewhere)
+
+    model, wrong = tiny().train(), random_labels()
+    wrong[0, 40, 0] = 77
+    with pytest.raises(ValueError, match="77"):
+        model(random_images(), labels=elsewhere(wrong))
+    assert model(random_images(), labels=elsewhere(random_labels())).loss.isfinite()
+    assert model(random_images(), labels=elsewhere(wrong)).loss.isnan()
+    with pytest.raises(ValueError, match="77"):
+        model.eval()(random_images(), labels=elsewhere(wrong))
+
+
+def test_wrong_labels_never_index_out_of_bounds():
+    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
+    for value in (3, 254, -1, -300):
+        assert segmentation_loss(logits, torch.full((1, 4, 4), value)).isnan()
+
+
+# Documentation
+
+
+class MarkdownParser(doctest.DocTestParser):
+    """Reads examples in fenced blocks."""
+
+    def parse(self, string, name="<string>"):
+        return super().parse(string.replace("```", ""), name)
+
+
+@pytest.mark.parametrize("module", [configuration_lemore, modeling_lemore])
+def test_examples_of_the_docstrings(module):
+    runner = doctest.DocTestRunner()
+    for example in doctest.DocTestFinder(parser=MarkdownParser()).find(module):
+        runner.run(example)
+    assert runner.tries
+    assert not runner.failures
+
+
+def test_models_can_be_copied():
+    model = tiny()
+    assert torch.equal(main_output(copy.deepcopy(model), random_images()), main_output(model, random_images()))
