@@ -214,6 +214,12 @@ def test_short_runs_shorten_the_warm_up():
     assert load_recipe("camvid", {"max_steps": 20, "warmup_steps": 5}).warmup_steps == 5
 
 
+def test_a_new_size_leaves_the_old_ones_limit_behind():
+    assert load_recipe("ade20k").max_longest_edge == 2048
+    assert load_recipe("ade20k", {"resize": (256, 256)}).max_longest_edge is None
+    assert load_recipe("ade20k", {"resize": 256, "max_longest_edge": 300}).max_longest_edge == 300
+
+
 def test_split_names():
     assert split_names("train+val") == ["train", "validation"]
     with pytest.raises(ValueError, match="'holdout'"):

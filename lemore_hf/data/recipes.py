@@ -293,7 +293,7 @@ class Recipe:
 
     def replace(self, **changes: Any) -> "Recipe":
         """The recipe with some fields changed, validated anew."""
-        return _build({**self.to_dict(), **_forget_classes(changes)}, f"recipe {self.name}")
+        return _build({**self.to_dict(), **_with_dependents(changes)}, f"recipe {self.name}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: what `json.dumps` and `yaml.safe_dump` take, and `Recipe(**...)` reads back."""
@@ -339,12 +339,12 @@ def load_recipe(
     """
     text, origin = _recipe_text(name_or_path)
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # a thousand names take the other long
     except yaml.YAMLError as error:
         raise ValueError(f"{origin} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{origin} must be a mapping of field names to values.")
-    values = {"name": Path(str(name_or_path)).stem, **values, **_forget_classes(_as_mapping(overrides))}
+    values = {"name": Path(str(name_or_path)).stem, **values, **_with_dependents(_as_mapping(overrides))}
     if data_dir is not None and not values.get("class_names"):
         values["class_names"] = _classes_of_folder(Path(data_dir))
     return _build(values, origin)
@@ -410,11 +410,15 @@ def _as_mapping(overrides: Mapping[str, Any] | Iterable[str] | None) -> dict[str
     return result
 
 
-def _forget_classes(changes: dict[str, Any]) -> dict[str, Any]:
-    """A new class list brings its own count, and leaves the old list's colours and mapping behind."""
-    if "class_names" not in changes:
-        return changes
-    return {"num_classes": None, "palette": None, "label_map": None, "reduce_labels": False, **changes}
+def _with_dependents(changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes, with the fields reset that only made sense with the old values: a new class list brings its own
+    count and leaves colours and mapping behind, a new size its limit."""
+    result = dict(changes)
+    if "class_names" in changes:
+        result = {"num_classes": None, "palette": None, "label_map": None, "reduce_labels": False, **result}
+    if "resize" in changes:
+        result = {"max_longest_edge": None, **result}
+    return result
 
 
 def _classes_of_folder(folder: Path) -> list[str]:

@@ -1,0 +1,580 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Loading: every recipe reads its data set's true layout, bad data is named, and order and content are reproducible."""
+
+import functools
+import io
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from lemore_hf.data import scenes
+from lemore_hf.data.loading import (
+    BadSampleError,
+    EpochSampler,
+    RecipeDataset,
+    SampleDecoder,
+    StreamedRecipeDataset,
+    collate,
+    load_split,
+    sample_name,
+    with_classes_of,
+)
+from lemore_hf.data.recipes import load_recipe
+
+SIZE = (40, 48)
+VOID = 255
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settings(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        # Of 5 seconds at the end of each epoch of a shuffled stream, for threads that read from the network.
+        patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+        yield
+
+
+def picture(index: int, size=SIZE) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(index).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+def label_map(*values: int, mode: str = "L") -> Image.Image:
+    """A map with stripes of the stored labels given."""
+    stripes = np.resize(np.array(values), SIZE[1])
+    return Image.fromarray(
+        np.broadcast_to(stripes, SIZE).astype({"L": np.uint8, "I": np.int32, "I;16": np.uint16}[mode])
+    )
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> dict:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def write(path: Path, image: Image.Image) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def write_parquet(path: Path, columns: dict[str, list], features: datasets.Features | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
+
+
+def image_columns(maps: list[Image.Image], label: str = "label", **extra) -> tuple[dict, datasets.Features]:
+    columns = {
+        "image": [encoded(picture(index), "JPEG") for index in range(len(maps))],
+        label: [encoded(map_) for map_ in maps],
+    }
+    features = {"image": datasets.Image(), label: datasets.Image()}
+    for name, (values, feature) in extra.items():
+        columns[name], features[name] = values, feature
+    return columns, datasets.Features(features)
+
+
+def write_pairs(folder: Path, names: list[str], images: str = "images", masks: str = "masks") -> None:
+    for index, name in enumerate(names):
+        write(folder / images / f"{name}.jpg", picture(index))
+        write(folder / masks / f"{name}.png", label_map(0, 1, VOID))
+
+
+def folder_recipe(**overrides):
+    return load_recipe("folder", {"class_names": ["a", "b"], "crop_size": (32, 32), "resize": None} | overrides)
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Each data set in its own schema
+# -------------------------------------------------------------------------------------------------------------------
+
+
+def build_ade20k(folder: Path) -> None:
+    for split in ("training", "validation"):
+        write(folder / f"images/{split}/ADE_1.jpg", picture(0))
+        write(folder / f"annotations/{split}/ADE_1.png", label_map(0, 1, 150))
+
+
+def build_camvid(folder: Path) -> None:
+    columns, features = image_columns([label_map(0, 10, VOID)], name=(["0001TP_1"], datasets.Value("string")))
+    for split in ("train", "val", "test"):
+        write_parquet(folder / f"{split}.parquet", columns, features)
+
+
+def build_cityscapes(folder: Path) -> None:
+    for split in ("train", "val"):
+        stem = f"{split}/aachen/aachen_000000_000019"
+        write(folder / f"leftImg8bit/{stem}_leftImg8bit.png", picture(0))
+        write(folder / f"gtFine/{stem}_gtFine_labelIds.png", label_map(0, 7, 33))
+        # The release has more files of the same frame, which are not for us.
+        write(folder / f"gtFine/{stem}_gtFine_color.png", picture(1))
+        write(folder / f"gtFine/{stem}_gtFine_instanceIds.png", label_map(7, 26001, mode="I;16"))
+
+
+def build_pascal_context(folder: Path) -> None:
+    for name in ("2008_1", "2008_2", "2008_3"):
+        write(folder / f"JPEGImages/{name}.jpg", picture(0))
+        if name != "2008_3":  # the release has more images than label maps
+            write(folder / f"SegmentationClassContext/{name}.png", label_map(0, 1, 59))
+    (folder / "ImageSets/SegmentationContext").mkdir(parents=True)
+    (folder / "ImageSets/SegmentationContext/train.txt").write_text("2008_1\n")
+    (folder / "ImageSets/SegmentationContext/val.txt").write_text("2008_2\n")
+
+
+def build_coco_stuff_10k(folder: Path) -> None:
+    for name in ("COCO_train2014_1", "COCO_train2014_2"):
+        write(folder / f"images/{name}.jpg", picture(0))
+        write(folder / f"annotations/{name}.png", label_map(0, 1, 13, 182))
+    (folder / "imageLists").mkdir()
+    (folder / "imageLists/train.txt").write_text("COCO_train2014_1\n")
+    (folder / "imageLists/test.txt").write_text("COCO_train2014_2\n")
+
+
+def build_coco_stuff_164k(folder: Path) -> None:
+    for split in ("train", "val"):
+        write(folder / f"images/{split}2017/000000000009.jpg", picture(0))
+        write(folder / f"annotations/{split}2017/000000000009.png", label_map(VOID, 0, 12, 181))
+
+
+def build_folder(folder: Path) -> None:
+    (folder / "classes.txt").write_text("a\nb\n")
+    for split in ("train", "val", "test"):
+        write_pairs(folder, ["x"], f"images/{split}", f"masks/{split}")
+
+
+# Recipe, builder, classes that the stored labels must become (in the order of the stripes).
+SCHEMAS = [
+    ("ade20k", build_ade20k, [VOID, 0, 149]),
+    ("camvid", build_camvid, [0, 10, VOID]),
+    ("cityscapes", build_cityscapes, [VOID, 0, 18]),
+    ("coco_stuff_10k", build_coco_stuff_10k, [VOID, 0, 11, 170]),
+    ("coco_stuff_164k", build_coco_stuff_164k, [VOID, 0, 11, 170]),
+    ("folder", build_folder, [0, 1, VOID]),
+    ("pascal_context_59", build_pascal_context, [VOID, 0, 58]),
+    ("pascal_context_60", build_pascal_context, [0, 1, 59]),
+]
+
+
+@pytest.mark.parametrize(("name", "build", "classes"), SCHEMAS, ids=[schema[0] for schema in SCHEMAS])
+def test_every_recipe_reads_its_schema(name, build, classes, tmp_path):
+    build(tmp_path)
+    recipe = load_recipe(name, data_dir=tmp_path)
+    for split in recipe.splits:
+        for streaming in (False, True):
+            samples = load_split(recipe, split, tmp_path, streaming)
+            assert set(samples.column_names) <= {"image", "label", "name"}
+            (stored,) = list(samples)
+            sample = SampleDecoder(recipe)(stored)
+            assert sample.image.shape == (3, *SIZE)
+            torch.testing.assert_close(sample.labels[0, : len(classes)], torch.tensor(classes, dtype=torch.uint8))
+    training = RecipeDataset(load_split(recipe, recipe.train_on, tmp_path), recipe, training=True)
+    assert training[0]["pixel_values"].shape == (3, *recipe.crop_size)
+
+
+def test_ade20k_in_the_hubs_schema(tmp_path):
+    columns, features = image_columns(
+        [label_map(0, 150)], "annotation", scene_category=([3], datasets.ClassLabel(num_classes=5))
+    )
+    for split in ("train", "validation"):
+        write_parquet(tmp_path / f"scene_parsing/{split}/0000.parquet", columns, features)
+    # A repository is read like a folder of the same files.
+    recipe = load_recipe("ade20k", {"dataset": str(tmp_path), "revision": None})
+    for streaming in (False, True):
+        (stored,) = list(load_split(recipe, "validation", streaming=streaming))
+        assert SampleDecoder(recipe)(stored).labels[0, :2].tolist() == [VOID, 149]
+    assert len(load_split(recipe, "train", tmp_path)) == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_imagenet_in_its_schemas(tmp_path, streaming):
+    recipe = load_recipe("imagenet1k", {"crop_size": (32, 32), "resize": 40})
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=1000)})
+    columns = {"image": [encoded(picture(0), "JPEG")], "label": [999]}
+    write_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet", columns, features)
+    for wnid in ("n01440764", "n01443537"):
+        write(tmp_path / "local" / "train" / wnid / f"{wnid}_1.JPEG", picture(1))
+    (stored,) = list(load_split(recipe, "train", tmp_path / "hub", streaming))
+    assert SampleDecoder(recipe)(stored).labels == 999
+    samples = load_split(recipe, "train", tmp_path / "local", streaming)
+    assert sorted(SampleDecoder(recipe)(stored).labels for stored in samples) == [0, 1]
+    if not streaming:
+        batch = collate([RecipeDataset(samples, recipe, training=True)[index] for index in range(2)])
+        assert batch["pixel_values"].shape == (2, 3, 32, 32)
+        assert batch["labels"].tolist() == [0, 1]
+
+
+def test_class_names_of_an_image_classification_folder(tmp_path):
+    for name in ("cat", "dog"):
+        write(tmp_path / name / "1.png", picture(0))
+        write(tmp_path / name / "2.png", picture(1))
+    recipe = load_recipe(
+        "folder", {"task": "image-classification", "scale_range": [0.1, 1], "validation_fraction": 0.5}
+    )
+    samples = load_split(recipe, "train", tmp_path)
+    assert with_classes_of(recipe, samples).class_names == ("cat", "dog")
+    with pytest.raises(ValueError, match="does not know its classes"):
+        SampleDecoder(recipe)
+    assert with_classes_of(load_recipe("camvid"), samples).num_classes == 11
+
+
+def test_classes_have_to_be_named(tmp_path):
+    write_pairs(tmp_path, ["x", "y"])
+    recipe = load_recipe("folder", data_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"classes\.txt.*--class_names"):
+        with_classes_of(recipe, load_split(recipe, "train", tmp_path))
+
+
+def test_scenes(monkeypatch):
+    monkeypatch.setattr(scenes, "load_scenes", functools.partial(scenes.load_scenes, num_test=2))
+    recipe = load_recipe("scenes")
+    samples = load_split(recipe, "test")
+    assert len(samples) == len(list(load_split(recipe, "test", streaming=True))) == 2
+    sample = RecipeDataset(samples, recipe)[1]
+    assert sample["pixel_values"].shape == (3, *recipe.image_size)
+    assert sample["labels"].shape == recipe.image_size
+
+
+def test_camvid_itself(camvid_dir):
+    recipe = load_recipe("camvid")
+    assert [len(load_split(recipe, split, camvid_dir)) for split in ("train+validation", "test")] == [468, 233]
+    sample = RecipeDataset(load_split(recipe, "test", camvid_dir), recipe)[0]
+    assert sample["pixel_values"].shape == (3, 360, 480)
+    assert set(sample["labels"].unique().tolist()) <= {*range(11), VOID}
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Folders and files
+# -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [("images/{}", "masks/{}"), ("{}/images", "{}/masks")])
+def test_split_folders(tmp_path, layout):
+    for split, names in {"training": ["a", "sub/b"], "val": ["c"]}.items():
+        write_pairs(tmp_path, names, *(part.format(split) for part in layout))
+    recipe = folder_recipe()
+    assert load_split(recipe, "train", tmp_path)["name"] == ["a", "sub/b"]
+    assert load_split(recipe, "train+validation", tmp_path)["name"] == ["a", "sub/b", "c"]
+    with pytest.raises(FileNotFoundError, match="test split"):
+        load_split(recipe, "test", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_is_not_split_is_held_out_evenly(tmp_path, kind, streaming):
+    names = [f"{index:02}" for index in range(20)]
+    if kind == "folder":
+        write_pairs(tmp_path, names)
+    else:
+        columns, features = image_columns([label_map(0, 1)] * 20, name=(names, datasets.Value("string")))
+        write_parquet(tmp_path / "everything.parquet", columns, features)
+    recipe = folder_recipe()
+    train, validation = (
+        [row["name"] for row in load_split(recipe, split, tmp_path, streaming)] for split in ("train", "validation")
+    )
+    assert validation == ["05", "15"]
+    assert sorted(train + validation) == names
+    with pytest.raises(FileNotFoundError, match="not split"):
+        load_split(recipe, "test", tmp_path)
+
+
+def test_label_maps_without_image_and_the_reverse_are_listed(tmp_path):
+    write_pairs(tmp_path, ["a", "b", "c"])
+    (tmp_path / "images" / "b.jpg").unlink()
+    with pytest.raises(ValueError, match=r"1 label maps in .*masks have no image: b\."):
+        load_split(folder_recipe(), "train", tmp_path)
+    (tmp_path / "masks" / "b.png").unlink()
+    (tmp_path / "masks" / "c.png").unlink()
+    with pytest.raises(ValueError, match=r"1 images in .*images have no label map: c\."):
+        load_split(folder_recipe(), "train", tmp_path)
+
+
+def test_long_lists_of_names_are_shortened(tmp_path):
+    write_pairs(tmp_path, [f"{index:02}" for index in range(30)])
+    for path in (tmp_path / "images").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match=r"30 label maps .*00, 01.*09 and 20 more"):
+        load_split(folder_recipe(), "train", tmp_path)
+
+
+def test_two_files_of_one_name(tmp_path):
+    write_pairs(tmp_path, ["a"])
+    write(tmp_path / "images" / "a.png", picture(0))
+    with pytest.raises(ValueError, match="the same name"):
+        load_split(folder_recipe(), "train", tmp_path)
+
+
+def test_listed_samples_that_are_missing(tmp_path):
+    build_pascal_context(tmp_path)
+    (tmp_path / "ImageSets/SegmentationContext/val.txt").write_text("2008_2\n2008_9\n")
+    with pytest.raises(ValueError, match=r"lacks 1 samples of the validation split: 2008_9"):
+        load_split(load_recipe("pascal_context_59"), "validation", tmp_path)
+
+
+def test_missing_folders_splits_and_columns(tmp_path):
+    recipe = load_recipe("camvid")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_split(recipe, "train", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="needs a local folder"):
+        load_split(recipe, "train")
+    with pytest.raises(FileNotFoundError, match=r"looked for parquet files and for the folders images/train"):
+        load_split(recipe, "train", tmp_path)
+    columns, features = image_columns([label_map(0)], "annotation")
+    write_parquet(tmp_path / "train.parquet", columns, features)
+    with pytest.raises(FileNotFoundError, match="no parquet file of the test split"):
+        load_split(recipe, "test", tmp_path)
+    with pytest.raises(ValueError, match="no column label, only image, annotation"):
+        load_split(recipe, "train", tmp_path)
+    with pytest.raises(ValueError, match="ade20k has no test split"):
+        load_split(load_recipe("ade20k"), "test", tmp_path)
+
+
+def test_parquet_written_by_other_tools(tmp_path):
+    table = pa.table({"image": [encoded(picture(0))], "label": [encoded(label_map(1))["bytes"]]})
+    pq.write_table(table, tmp_path / "train.parquet")
+    recipe = folder_recipe()
+    for streaming in (False, True):
+        (stored,) = list(load_split(recipe, "train", tmp_path, streaming))
+        assert SampleDecoder(recipe)(stored).labels.unique().tolist() == [1]
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Decoding
+# -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "I", "I;16"])
+def test_label_maps_of_every_integer_mode(mode):
+    values = np.zeros(SIZE, dtype=np.uint8)
+    values[:, 10:] = 1
+    image = Image.fromarray(values.astype(bool) if mode == "1" else values)
+    if mode == "P":
+        image.putpalette([9, 9, 9, 200, 0, 0])
+    elif mode in ("I", "I;16"):
+        image = Image.fromarray(values.astype({"I": np.int32, "I;16": np.uint16}[mode]))
+    assert image.mode == mode
+    kind = "TIFF" if mode == "I" else "PNG"
+    sample = SampleDecoder(folder_recipe())({"image": encoded(picture(0)), "label": encoded(image, kind)})
+    np.testing.assert_array_equal(sample.labels.numpy(), values)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_images_of_every_mode(mode):
+    grey = np.full(SIZE, 200, dtype=np.uint8)
+    image = (
+        Image.fromarray(grey.astype(np.uint16) * 256)
+        if mode == "I;16"
+        else Image.fromarray(grey).convert("RGB" if mode == "CMYK" else "L").convert(mode)
+    )
+    stored = {"image": encoded(image, "TIFF" if mode == "CMYK" else "PNG"), "label": label_map(0)}
+    sample = SampleDecoder(folder_recipe())(stored)
+    assert sample.image.shape == (3, *SIZE)
+    if mode != "1":
+        assert (sample.image.int() - 200).abs().max() <= 1
+
+
+def test_exif_orientation_is_applied():
+    upright = picture(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned left: to be turned right
+    buffer = io.BytesIO()
+    upright.transpose(Image.Transpose.ROTATE_90).save(buffer, "PNG", exif=exif)
+    stored = {"image": {"bytes": buffer.getvalue(), "path": None}, "label": encoded(label_map(0))}
+    sample = SampleDecoder(folder_recipe())(stored)
+    np.testing.assert_array_equal(sample.image.permute(1, 2, 0).numpy(), np.asarray(upright))
+
+
+FLOATS = Image.fromarray(np.full(SIZE, 0.5, dtype=np.float32))
+BAD = {
+    "unreadable image": ({"bytes": b"no picture", "path": None}, label_map(0), "cannot identify image"),
+    "truncated image": (
+        {"bytes": encoded(picture(0), "JPEG")["bytes"][:900], "path": None},
+        label_map(0),
+        "truncated",
+    ),
+    "missing file": ({"bytes": None, "path": "/nowhere/a.png"}, label_map(0), "No such file"),
+    "other size": (picture(0, (40, 49)), label_map(0), "49×40 pixels and the label map 48×40"),
+    "out of range": (picture(0), label_map(0, 2, 7), "stored labels 2, 7 are out of range: there are 2 classes"),
+    "negative": (picture(0), label_map(-1, 0, mode="I"), r"span -1…0, outside 0…65535"),
+    "all void": (picture(0), label_map(VOID), "all its pixels are void"),
+    "colours": (picture(0), picture(1), "mode RGB, not one integer class id"),
+    "no integers": (picture(0), FLOATS, "mode F, not one integer class id"),
+    "float array": (picture(0), np.full(SIZE, 0.5), "float64, not integers"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_samples_are_named(case):
+    image, labels, reason = BAD[case]
+    with pytest.raises(BadSampleError, match=reason) as caught:
+        SampleDecoder(folder_recipe())({"image": image, "label": labels, "name": "frame-7"}, 3)
+    assert "Sample 3 ('frame-7')" in str(caught.value)
+    assert "check_dataset.py" in str(caught.value)
+    assert caught.value.sample == "frame-7"
+
+
+def test_reduced_labels_have_their_own_range():
+    decode = SampleDecoder(load_recipe("ade20k"))
+    with pytest.raises(BadSampleError, match="151 are out of range: there are 150 classes, reduced by one"):
+        decode({"image": picture(0), "label": label_map(150, 151)})
+    with pytest.raises(BadSampleError, match="void"):
+        decode({"image": picture(0), "label": label_map(0)})
+
+
+def test_all_void_can_be_allowed():
+    sample = SampleDecoder(folder_recipe(allow_all_void=True))({"image": picture(0), "label": label_map(VOID)})
+    assert (sample.labels == VOID).all()
+
+
+@pytest.mark.parametrize("label", [2, -1, 1.0, True, None, "c"])
+def test_bad_class_ids(label):
+    recipe = folder_recipe(task="image-classification", scale_range=[0.1, 1])
+    assert SampleDecoder(recipe)({"image": picture(0), "label": "b"}).labels == 1
+    with pytest.raises(BadSampleError, match="none of the 2 classes"):
+        SampleDecoder(recipe)({"image": picture(0), "label": label})
+
+
+def test_bad_sample_keeps_its_name_across_worker_processes():
+    samples = datasets.Dataset.from_dict(
+        {"image": [encoded(picture(0))], "label": [encoded(label_map(5))], "name": ["frame-7"]}
+    )
+    samples = samples.cast_column("image", datasets.Image()).cast_column("label", datasets.Image())
+    loader = DataLoader(RecipeDataset(samples, folder_recipe()), num_workers=1, collate_fn=collate)
+    with pytest.raises(BadSampleError, match=r"Sample 0 \('frame-7'\).*stored labels 5"):
+        next(iter(loader))
+
+
+def test_sample_names():
+    assert sample_name({"name": "a", "image": {"path": "/x/b.png"}}, 3) == "a"
+    assert sample_name({"image": {"path": "/x/b.png"}}, 3) == "b.png"
+    assert sample_name({"image": {"path": None}}, 3) == "3"
+
+
+# -------------------------------------------------------------------------------------------------------------------
+# Order, determinism, resuming
+# -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def set_of_ten(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ten")
+    names = [f"frame-{index}" for index in range(10)]
+    columns, features = image_columns([label_map(0, 1)] * 10, name=(names, datasets.Value("string")))
+    for shard in range(5):
+        part = {name: values[2 * shard : 2 * shard + 2] for name, values in columns.items()}
+        write_parquet(folder / f"train-{shard:05}-of-00005.parquet", part, features)
+    return folder
+
+
+def batches(loader) -> list[tuple]:
+    return [
+        (batch["name"], batch["pixel_values"].numpy().tobytes(), batch["labels"].numpy().tobytes()) for batch in loader
+    ]
+
+
+def test_same_batches_whatever_the_workers_the_cache_and_the_start(set_of_ten):
+    recipe = folder_recipe()
+    samples = load_split(recipe, "train", set_of_ten)
+
+    def run(num_workers: int = 0, cache: str | None = None, start: int = 0, seed: int = 0) -> list[tuple]:
+        dataset = RecipeDataset(samples, recipe, training=True, seed=seed, cache=cache)
+        sampler = EpochSampler(len(dataset), seed=seed, start=start, stop=24)
+        return batches(
+            DataLoader(
+                dataset,
+                4,
+                sampler=sampler,
+                collate_fn=collate,
+                num_workers=num_workers,
+                persistent_workers=num_workers > 0,
+            )
+        )
+
+    reference = run()
+    assert len(reference) == 6
+    assert run(num_workers=2) == reference
+    assert run(cache="memory") == reference
+    assert run(num_workers=2, cache="memory", start=12) == reference[3:]
+    assert run(seed=1) != reference
+
+
+def test_sampler_visits_everything_once_an_epoch_anew():
+    pairs = list(EpochSampler(7, seed=3, stop=21))
+    for epoch in range(3):
+        part = pairs[7 * epoch : 7 * epoch + 7]
+        assert [number for number, _ in part] == [epoch] * 7
+        assert sorted(index for _, index in part) == list(range(7))
+    assert len({tuple(index for _, index in pairs[start : start + 7]) for start in (0, 7, 14)}) == 3
+    assert list(EpochSampler(7, seed=3, start=10, stop=21)) == pairs[10:]
+    ranks = [list(EpochSampler(7, seed=3, start=4, stop=21, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert ranks == [pairs[4::2], pairs[5::2]]
+    with pytest.raises(ValueError, match="empty"):
+        EpochSampler(0)
+
+
+def test_evaluation_keeps_the_labels_size(set_of_ten):
+    recipe = folder_recipe(resize=(64, 64))
+    sample = RecipeDataset(load_split(recipe, "train", set_of_ten), recipe)[3]
+    assert sample["pixel_values"].shape == (3, 64, 64)
+    assert sample["labels"].shape == SIZE
+    assert sample["name"] == "frame-3"
+
+
+def test_batches_of_different_sizes_are_refused():
+    sample = {"pixel_values": torch.zeros(3, 4, 4), "labels": torch.zeros(4, 4), "index": 0, "name": "a"}
+    other = {**sample, "pixel_values": torch.zeros(3, 4, 5)}
+    with pytest.raises(ValueError, match=r"differ in size.*eval_batch_size 1"):
+        collate([sample, other])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_streams_are_shared_out_among_processes_and_workers(set_of_ten, num_workers):
+    recipe = folder_recipe()
+    seen = []
+    for rank in (0, 1):
+        stream = StreamedRecipeDataset(
+            load_split(recipe, "train", set_of_ten, streaming=True), recipe, rank=rank, world_size=2
+        )
+        loader = DataLoader(stream, 2, collate_fn=collate, num_workers=min(num_workers, stream.max_workers))
+        seen += [name for batch in loader for name in batch["name"]]
+    assert sorted(seen) == sorted(f"frame-{index}" for index in range(10))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_streamed_training_repeats_reproducibly_and_resumes(set_of_ten, num_workers):
+    recipe = folder_recipe(shuffle_buffer_size=4)
+
+    def run(start: int = 0, batch_size: int = 4) -> list[tuple]:
+        samples = load_split(recipe, "train", set_of_ten, streaming=True)
+        stream = StreamedRecipeDataset(samples, recipe, training=True, batch_size=batch_size, start=start)
+        loader = DataLoader(stream, batch_size, collate_fn=collate, num_workers=num_workers)
+        taken = [batch for _, batch in zip(range(8), loader, strict=False)]
+        assert [batch is None for batch in taken] == [index < start for index in range(8)]
+        return batches(taken[start:])
+
+    reference = run()
+    assert len(reference) == 8  # 32 samples of a set of 10: several epochs
+    assert run() == reference
+    assert run(start=5) == reference[5:]
+
+
+def test_streamed_augmentation_depends_on_image_and_epoch_alone(set_of_ten):
+    recipe = folder_recipe()
+    stream = load_split(recipe, "train", set_of_ten, streaming=True)
+
+    def first_epoch(**process) -> dict[str, bytes]:
+        dataset = StreamedRecipeDataset(stream, recipe, training=True, **process)
+        share = 10 // process.get("world_size", 1)
+        return {s["name"]: s["pixel_values"].numpy().tobytes() for _, s in zip(range(share), dataset, strict=False)}
+
+    alone = first_epoch()
+    half = first_epoch(rank=1, world_size=2)
+    assert len(alone) == 10
+    assert half
+    assert all(alone[name] == pixels for name, pixels in half.items())
