@@ -1,0 +1,254 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluate a trained model, LeMoRe or a peer, on a split of a recipe's data set.
+
+    python scripts/evaluate.py --model OUT/final --recipe camvid --data_dir DIR --split test --output metrics.json
+    accelerate launch --num_processes 2 scripts/evaluate.py ...
+
+Prints a table of the classes and writes the scores as JSON; beside that a picture of the confusion matrix and a grid of
+the worst images (image, labels, prediction). On the CPU each process computes on one thread, so that the counts are
+the same to the last pixel whatever the number of processes: start as many as there are cores. Every field of the recipe
+is an option too (`--eval_batch_size`).
+"""
+
+import argparse
+import copy
+import json
+import math
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+import transformers
+from accelerate import Accelerator
+from PIL import Image
+from torchvision.transforms.v2 import functional as F
+from transformers import PreTrainedModel
+
+import lemore_hf
+from lemore_hf.checkpointing import CheckpointError
+from lemore_hf.complexity import count_multiply_accumulates
+from lemore_hf.data.loading import RecipeDataset, StreamedRecipeDataset, load_split, with_classes_of
+from lemore_hf.data.recipes import Recipe, add_recipe_arguments, load_recipe, recipe_overrides
+from lemore_hf.evaluation import (
+    EvaluatedImage,
+    SegmentationEvaluation,
+    evaluate_classification,
+    evaluate_segmentation,
+    load_trained_model,
+)
+from lemore_hf.visualization import draw_segmentation, image_grid, plot_confusion_matrix
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder that training has written, or Hub id")
+    parser.add_argument("--recipe", required=True, help="name of a recipe, or path of its YAML file")
+    parser.add_argument("--data_dir", type=Path, help="local folder of the data set; without it, from the Hub")
+    parser.add_argument("--split", default="test", help="train, validation or test, or several joined by '+'")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file of the scores")
+    parser.add_argument("--streaming", action="store_true", help="read the data while evaluating, never all of it")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that load data for each process")
+    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
+    parser.add_argument("--runs", type=Path, help="append a line with the scores and the run's run.json to this file")
+    views = parser.add_argument_group("segmentation")
+    views.add_argument("--scales", type=float, nargs="+", default=[1.0], help="average over the image at these scales")
+    views.add_argument("--flip", action="store_true", help="average over the image and its mirror image")
+    views.add_argument("--window", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="slide a window of this size")
+    views.add_argument("--window_stride", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="default: two thirds")
+    views.add_argument("--worst_images", type=int, default=8, help="images in the grid of the worst; 0 for no grid")
+    add_recipe_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    if accelerator.device.type == "cpu":
+        # The order of additions, and with it the last bits of a score, depends on the number of threads.
+        torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    recipe = load_recipe(args.recipe, recipe_overrides(args), args.data_dir)
+    if accelerator.is_main_process:
+        check_output(args.output)
+    check_normalization(Path(args.model), recipe)
+    with accelerator.main_process_first():  # which fills the cache of the data set
+        samples = load_split(recipe, args.split, args.data_dir, args.streaming)
+    recipe = with_classes_of(recipe, samples)
+    if args.streaming:
+        dataset = StreamedRecipeDataset(
+            samples, recipe, rank=accelerator.process_index, world_size=accelerator.num_processes
+        )
+    else:
+        dataset = RecipeDataset(samples, recipe)
+    model = load_trained_model(args.model, recipe.task)
+
+    report = evaluate_model(model, dataset, recipe, accelerator, args)
+    if accelerator.is_main_process:
+        report |= describe(model, recipe, accelerator, args)
+        args.output.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        if args.runs is not None:
+            append_run(report, args)
+    accelerator.end_training()
+
+
+def check_output(output: Path) -> None:
+    """Find out before the work whether its result can be written."""
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a folder: give the name of a JSON file.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not output.exists()
+    with output.open("a"):
+        pass
+    if is_new:
+        output.unlink()
+
+
+def check_normalization(folder: Path, recipe: Recipe) -> None:
+    """Refuse to feed a model other pixel values than its image processor would."""
+    path = folder / "preprocessor_config.json"
+    processor = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for field in ("image_mean", "image_std"):
+        values = processor.get(field)
+        if values is not None and list(values) != list(getattr(recipe, field)):
+            raise ValueError(
+                f"{field} is {values} in {path} and {list(getattr(recipe, field))} in the recipe {recipe.name}: if the "
+                f"model was trained with the former, add --{field} {' '.join(map(str, values))}."
+            )
+
+
+def evaluate_model(
+    model: PreTrainedModel, dataset: Any, recipe: Recipe, accelerator: Accelerator, args: argparse.Namespace
+) -> dict[str, Any]:
+    """The scores; on the main process they are also printed and drawn."""
+    if recipe.task == "image-classification":
+        result = evaluate_classification(model, dataset, recipe, accelerator, num_workers=args.num_workers)
+        scores = result.scores()
+        if accelerator.is_main_process:
+            print(f"Accuracy {percent(scores['accuracy'])}, among five {percent(scores['top5_accuracy'])}")
+        return without_nan(scores) | {"num_images": result.num_images}
+    result = evaluate_segmentation(
+        model,
+        dataset,
+        recipe,
+        accelerator,
+        num_workers=args.num_workers,
+        scales=args.scales,
+        flip=args.flip,
+        window=args.window,
+        window_stride=args.window_stride,
+        boundary=True,
+        num_worst=args.worst_images,
+    )
+    scores = result.scores()
+    names = class_names(recipe, model)
+    for key, values in scores.items():
+        if key.startswith("per_class"):
+            scores[key] = dict(zip(names, values, strict=True))
+    if accelerator.is_main_process:
+        print(class_table(scores, names))
+        draw(result, recipe, names, args.output)
+    settings = {name: getattr(args, name) for name in ("scales", "flip", "window", "window_stride")}
+    return without_nan(scores) | {"num_images": result.num_images, "inference": settings}
+
+
+def class_names(recipe: Recipe, model: PreTrainedModel) -> list[str]:
+    """A name for each class of the confusion matrix; a single label makes two."""
+    names = list(recipe.id2label.values())
+    return names if model.config.num_labels > 1 or len(names) > 1 else ["background", *names]
+
+
+def class_table(scores: dict[str, Any], names: list[str]) -> str:
+    columns = {"IoU": "iou", "accuracy": "accuracy", "boundary IoU": "boundary_iou"}
+    width = max(len(name) for name in [*names, "class"])
+    lines = [f"{'class':{width}}" + "".join(f"{column:>14}" for column in columns)]
+    for name in names:
+        values = (scores[f"per_class_{key}"][name] for key in columns.values())
+        lines.append(f"{name:{width}}" + "".join(f"{percent(value):>14}" for value in values))
+    means = (scores[f"{key}"] for key in ("mean_iou", "mean_accuracy", "boundary_iou"))
+    lines.append(f"{'mean':{width}}" + "".join(f"{percent(value):>14}" for value in means))
+    return "\n".join([*lines, f"Pixel accuracy {percent(scores['overall_accuracy'])}"])
+
+
+def percent(score: float) -> str:
+    return "-" if math.isnan(score) else f"{100 * score:.2f} %"
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no nan: a score that does not exist becomes null."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def draw(result: SegmentationEvaluation, recipe: Recipe, names: list[str], output: Path) -> None:
+    title = f"{recipe.title or recipe.name}, {result.num_images} images"
+    matrix = plot_confusion_matrix(result.confusion_matrix.counts, names, title)
+    matrix.save(output.with_name(f"{output.stem}_confusion_matrix.png"))
+    if result.worst_images:
+        rows = [picture for image in result.worst_images for picture in draw_image(image, recipe, names)]
+        titles = [
+            text
+            for image in result.worst_images
+            for text in (image.name, "labels", f"prediction, mIoU {percent(image.mean_iou)}")
+        ]
+        image_grid(rows, 3, titles, cell_size=(360, 480)).save(output.with_name(f"{output.stem}_worst_images.png"))
+
+
+def draw_image(image: EvaluatedImage, recipe: Recipe, names: list[str]) -> tuple[Image.Image, ...]:
+    """An image, its labels and its prediction."""
+    pixels = F.resize(image.image, list(image.labels.shape), antialias=True)
+    drawn = (
+        draw_segmentation(pixels, classes, dict(enumerate(names)), recipe.palette, legend=False)
+        for classes in (image.labels, image.prediction)
+    )
+    return F.to_pil_image(pixels), *drawn
+
+
+def describe(
+    model: PreTrainedModel, recipe: Recipe, accelerator: Accelerator, args: argparse.Namespace
+) -> dict[str, Any]:
+    """What was evaluated, on what."""
+    device = accelerator.device
+    on_meta = copy.deepcopy(model).to("meta")
+    return {
+        "model": args.model,
+        "model_type": model.config.model_type,
+        "parameters": model.num_parameters(),
+        "multiply_accumulates": count_multiply_accumulates(
+            on_meta, torch.empty(1, 3, *recipe.image_size, device="meta")
+        ),
+        "image_size": list(recipe.image_size),
+        "dataset": recipe.title or recipe.name,
+        "recipe": recipe.name,
+        "split": args.split,
+        "mixed_precision": args.mixed_precision,
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "versions": {
+            "lemore_hf": lemore_hf.__version__,
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def append_run(report: dict[str, Any], args: argparse.Namespace) -> None:
+    """A line for the run that the model comes from: its `run.json`, and the scores on this split."""
+    run_file = Path(args.model).parent / "run.json"
+    run = json.loads(run_file.read_text(encoding="utf-8")) if run_file.is_file() else {}
+    keys = ("model", "recipe", "split", "parameters", "multiply_accumulates", "mean_iou", "boundary_iou", "accuracy")
+    run["evaluation"] = {key: report[key] for key in keys if key in report} | report.get("inference", {})
+    args.runs.parent.mkdir(parents=True, exist_ok=True)
+    with args.runs.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(run) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (CheckpointError, OSError, TypeError, ValueError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
