@@ -1,0 +1,434 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Publishing a trained model on the Hugging Face Hub: its folder checked, its card rendered, one commit uploaded."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    RepoFile,
+)
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers.dynamic_module_utils import get_relative_imports
+
+from .checkpointing import PICKLED_SUFFIXES
+from .configuration_lemore import LeMoReConfig
+from .data.recipes import Recipe
+from .modeling_lemore import LeMoReForImageClassification, LeMoReForSemanticSegmentation
+
+WEIGHTS, CONFIG, PROCESSOR, CARD = "model.safetensors", "config.json", "preprocessor_config.json", "README.md"
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".svg", ".gif")
+CARD_TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"
+
+_MODEL_CLASSES = {cls.__name__: cls for cls in (LeMoReForSemanticSegmentation, LeMoReForImageClassification)}
+_PIPELINE_TAGS = {
+    "LeMoReForSemanticSegmentation": "image-segmentation",
+    "LeMoReForImageClassification": "image-classification",
+}
+# Scores of an evaluation that a card reports: key in its JSON → name.
+_SCORES = {
+    "mean_iou": "mean IoU",
+    "mean_accuracy": "mean class accuracy",
+    "overall_accuracy": "pixel accuracy",
+    "boundary_iou": "boundary IoU",
+    "accuracy": "top-1 accuracy",
+    "top5_accuracy": "top-5 accuracy",
+}
+
+
+class PublishingError(RuntimeError):
+    """A folder that cannot be published, or a Hub that did not take it. The message says why and what to do."""
+
+
+# The folder
+
+
+def validate_folder(folder: str | Path) -> list[Path]:
+    """Check that a folder can be loaded by anyone who downloads it, with or without this package.
+
+    Args:
+        folder: as `save_pretrained` of model and image processor write it, with the model card.
+
+    Returns:
+        The files to publish, relative to the folder: weights, configurations, remote code, card and the card's
+        pictures. Whatever else lies in the folder stays there.
+
+    Raises:
+        PublishingError: for pickled files, a missing piece (all are listed), or weights that are truncated, not
+            finite, or not those of the network that the configuration describes.
+    """
+    folder = Path(folder)
+    return [*_loadable_files(folder), *_card_files(folder)]
+
+
+def _loadable_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise PublishingError(f"{folder} is not a folder. Give the one that `save_pretrained` wrote.")
+    pickled = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in PICKLED_SUFFIXES)
+    if pickled:
+        raise PublishingError(
+            f"{folder} holds pickled files ({', '.join(pickled)}), which can run code when they are loaded. Delete or "
+            "move them: only safetensors are published."
+        )
+    missing = [name for name in (WEIGHTS, CONFIG, PROCESSOR) if not (folder / name).is_file()]
+    code, missing_code = _code_files(folder)
+    if missing := missing + missing_code:
+        raise PublishingError(
+            f"{folder} cannot be loaded by others, this is missing: {', '.join(missing)}. Save the model and the image "
+            "processor there with `save_pretrained`, after `import lemore_hf`."
+        )
+    _check_weights(folder)
+    return [Path(name) for name in (WEIGHTS, CONFIG, PROCESSOR, *code)]
+
+
+def _code_files(folder: Path) -> tuple[list[str], list[str]]:
+    """The remote-code files that the configurations name and those that these import; and what of that is missing."""
+    pending, missing = [], []
+    for name in (CONFIG, PROCESSOR):
+        if (folder / name).is_file():
+            auto_map = _read_json(folder / name).get("auto_map")
+            if not auto_map:
+                missing.append(f"auto_map in {name}")
+            pending += re.findall(r'"(\w+)\.\w+"', json.dumps(auto_map))
+    found: list[str] = []
+    while pending:
+        name = f"{pending.pop()}.py"
+        if name in found + missing:
+            continue
+        if (folder / name).is_file():
+            found.append(name)
+            pending += get_relative_imports(folder / name)
+        else:
+            missing.append(name)
+    return sorted(found), sorted(missing)
+
+
+def _check_weights(folder: Path) -> None:
+    path = folder / WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  Not a dictionary.
+    except (SafetensorError, OSError) as error:
+        raise PublishingError(f"{path} is truncated or damaged ({error}). Save or copy the model again.") from error
+    with torch.device("meta"):
+        network = _model_class(folder)(_load_config(folder)).state_dict()
+    shapes, expected = ({name: tuple(tensor.shape) for name, tensor in x.items()} for x in (tensors, network))
+    if wrong := sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name)):
+        name = wrong[0]
+        raise PublishingError(
+            f"{path} does not hold the weights of the network in {CONFIG}: {len(wrong)} tensors differ, such as {name} "
+            f"({shapes.get(name, 'missing')}, expected {expected.get(name, 'none')}). Save model and configuration "
+            "together."
+        )
+    not_finite = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
+    if not_finite:
+        raise PublishingError(f"{path} holds NaN or infinity, in {', '.join(not_finite[:5])}: training has diverged.")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PublishingError(f"{path} is not readable JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise PublishingError(f"{path} must hold a JSON object, not {type(content).__name__}.")
+    return content
+
+
+def _load_config(folder: Path) -> LeMoReConfig:
+    try:
+        return LeMoReConfig.from_dict(_read_json(folder / CONFIG))
+    except (ValueError, TypeError) as error:
+        raise PublishingError(f"{folder / CONFIG} is no valid LeMoRe configuration: {error}") from error
+
+
+def _model_class(folder: Path) -> type[torch.nn.Module]:
+    architectures = _read_json(folder / CONFIG).get("architectures") or [None]
+    if architectures[0] not in _MODEL_CLASSES:
+        raise PublishingError(
+            f"{folder / CONFIG} names the architecture {architectures[0]}; published are {', '.join(_MODEL_CLASSES)}."
+        )
+    return _MODEL_CLASSES[architectures[0]]
+
+
+def _card_files(folder: Path) -> list[Path]:
+    """The card and the pictures in the folder that it shows."""
+    if not (folder / CARD).is_file():
+        raise PublishingError(f"{folder} has no {CARD}: render it with `write_card`, from an evaluation's JSON.")
+    text = (folder / CARD).read_text(encoding="utf-8")
+    links = re.findall(r"!\[[^\]]*\]\(([^)\s]+)", text) + re.findall(r"<img[^>]*\ssrc=[\"']([^\"']+)", text)
+    pictures = sorted({link for link in links if "://" not in link})
+    outside = [link for link in pictures if not (folder / link).resolve().is_relative_to(folder.resolve())]
+    missing = [link for link in pictures if not (folder / link).is_file()]
+    if bad := outside + missing:
+        raise PublishingError(f"{folder / CARD} shows pictures that are not in the folder: {', '.join(bad)}.")
+    return [Path(CARD), *(Path(link) for link in pictures)]
+
+
+# The card
+
+
+def write_card(
+    folder: str | Path,
+    repo_id: str,
+    results: Mapping[str, Any] | None = None,
+    recipe: Recipe | None = None,
+    license: str | None = None,
+    template: str | Path = CARD_TEMPLATE,
+) -> Path:
+    """Render the model card into a folder that `save_pretrained` wrote.
+
+    Args:
+        folder: the model's; every picture in it and in its subfolder `figures/` is shown.
+        repo_id: the repository that the card's example loads from.
+        results: an evaluation's scores, the JSON of `scripts/evaluate.py`; without them the card says that there are
+            none. `mean_iou` and the other scores are in 0…1, `per_class_iou` is by name or in the labels' order.
+        recipe: the recipe of the training, for the data's name, terms and citation.
+        license: Hub licence identifier of the weights. Default: `apache-2.0` where the recipe's data is, `other` with
+            the data's terms where they are others, `unknown` without recipe.
+        template: Jinja template of the card.
+
+    Raises:
+        PublishingError: if configuration, weights, results or template cannot be read.
+    """
+    folder = Path(folder)
+    if not Path(template).is_file():
+        raise PublishingError(f"there is no card template {template}; give one, such as the repository's model_cards/")
+    config, architecture = _load_config(folder), _model_class(folder).__name__
+    scores = _scores(results or {})
+    card = ModelCard.from_template(
+        _card_data(architecture, repo_id, results or {}, scores, recipe, license),
+        template_path=str(template),
+        name=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        pipeline_tag=_PIPELINE_TAGS[architecture],
+        config=config,
+        num_parameters=_num_parameters(folder),
+        results=results or {},
+        scores=[(name, f"{100 * scores[key]:.2f}") for key, name in _SCORES.items() if key in scores],
+        per_class=_per_class(results or {}, config),
+        recipe=recipe,
+        pictures=_pictures(folder),
+    )
+    # Rendered in full before the old card goes.
+    (folder / CARD).write_text(str(card), encoding="utf-8")
+    return folder / CARD
+
+
+def ensure_card(
+    folder: str | Path,
+    repo_id: str,
+    results: Mapping[str, Any] | None = None,
+    recipe: Recipe | None = None,
+    license: str | None = None,
+) -> None:
+    """Render the card (`write_card`) where there is none or where `results` are given; else keep the one there is.
+
+    Raises:
+        PublishingError: for a recipe or licence without results, where a card exists: they would have to replace it.
+    """
+    has_card = (Path(folder) / CARD).is_file()
+    if results is not None or not has_card:
+        write_card(folder, repo_id, results, recipe, license)
+    elif recipe or license:
+        raise PublishingError(
+            f"{folder} has a card already, which recipe and licence do not change: give the results too, so that it is "
+            f"rendered anew, or delete its {CARD}."
+        )
+
+
+def _card_data(
+    architecture: str,
+    repo_id: str,
+    results: Mapping[str, Any],
+    scores: Mapping[str, float],
+    recipe: Recipe | None,
+    license: str | None,
+) -> ModelCardData:
+    dataset = (recipe.dataset or recipe.name) if recipe else results.get("dataset")
+    terms = recipe.license if recipe else ""
+    if license is None:
+        license = "unknown" if not terms else "apache-2.0" if terms.lower() == "apache-2.0" else "other"
+    # The Hub asks for a name and a link where the licence is not one of its list: the card's own section.
+    other = {"license_name": "apache-2.0-with-data-terms", "license_link": CARD} if license == "other" else {}
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=_PIPELINE_TAGS[architecture],
+        license=license,
+        **other,
+        tags=["lemore", "vision", "lightweight"],
+        datasets=[dataset] if dataset else None,
+        metrics=list(scores) or None,
+        model_name=repo_id.split("/")[-1],
+        eval_results=[
+            EvalResult(
+                task_type=_PIPELINE_TAGS[architecture],
+                dataset_type=dataset or "custom",
+                dataset_name=(recipe.title if recipe else None) or dataset or "custom",
+                dataset_split=results.get("split"),
+                metric_type=key,
+                metric_name=_SCORES[key],
+                metric_value=round(score, 4),
+            )
+            for key, score in scores.items()
+        ]
+        or None,
+    )
+
+
+def _scores(results: Mapping[str, Any]) -> dict[str, float]:
+    scores = {key: results[key] for key in _SCORES if results.get(key) is not None}
+    if bad := [f"{key}={score!r}" for key, score in scores.items() if not _is_fraction(score)]:
+        raise PublishingError(f"the results hold scores that are not numbers in 0…1: {', '.join(bad)}")
+    if results and not scores:
+        raise PublishingError(
+            f"the results hold none of the scores {', '.join(_SCORES)}: they are no evaluation's JSON"
+        )
+    return scores
+
+
+def _is_fraction(score: Any) -> bool:
+    return isinstance(score, (int, float)) and not isinstance(score, bool) and 0 <= score <= 1
+
+
+def _per_class(results: Mapping[str, Any], config: LeMoReConfig) -> list[tuple[str, str]]:
+    """Class names and IoU in percent; a class that does not occur in the set has none."""
+    scores = results.get("per_class_iou") or {}
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    if not isinstance(scores, Mapping):
+        scores = dict(enumerate(scores)) if len(scores) != len(names) else dict(zip(names, scores, strict=True))
+    if scores and list(scores) != names:
+        raise PublishingError(
+            f"the results are not of this model: they hold the IoU of the classes {', '.join(map(str, scores))}, the "
+            f"model has {', '.join(names)}"
+        )
+    return [(name, "–" if iou is None or math.isnan(iou) else f"{100 * iou:.2f}") for name, iou in scores.items()]
+
+
+def _num_parameters(folder: Path) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in _model_class(folder)(_load_config(folder)).parameters())
+
+
+def _pictures(folder: Path) -> list[tuple[str, str]]:
+    """(caption, path) of the pictures beside the card."""
+    paths = sorted(path for place in (folder, folder / "figures") for path in place.glob("*"))
+    return [
+        (path.stem.replace("_", " ").replace("-", " "), path.relative_to(folder).as_posix())
+        for path in paths
+        if path.suffix.lower() in PICTURE_SUFFIXES
+    ]
+
+
+# The Hub
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    results: Mapping[str, Any] | None = None,
+    recipe: Recipe | None = None,
+    license: str | None = None,
+    overwrite: bool = False,
+    private: bool = False,
+    token: str | None = None,
+) -> str:
+    """Publish a folder as a model repository, in one commit: a failed upload leaves the repository as it was.
+
+    Args:
+        folder: as `validate_folder` describes it, its card as `ensure_card` does; otherwise it is only read.
+        repo_id: "name" or "namespace/name"; created if it does not exist.
+        results, recipe, license: as in `ensure_card`.
+        overwrite: let the folder replace what the repository holds. Without it a repository with other content is
+            refused; the same content again is no error.
+        private: create the repository as a private one.
+        token: default: the one of `hf auth login` or `HF_TOKEN`.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        PublishingError: for a folder that `validate_folder` refuses, a token without the right to write, a repository
+            with other content, or an upload that failed.
+    """
+    folder = Path(folder)
+    loadable = _loadable_files(folder)
+    api = HfApi(token=token)
+    with _explained(f"sign in to {api.endpoint}"):
+        user = api.whoami()["name"]
+    repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
+    ensure_card(folder, repo_id, results, recipe, license)
+    files = [*loadable, *_card_files(folder)]
+
+    with _explained(f"create or read the repository {repo_id}"):
+        address = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        revision = api.model_info(repo_id).sha
+        tree = api.list_repo_tree(repo_id, revision=revision, recursive=True)
+        remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    remote.pop(".gitattributes", None)  # Written by the Hub.
+    local = {path.as_posix(): folder / path for path in files}
+    other = sorted(path for path, entry in remote.items() if path not in local or not _is_same(entry, local[path]))
+    if other and not overwrite:
+        raise PublishingError(
+            f"the repository {repo_id} already holds other content ({', '.join(other[:8])}"
+            f"{', ...' if len(other) > 8 else ''}). Choose another name, or replace it with --overwrite (its history "
+            "keeps the old files)."
+        )
+    if not other and remote.keys() == local.keys():
+        return str(address)
+
+    operations = [CommitOperationAdd(path, str(file)) for path, file in local.items()]
+    operations += [CommitOperationDelete(path) for path in remote if path not in local]
+    with _explained(f"upload to {repo_id}"):
+        api.create_commit(
+            repo_id, operations, commit_message=f"Publish {repo_id.split('/')[-1]}", parent_commit=revision
+        )
+    return str(address)
+
+
+def _is_same(entry: RepoFile, path: Path) -> bool:
+    """Whether a file of the repository has the content of a local one, by the hash that the Hub keeps of it."""
+    content = path.read_bytes()
+    if entry.lfs is not None:
+        return entry.lfs.sha256 == hashlib.sha256(content).hexdigest()
+    return entry.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@contextlib.contextmanager
+def _explained(action: str) -> Iterator[None]:
+    """Turn what the Hub's client raises into a `PublishingError` that says what to do."""
+    try:
+        yield
+    except LocalTokenNotFoundError as error:
+        raise PublishingError(f"cannot {action}: there is no token. Run `hf auth login`, or set HF_TOKEN.") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        advice = {
+            401: "The token is wrong or has expired: run `hf auth login`, or set HF_TOKEN to one that may write.",
+            403: "The token has no right to write there: make one that has, or choose another namespace.",
+            412: "The repository changed meanwhile: look at it, and run the command again.",
+        }.get(status, "Run the command again.")
+        raise PublishingError(f"cannot {action} (HTTP status {status}). {advice} Details: {error}") from error
+    except Exception as error:  # The client's transport errors differ between its versions and share no other base.
+        cause = error.__cause__ or error
+        raise PublishingError(
+            f"cannot {action}: {error} ({type(cause).__name__}: {cause}). The repository has the files it had before, "
+            "the local folder is complete. Check the connection and run the command again."
+        ) from error

@@ -1,0 +1,52 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Publish a trained model on the Hugging Face Hub, with a card rendered from an evaluation's JSON.
+
+    python scripts/push_to_hub.py --model runs/camvid/final --repo_id you/lemore-camvid --results metrics.json
+
+Uploads what others need to load the model, in one commit, and nothing else that lies in the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lemore_hf.data.recipes import load_recipe
+from lemore_hf.hub import PublishingError, ensure_card, push_folder, validate_folder
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of the model, as training writes it")
+    parser.add_argument("--repo_id", required=True, help="repository, NAME or NAMESPACE/NAME")
+    parser.add_argument("--results", type=Path, help="JSON of scripts/evaluate.py: renders the card anew from it")
+    parser.add_argument("--recipe", help="recipe of the training, for the card (default: the one the results name)")
+    parser.add_argument("--license", help="Hub licence identifier of the weights (default: after the data's terms)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an existing repository holds")
+    parser.add_argument("--private", action="store_true", help="create the repository as a private one")
+    parser.add_argument("--dry_run", action="store_true", help="render and check, list the files, upload nothing")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        results = json.loads(args.results.read_text(encoding="utf-8")) if args.results else None
+        name = args.recipe or (results or {}).get("recipe")
+        card = {"results": results, "recipe": load_recipe(name) if name else None, "license": args.license}
+        if args.dry_run:
+            ensure_card(args.model, args.repo_id, **card)
+            print(f"{args.repo_id} would hold: {', '.join(map(str, validate_folder(args.model)))}")
+        else:
+            address = push_folder(args.model, args.repo_id, **card, overwrite=args.overwrite, private=args.private)
+            print(f"Published: {address}")
+    except (PublishingError, OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
