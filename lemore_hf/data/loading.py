@@ -270,6 +270,7 @@ def _hold_out(samples, recipe: Recipe, split: str, folder: Path):
     """Train or validation part of what is not split: every k-th sample in the order of names is held out."""
     if split == "test":
         raise FileNotFoundError(f"{folder} is not split, so there is no test split; give it as sub-folders or files.")
+    samples = without_decoding(samples)
     step = round(1 / recipe.validation_fraction)
     wanted = (lambda index: index % step == step // 2) if split == "validation" else (lambda i: i % step != step // 2)
     if isinstance(samples, datasets.IterableDataset):
@@ -278,6 +279,8 @@ def _hold_out(samples, recipe: Recipe, split: str, folder: Path):
 
 
 def _normalize_columns(samples, recipe: Recipe):
+    # A stream would otherwise decode its pictures to rename their column, and encode them again.
+    samples = without_decoding(samples)
     wanted = {recipe.image_column: "image", recipe.label_column: "label"}
     available = samples.column_names or list(next(iter(samples)))
     if recipe.name_column is not None and recipe.name_column in available:
@@ -293,7 +296,12 @@ def _normalize_columns(samples, recipe: Recipe):
     for column in ("image",) if recipe.task == "image-classification" else ("image", "label"):
         feature = (samples.features or {}).get(column)
         # Parquet files that other tools wrote hold the encoded pictures without saying so.
-        if isinstance(feature, dict) or getattr(feature, "dtype", None) in ("binary", "large_binary", "string"):
+        is_encoded = isinstance(feature, dict) or getattr(feature, "dtype", None) in (
+            "binary",
+            "large_binary",
+            "string",
+        )
+        if is_encoded or isinstance(feature, datasets.Image):
             samples = samples.cast_column(column, datasets.Image())
     return samples
 

@@ -1,0 +1,115 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""scripts/check_dataset.py: counts what is there, names what a training would stop at, and says so in its exit status."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "check_dataset.py"
+SIZE = (40, 48)
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch, capsys):
+    """Runs the script in this process, which spares the imports: its exit status and what it printed."""
+
+    def run(data_dir: Path, *arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--data_dir", str(data_dir), *arguments])
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as exited:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return exited.value.code, capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Four samples a split: the left quarter is void, the rest class 0, and in half of the samples a band of class 1."""
+    folder = tmp_path / "data"
+    for split in ("train", "validation"):
+        for part in ("images", "masks"):
+            (folder / split / part).mkdir(parents=True)
+        for index in range(4):
+            pixels = np.random.default_rng(index).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+            labels = np.zeros(SIZE, dtype=np.uint8)
+            labels[:, :12] = 255
+            if index % 2:
+                labels[:10, 12:] = 1
+            Image.fromarray(pixels).save(folder / split / "images" / f"{index}.png")
+            Image.fromarray(labels).save(folder / split / "masks" / f"{index}.png")
+    (folder / "classes.txt").write_text("floor\nwall\nwindow\n")
+    return folder
+
+
+def test_a_good_set(folder, tmp_path):
+    options = ["--recipe", "folder", "--picture", "grid.png", "--num_pictures", "3"]
+    command = [sys.executable, str(SCRIPT), "--data_dir", str(folder), *options]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "train: 4 samples, 4 usable" in result.stdout
+    assert "test: not there" in result.stdout
+    assert "48×40 (4)" in result.stdout
+    # Of 36 · 40 labelled pixels, two of four samples have 36 · 10 of class 1.
+    assert re.search(r"0\s+floor\s+87\.500%\s+4", result.stdout)
+    assert re.search(r"1\s+wall\s+12\.500%\s+2", result.stdout)
+    assert re.search(r"2\s+window\s+0\.000%\s+0\s+never occurs", result.stdout)
+    assert re.search(r"void\s+25\.000% of all pixels", result.stdout)
+    assert "Checking train: 100%" in result.stderr
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.width > 3 * SIZE[1]
+        assert picture.height > 2 * SIZE[0]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_sample_that_would_fail_is_named_with_its_reason(check, folder, tmp_path, streaming):
+    train = folder / "train"
+    (train / "images" / "0.png").write_bytes(b"no picture")
+    Image.fromarray(np.zeros((40, 50), dtype=np.uint8)).save(train / "masks" / "1.png")
+    Image.fromarray(np.full(SIZE, 7, dtype=np.uint8)).save(train / "masks" / "2.png")
+    Image.fromarray(np.full(SIZE, 255, dtype=np.uint8)).save(train / "masks" / "3.png")
+    (folder / "validation" / "masks" / "2.png").unlink()
+    Image.fromarray(np.zeros((*SIZE, 3), dtype=np.uint8)).save(folder / "validation" / "masks" / "2.png")
+    options = ["--streaming"] if streaming else ["--num_workers", "0"]
+    status, printed = check(folder, "--recipe", "folder", "--num_pictures", "0", *options)
+    assert status == 1
+    assert "train: 4 samples, 0 usable" in printed
+    assert "A training would fail (5)" in printed
+    for line in (
+        r"train: 0: cannot identify image file",
+        r"train: 1: the image has 48×40 pixels and the label map 50×40",
+        r"train: 2: stored labels 7 are out of range",
+        r"train: 3: all its pixels are void",
+        r"validation: 2: its label map has mode RGB",
+    ):
+        assert re.search(line, printed), line
+    assert not (tmp_path / "dataset_check.png").exists()
+
+
+def test_a_label_map_without_image(check, folder):
+    (folder / "train" / "images" / "2.png").unlink()
+    status, printed = check(folder, "--recipe", "folder", "--split", "train")
+    assert status == 1
+    assert re.search(r"train: 1 label maps in .* have no image: 2\.", printed)
+
+
+def test_classification_counts_images(check, tmp_path):
+    for name, count in {"cat": 3, "dog": 1}.items():
+        for index in range(count):
+            path = tmp_path / "data" / "train" / name / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.zeros((*SIZE, 3), dtype=np.uint8)).save(path)
+    options = ["--recipe", "folder", "--task", "image-classification", "--scale_range", "0.1", "1.0"]
+    status, printed = check(tmp_path / "data", *options)
+    assert status == 0
+    assert re.search(r"0\s+cat\s+75\.000%\s+3", printed)
+    assert (tmp_path / "dataset_check.png").is_file()
