@@ -152,6 +152,7 @@ class _Street:
         self.draw = ImageDraw.Draw(self.raster)
         self.shadows = PILImage.new("L", (self.width, self.height))
         self.surfaces: list[tuple[int, np.ndarray, float, float]] = []
+        self.taken_columns: list[float] = []
         self._choose_camera()
         self._choose_colours()
         self._choose_layout()
@@ -291,7 +292,7 @@ class _Street:
         pavement = self.surface(_PAVEMENT, self.pavement_colour)
         road = self.surface(_ROAD, self.road_colour)
         self.fill(_flat(-400, 400, 0.5, 400), pavement)
-        seams = self.surface(_PAVEMENT, 0.6 * self.pavement_colour + 0.4 * joint)
+        seams = self.surface(_PAVEMENT, 0.4 * self.pavement_colour + 0.6 * joint)
         rows = np.arange(1.5, 16, self.uniform(1.0, 2.0))
         self.fill(_flat(-25, 25, rows, rows + 0.08), seams)
         middles = (np.array(self.walls) + self.road) / 2
@@ -307,7 +308,7 @@ class _Street:
     def _markings(self, surface: int) -> None:
         left, right = self.road
         middle, gap = (left + right) / 2, self.uniform(2.5, 5)
-        if self.chance(0.7):
+        if self.chance(0.85):
             dashes = np.arange(self.uniform(1, 4), 60, gap)
             self.fill(_flat(middle - 0.09, middle + 0.09, dashes, dashes + 0.5 * gap), surface)
         if self.chance(0.4):
@@ -358,7 +359,7 @@ class _Street:
         colour = self.facade_colours[self.rng.integers(3)]
         glass, trim = self.other_colour(colour), self.other_colour(colour)
         faces = _frustum((left, right, near, far), 0, (left, right, near, far), height)
-        storey, pitch = self.uniform(2.4, 3.4), self.uniform(1.6, 3.0)
+        storey, pitch = self.uniform(2.3, 3.0), self.uniform(1.5, 2.5)
         fill_u, fill_v, door = self.uniform(0.4, 0.75), self.uniform(0.4, 0.7), self.uniform(0.1, 0.8)
         if self.chance(0.15):
             fill_u = 1.0  # bands of windows
@@ -376,7 +377,7 @@ class _Street:
 
     def _fence(self, x: float, near: float, far: float) -> None:
         """A solid fence of upright or level boards along the street at X = `x`."""
-        near, height = max(near, 0.8), self.uniform(1.1, 1.7)
+        near, height = max(near, 0.8), self.uniform(1.3, 2.0)
         colour = self.other_colour(self.pavement_colour, self.road_colour)
         post = self.other_colour(colour)
         left, right = (far, near) if x > 0 else (near, far)
@@ -393,43 +394,39 @@ class _Street:
 
     def _furniture(self) -> None:
         """Everything that stands free in the street, far to near."""
-        things = []
-        parked: list[tuple[float, float]] = []
-        for _ in range(self.rng.integers(1, 5)):
-            spot = self._spot(self.road, 5, _NEARBY, margin=1.0)
-            if spot and all(abs(spot[0] - x) > 2.5 or abs(spot[1] - z) > 6 for x, z in parked):
-                parked.append(spot)
-        things.extend((spot, self._car) for spot in parked)
-        for _ in range(self.rng.integers(1, 4)):
-            lane = self.road if self.chance(0.2) else self._pavement()
-            things.append((self._spot(lane, 3.3, 7), self._person))
-        for _ in range(self.rng.integers(1, 4)):
-            things.append((self._spot(self._pavement(), 3.3, 7), self._sign))
-        for _ in range(self.rng.integers(0, 4)):
-            things.append(
-                (self._spot(self._pavement(), 4.5, _NEARBY), lambda x, z: self._tree(x, z, self.uniform(3.5, 6.5)))
-            )
+        things = [(self._spot(self.road, 4.5, 13, margin=1.0, room=0.15), self._car) for _ in range(self._count(2, 4))]
+        for _ in range(self._count(1, 3)):
+            things.append((self._spot(self._pavement(), 3, 6), self._sign))
+        for _ in range(self._count(1, 3)):
+            things.append((self._spot(self._pavement(), 4, 11), lambda x, z: self._tree(x, z, self.uniform(3.5, 6.0))))
+        for _ in range(self._count(2, 4)):
+            lane = self.road if self.chance(0.25) else self._pavement()
+            things.append((self._spot(lane, 3, 5.5), self._person))
         for side in range(2):
-            if self.chance(0.3):
-                x, near = self.road[side] + (-0.35, 0.35)[side], self.uniform(2, 8)
-                things.append(((x, near), lambda x, z: self._fence(x, z, z + self.uniform(4, 9))))
+            if self.chance(0.4):
+                spot = self.road[side] + (-0.35, 0.35)[side], self.uniform(2, 6)
+                things.append((spot, lambda x, z: self._fence(x, z, z + self.uniform(4, 9))))
         things = [(spot, paint) for spot, paint in things if spot is not None]
         for (x, z), paint in sorted(things, key=lambda thing: -thing[0][1]):
             paint(x, z)
+
+    def _count(self, fewest: int, most: int) -> int:
+        return int(self.rng.integers(fewest, most + 1))
 
     def _pavement(self) -> tuple[float, float]:
         side = self.rng.integers(2)
         return tuple(sorted((float(self.road[side]), float(self.walls[side]))))
 
     def _spot(
-        self, lane: tuple[float, float], near: float, far: float, margin: float = 0.4
+        self, lane: tuple[float, float], near: float, far: float, margin: float = 0.4, room: float = 0.06
     ) -> tuple[float, float] | None:
-        """A place `(X, Z)` in the picture, as likely near as far on the screen; None if the lane leaves the picture."""
-        for _ in range(6):
+        """A place `(X, Z)` in the picture, `room` (of its width) beside the others; None where none is soon found."""
+        for _ in range(8):
             z = 1 / self.uniform(1 / far, 1 / near)
             x = self.uniform(lane[0] + margin, max(lane[1] - margin, lane[0] + margin))
-            column = self.vanishing[0] + self.focal * x / z
-            if 0.03 < column / self.raster.width < 0.97:
+            column = (self.vanishing[0] + self.focal * x / z) / self.raster.width
+            if 0.03 < column < 0.97 and all(abs(column - other) > room for other in self.taken_columns):
+                self.taken_columns.append(column)
                 return x, z
         return None
 
@@ -611,7 +608,7 @@ class _Street:
         light *= 1 + self.uniform(0.0, 0.2) * self._clouded(2, 3)
         gain = self.uniform(0.45, 0.75) if self.chance(0.15) else self.uniform(0.85, 1.15)
         picture *= light[..., None] * (gain * (1 + 0.06 * self.rng.normal(size=3))).astype(np.float32)
-        picture += self.uniform(0.003, 0.025) * self.rng.standard_normal(picture.shape, dtype=np.float32)
+        picture += self.uniform(0.003, 0.02) * self.rng.standard_normal(picture.shape, dtype=np.float32)
         return PILImage.fromarray(np.rint(picture.clip(0, 1) * 255).astype(np.uint8))
 
     def _texture(self, surfaces: np.ndarray) -> np.ndarray:
