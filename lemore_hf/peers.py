@@ -115,6 +115,8 @@ def _mobilenetv2_deeplabv3(**labels) -> PreTrainedModel:
             # TensorFlow's 0.997 is the share that is kept. In torch it is the share that is replaced: the running
             # statistics would be those of the last batch alone.
             module.momentum = 1 - 0.997
+    # The segmentation head does not use it, and distributed training refuses parameters without a gradient.
+    model.mobilenet_v2.conv_1x1.requires_grad_(False)
     return _initialized(model)
 
 
