@@ -1,0 +1,147 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints are whole or not there, whatever happens while they are written."""
+
+import itertools
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lemore_hf import checkpointing
+from lemore_hf.checkpointing import (
+    CheckpointError,
+    atomic_folder,
+    checkpoint_folder,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    recover_folder,
+    save_checkpoint,
+)
+
+TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "half": torch.ones(2, dtype=torch.bfloat16)}
+
+
+def save_and_die(folder: Path, count: int) -> bool:
+    """Save a second checkpoint in a process that dies at its `count`-th call that changes the disk; whether it ended."""
+    child = os.fork()
+    if child == 0:
+        calls = itertools.count(1)
+
+        def dying(call):
+            return lambda *args, **kwargs: os._exit(9) if next(calls) == count else call(*args, **kwargs)
+
+        for name in ("fsync", "open", "mkdir", "rename", "rmdir", "unlink"):
+            setattr(os, name, dying(getattr(os, name)))
+        checkpointing.save_file = dying(checkpointing.save_file)
+        save_checkpoint(folder, {"weight": torch.full((3,), 2.0)}, {"step": 2})
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def test_round_trip(tmp_path):
+    folder = checkpoint_folder(tmp_path, 12)
+    save_checkpoint(folder, TENSORS, {"step": 12, "best": None})
+    tensors, state = load_checkpoint(folder)
+    assert state["step"] == 12
+    assert state["best"] is None
+    assert tensors.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name], tensor)
+    assert list_checkpoints(tmp_path) == [folder]
+
+
+def test_a_writer_that_dies_at_any_moment_leaves_the_old_checkpoint_or_the_new(tmp_path):
+    outcomes = []
+    for count in range(1, 200):
+        folder = tmp_path / str(count) / "checkpoint-0000001"
+        save_checkpoint(folder, {"weight": torch.full((3,), 1.0)}, {"step": 1})
+        finished = save_and_die(folder, count)
+        recover_folder(folder)
+        tensors, state = load_checkpoint(folder)
+        assert torch.equal(tensors["weight"], torch.full((3,), float(state["step"])))
+        assert not list(folder.parent.glob(".*")), "something unfinished was left behind"
+        outcomes.append(state["step"])
+        if finished:
+            break
+    assert finished
+    assert outcomes == sorted(outcomes)
+    assert set(outcomes) == {1, 2}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "tampered", "no tensors", "state"])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage):
+    folder = checkpoint_folder(tmp_path, 1)
+    save_checkpoint(folder, TENSORS, {"step": 1})
+    path = folder / "tensors.safetensors"
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        path.write_bytes(content[:-4])
+    elif damage == "tampered":
+        content[-1] ^= 1
+        path.write_bytes(content)
+    elif damage == "no tensors":
+        path.unlink()
+    else:
+        (folder / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match="checkpoint-0000001"):
+        load_checkpoint(folder)
+
+
+def test_pickled_checkpoints_are_refused(tmp_path):
+    folder = checkpoint_folder(tmp_path, 1)
+    save_checkpoint(folder, TENSORS, {"step": 1})
+    (folder / "optimizer.pt").write_bytes(pickle.dumps({}))
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt"):
+        load_checkpoint(folder)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
+    save_checkpoint(checkpoint_folder(tmp_path, 1), TENSORS, {"step": 1})
+    # The limit on the size of a file stands for a disk without room for it.
+    program = f"""
+import resource, torch
+from pathlib import Path
+from lemore_hf.checkpointing import *
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+try:
+    save_checkpoint(checkpoint_folder(Path({str(tmp_path)!r}), 2), {{"weight": torch.ones(1 << 20)}}, {{"step": 2}})
+except CheckpointError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "checkpoint-0000002 could not be written" in result.stdout
+    assert list_checkpoints(tmp_path) == [checkpoint_folder(tmp_path, 1)]
+    assert load_checkpoint(checkpoint_folder(tmp_path, 1))[1]["step"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-0000001"]
+
+
+def test_an_error_inside_the_block_leaves_the_folder_as_it_was(tmp_path):
+    folder = tmp_path / "final"
+    with atomic_folder(folder) as temporary:
+        (temporary / "a").write_text("old")
+
+    def interrupted() -> None:
+        with atomic_folder(folder) as temporary:
+            (temporary / "a").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (folder / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_pruning_keeps_the_last_and_the_best(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        save_checkpoint(checkpoint_folder(tmp_path, step), TENSORS, {"step": step})
+    prune_checkpoints(tmp_path, keep=2, also_keep=checkpoint_folder(tmp_path, 2))
+    steps = [json.loads((folder / "state.json").read_text())["step"] for folder in list_checkpoints(tmp_path)]
+    assert steps == [2, 4, 5]

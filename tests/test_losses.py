@@ -1,0 +1,138 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Training criteria against their definitions, void and absent classes included."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lemore_hf.losses import (
+    SegmentationCriterion,
+    count_for_median_frequency,
+    dice_loss,
+    lovasz_softmax_loss,
+    median_frequency_weights,
+)
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 6, 8, generator=generator, requires_grad=True)
+    labels = torch.randint(0, 4, (2, 6, 8), generator=generator)
+    labels[0, :2] = 255
+    return logits, labels
+
+
+@pytest.mark.parametrize(("weights", "label_smoothing"), [(None, 0.0), (None, 0.1), ([1.0, 2.0, 0.5, 3.0], 0.0)])
+def test_cross_entropy_is_torchs(batch, weights, label_smoothing):
+    logits, labels = batch
+    expected = F.cross_entropy(
+        logits,
+        labels,
+        weight=None if weights is None else torch.tensor(weights),
+        ignore_index=255,
+        label_smoothing=label_smoothing,
+    )
+    loss = SegmentationCriterion(weights, label_smoothing)(logits, labels)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_logits_are_upsampled_to_the_labels(batch):
+    logits, _ = batch
+    labels = torch.randint(0, 4, (2, 48, 64))
+    upsampled = F.interpolate(logits, size=(48, 64), mode="bilinear")
+    torch.testing.assert_close(SegmentationCriterion()(logits, labels), F.cross_entropy(upsampled, labels))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"class_weights": [1.0] * 4}, {"ohem_threshold": 0.7}, {"dice_weight": 1.0}, {"lovasz_weight": 1.0}],
+)
+def test_a_batch_of_void_alone_gives_zero(batch, options):
+    logits, labels = batch
+    loss = SegmentationCriterion(**options)(logits, torch.full_like(labels, 255))
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"class_weights": [1.0, 2.0, 3.0, 4.0]},
+        {"ohem_threshold": 0.3, "ohem_min_kept": 5},
+        {"dice_weight": 1.0},
+        {"lovasz_weight": 1.0},
+    ],
+)
+def test_void_pixels_do_not_count(batch, options):
+    logits, labels = batch
+    changed = logits.detach().clone()
+    changed[0, :, :2] = torch.randn(4, 2, 8)
+    criterion = SegmentationCriterion(**options)
+    torch.testing.assert_close(criterion(logits, labels), criterion(changed, labels))
+
+
+def test_hard_example_mining_takes_the_hardest(batch):
+    logits, labels = batch
+    losses = F.cross_entropy(logits, labels, ignore_index=255, reduction="none")[labels != 255]
+    hardest = losses.sort(descending=True).values
+    # No probability is below zero, so that the number of hard pixels decides alone.
+    torch.testing.assert_close(
+        SegmentationCriterion(ohem_threshold=0.0, ohem_min_kept=7)(logits, labels), hardest[:7].mean()
+    )
+    # The threshold adds all that are harder than it.
+    expected = hardest[hardest > -np.log(0.4)].mean()
+    torch.testing.assert_close(SegmentationCriterion(ohem_threshold=0.4, ohem_min_kept=1)(logits, labels), expected)
+
+
+def test_lovasz_of_certain_predictions_is_one_minus_the_mean_jaccard_index():
+    # The Lovász extension equals the set function at the corners of the cube.
+    for wrong in itertools.product([False, True], repeat=4):
+        targets = torch.tensor([0, 0, 1, 1])
+        predictions = torch.where(torch.tensor(wrong), 1 - targets, targets)
+        jaccard = [
+            ((predictions == c) & (targets == c)).sum() / ((predictions == c) | (targets == c)).sum() for c in (0, 1)
+        ]
+        loss = lovasz_softmax_loss(F.one_hot(predictions, 2).float(), targets)
+        torch.testing.assert_close(loss, 1 - torch.stack(jaccard).mean())
+
+
+def test_dice_of_certain_predictions():
+    targets = torch.tensor([0, 0, 1, 1])
+    one_hot = F.one_hot(targets, 3).float()
+    assert dice_loss(one_hot, targets).item() == pytest.approx(0, abs=1e-6)
+    predictions = torch.tensor([0, 1, 1, 1])
+    expected = 1 - np.mean([2 * 1 / (1 + 2), 2 * 2 / (3 + 2)])
+    assert dice_loss(F.one_hot(predictions, 3).float(), targets).item() == pytest.approx(expected)
+
+
+def test_losses_fall_along_their_gradient(batch):
+    logits, labels = batch
+    criterion = SegmentationCriterion(
+        [1.0, 2.0, 1.0, 1.0], ohem_threshold=0.9, ohem_min_kept=4, dice_weight=0.5, lovasz_weight=0.5
+    )
+    before = criterion(logits, labels)
+    before.backward()
+    with torch.no_grad():
+        after = criterion(logits - 0.1 * logits.grad, labels)
+    assert after < before
+
+
+def test_class_weights_must_fit(batch):
+    with pytest.raises(ValueError, match="3 class weights for 4 classes"):
+        SegmentationCriterion([1.0, 1.0, 1.0])(*batch)
+
+
+def test_median_frequency_weights():
+    maps = [torch.tensor([[0, 0, 0, 1]]), torch.tensor([[0, 0, 255, 255]]), torch.tensor([[2, 2, 1, 1]])]
+    counts, where_present = count_for_median_frequency(maps, 4)
+    assert counts.tolist() == [5, 3, 2, 0]
+    assert where_present.tolist() == [6, 8, 4, 0]
+    # Frequencies 5/6, 3/8, 1/2: the median is 1/2. The last class never occurs.
+    assert median_frequency_weights(counts, where_present) == pytest.approx([0.6, 4 / 3, 1.0, 0.0])
