@@ -345,6 +345,7 @@ def trainer_metrics(
     `mean_accuracy`, `overall_accuracy`, and `iou_<class>` and `accuracy_<class>` of every class (nan as in
     `ConfusionMatrix`), and starts anew. Batches may differ in size. With several processes their images must agree in width, since `Trainer`
     itself pads labels in height only; it also drops repeated samples, and gives every process the whole counts.
+    An evaluation that was interrupted leaves its counts behind: take a new pair, and a new `Trainer`, after that.
 
     Args:
         num_labels: the model's number of classes.
