@@ -1,0 +1,575 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Export to ONNX, OpenVINO, ExecuTorch and `torch.export`: one graph for every batch size, height and width.
+
+The graphs come from `transformers.exporters`. This file adds what is LeMoRe's own: forms of three parts that do not
+depend on the size they are traced at, post-processing inside the graph, int8 and fp16, and the class names and image
+processor settings that travel with the files. `lemore_hf.inference` runs the results.
+"""
+
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from transformers.exporters.utils import register_patch
+
+from .checkpointing import atomic_folder
+from .modeling_lemore import MINIMUM_SIZE, LeMoReAxisView, LeMoReForSemanticSegmentation, LeMoReTokenPyramid
+
+if TYPE_CHECKING:
+    import onnx_ir
+    import openvino
+
+MANIFEST = "lemore_export.json"
+"""What an export folder holds, written beside the graph; see [`ExportManifest`]."""
+
+FILES = {
+    "onnx": "model.onnx",
+    "openvino": "openvino_model.xml",
+    "executorch": "model.pte",
+    "torch": "model.pt2",
+}
+"""The graph's file name by format."""
+
+_REQUIREMENTS = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino", "nncf"),
+    "executorch": ("executorch",),
+    "torch": (),
+}
+_SAMPLE_SHAPE = (2, 328, 456)  # batch, height and width to trace with: no stride divides them, so none is special
+
+
+@dataclass(frozen=True)
+class ExportManifest:
+    """
+    What a graph takes and gives.
+
+    Args:
+        format (`str`): One of `FILES`.
+        file (`str`): The graph's file name.
+        with_postprocessing (`bool`): Whether the graph takes `image`, uint8 `(batch, height, width, 3)` in RGB, and
+            gives `labels`, uint8 `(batch, height, width)`; otherwise it takes `pixel_values`, normalised float32
+            `(batch, channels, height, width)`, and gives `logits`, `(batch, num_labels, height / stride, width / stride)`.
+        precision (`str`): `"float32"`, `"float16"` (the weights alone) or `"int8"`.
+        min_size, max_size (`int`): Limits of height and width in pixels; no upper one where `max_size` is `None`.
+        max_batch_size (`int`, *optional*): The most images at once; any number where it is `None`.
+    """
+
+    format: str
+    file: str
+    with_postprocessing: bool = False
+    precision: str = "float32"
+    min_size: int = MINIMUM_SIZE
+    max_size: int | None = None
+    max_batch_size: int | None = None
+
+    @property
+    def input_name(self) -> str:
+        """Name of the graph's one input."""
+        return "image" if self.with_postprocessing else "pixel_values"
+
+    def check_shape(self, batch_size: int, height: int, width: int) -> None:
+        """Refuse a batch that the graph was not exported for.
+
+        Raises:
+            `ValueError`: naming the size, the limit and the way out.
+        """
+        too_large = self.max_size is not None and max(height, width) > self.max_size
+        if min(height, width) < self.min_size or too_large:
+            upper = f" and at most {self.max_size}×{self.max_size}" if self.max_size is not None else ""
+            raise ValueError(
+                f"The graph was exported for images of at least {self.min_size}×{self.min_size} pixels{upper}, got "
+                f"{height}×{width}: resize them" + (", or export it anew with `--max-size`." if too_large else ".")
+            )
+        if self.max_batch_size is not None and batch_size > self.max_batch_size:
+            raise ValueError(
+                f"The graph was exported for at most {self.max_batch_size} images at once, got {batch_size}: split the "
+                "batch, or export it anew with `--max-batch-size`."
+            )
+
+    def save(self, folder: Path) -> None:
+        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "ExportManifest":
+        return cls(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+
+
+def export_model(
+    model: LeMoReForSemanticSegmentation,
+    image_processor: Any,
+    output_dir: str | os.PathLike,
+    export_format: str,
+    *,
+    with_postprocessing: bool = False,
+    precision: str = "float32",
+    calibration_images: Sequence[Image.Image] = (),
+    max_size: int | None = None,
+    max_batch_size: int | None = None,
+) -> ExportManifest:
+    """
+    Export a model into a folder that its runtime needs nothing else beside.
+
+    Besides the graph the folder holds the configuration (class names, palette) and the processor settings as JSON;
+    ONNX, OpenVINO and `torch.export` files carry the same inside.
+
+    Args:
+        model ([`LeMoReForSemanticSegmentation`]): The model; it is not changed.
+        image_processor: The image processor it was trained with.
+        output_dir (`str` or `os.PathLike`): The folder, replaced if it holds an export.
+        export_format (`str`): One of `FILES`.
+        with_postprocessing (`bool`): Whether normalisation, upsampling and argmax belong to the graph; see
+            [`ExportManifest`].
+        precision (`str`): `"float32"`; for ONNX and OpenVINO also `"float16"` (the weights are stored in half the space
+            and computed with in float32) and `"int8"` (static, per channel).
+        calibration_images (`Sequence[PIL.Image.Image]`): Pictures that the ranges of int8 are taken from.
+        max_size, max_batch_size (`int`, *optional*): Upper limits of the graph. ExecuTorch plans its memory for them,
+            and has 1024 pixels and 4 images where they are not given.
+
+    Returns:
+        [`ExportManifest`].
+
+    Raises:
+        `ValueError`: for an unknown format or precision, one that the format does not have, int8 without calibration
+            images, limits below the smallest size, more than 255 labels in a uint8 label map, or an output folder that
+            holds anything but an export.
+        `ImportError`: naming the extra to install where the format's packages are missing.
+    """
+    _check_options(model, export_format, with_postprocessing, precision, calibration_images, max_size, max_batch_size)
+    require_packages(export_format, _REQUIREMENTS[export_format])
+    output_dir = Path(output_dir)
+    _check_output(output_dir)
+    if export_format == "executorch":
+        max_size, max_batch_size = max_size or 1024, max_batch_size or 4
+    manifest = ExportManifest(
+        export_format,
+        FILES[export_format],
+        with_postprocessing,
+        precision,
+        max_size=max_size,
+        max_batch_size=max_batch_size,
+    )
+    feeds = [
+        {manifest.input_name: network_input(image, image_processor, with_postprocessing)}
+        for image in calibration_images
+    ]
+    metadata = describe(model.config, image_processor, manifest)
+    state = model.training, model.dtype
+    try:
+        module = model.eval().float()
+        if with_postprocessing:
+            module = SegmentationGraph(module, image_processor).eval()
+        with atomic_folder(output_dir) as folder, _quiet():
+            _EXPORTERS[export_format](module, folder / manifest.file, manifest, feeds, metadata)
+            model.config.save_pretrained(folder)
+            image_processor.save_pretrained(folder)
+            manifest.save(folder)
+    finally:
+        model.train(state[0]).to(state[1])
+    return manifest
+
+
+def require_packages(export_format: str, names: Sequence[str]) -> None:
+    """Refuse to go on without the packages of a format.
+
+    Raises:
+        `ImportError`: naming the extra that installs them.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"The format {export_format!r} needs {', '.join(missing)}: pip install 'lemore-hf[{export_format}]'"
+        )
+
+
+def describe(config: Any, image_processor: Any, manifest: ExportManifest) -> dict[str, str]:
+    """What a file tells about itself: JSON texts by name, the same in every format that holds such notes."""
+    notes = {
+        "id2label": config.id2label,
+        "palette": config.palette,
+        "image_processor": json.loads(image_processor.to_json_string()),
+        "graph": asdict(manifest),
+    }
+    return {name: json.dumps(note) for name, note in notes.items()}
+
+
+def _check_options(
+    model: LeMoReForSemanticSegmentation,
+    export_format: str,
+    with_postprocessing: bool,
+    precision: str,
+    calibration_images: Sequence[Image.Image],
+    max_size: int | None,
+    max_batch_size: int | None,
+) -> None:
+    if export_format not in FILES:
+        raise ValueError(f"`export_format` must be one of {list(FILES)}, got {export_format!r}.")
+    if precision not in ("float32", "float16", "int8"):
+        raise ValueError(f"`precision` must be 'float32', 'float16' or 'int8', got {precision!r}.")
+    if precision != "float32" and export_format not in ("onnx", "openvino"):
+        raise ValueError(f"{precision} is for the formats 'onnx' and 'openvino', not for {export_format!r}.")
+    if precision == "int8" and not calibration_images:
+        raise ValueError("int8 needs `calibration_images`: a few dozen pictures like those that the model will see.")
+    if max_size is not None and max_size < MINIMUM_SIZE:
+        raise ValueError(f"`max_size` must be at least {MINIMUM_SIZE}, the smallest image, got {max_size}.")
+    if max_batch_size is not None and max_batch_size < 1:
+        raise ValueError(f"`max_batch_size` must be at least 1, got {max_batch_size}.")
+    if with_postprocessing and model.config.num_labels > 255:
+        raise ValueError(
+            f"A uint8 label map holds 255 labels beside void, the model has {model.config.num_labels}: export it "
+            "without post-processing."
+        )
+    if with_postprocessing and model.config.num_channels != 3:
+        raise ValueError(
+            f"Post-processing in the graph is for RGB images, the model takes {model.config.num_channels} channels: "
+            "export it without."
+        )
+
+
+def _check_output(output_dir: Path) -> None:
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"{output_dir} is a file: name a folder for the export.")
+    if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / MANIFEST).is_file():
+        raise ValueError(f"{output_dir} holds files that are no export of a model: name an empty or a new folder.")
+
+
+# The graph
+
+
+def network_input(
+    images: Image.Image | Sequence[Image.Image],
+    image_processor: Any,
+    with_postprocessing: bool = False,
+    size: tuple[int, int] | None = None,
+) -> np.ndarray:
+    """
+    What a network takes of pictures, as a batch; see [`ExportManifest`].
+
+    Whole pictures are resized as the processor says, or to `size` as `(height, width)`; cropping and padding, which are
+    for training, are left out.
+    """
+    steps: dict[str, Any] = {"do_center_crop": False, "do_pad": False}
+    if with_postprocessing:
+        steps |= {"do_rescale": False, "do_normalize": False}
+    if size is not None:
+        steps |= {"do_resize": True, "size": {"height": size[0], "width": size[1]}}
+    pixel_values = image_processor(images, return_tensors="np", **steps).pixel_values
+    return np.ascontiguousarray(pixel_values.transpose(0, 2, 3, 1)) if with_postprocessing else pixel_values
+
+
+class SegmentationGraph(nn.Module):
+    """
+    A model with its processing: uint8 image in, uint8 label map of the same size out.
+
+    The image is taken at its size: resizing it to the size that the model was trained for is up to the caller.
+    """
+
+    def __init__(self, model: LeMoReForSemanticSegmentation, image_processor: Any):
+        super().__init__()
+        self.model = model
+        scale, offset = _normalization(image_processor)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("offset", offset, persistent=False)
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`(batch, height, width, 3)` in RGB → `labels` of shape `(batch, height, width)`, both uint8."""
+        pixel_values = image.permute(0, 3, 1, 2).float() * self.scale + self.offset
+        logits = self.model(pixel_values=pixel_values).logits
+        logits = F.interpolate(logits, size=pixel_values.shape[2:], mode="bilinear", align_corners=False)
+        labels = logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(1)
+        return {"labels": labels.to(torch.uint8)}
+
+
+def _normalization(image_processor: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and offset, `(3, 1, 1)` each, that take uint8 values to what the model expects."""
+    scale, offset = torch.ones(3), torch.zeros(3)
+    if image_processor.do_rescale:
+        scale = scale * image_processor.rescale_factor
+    if image_processor.do_normalize:
+        mean, std = torch.tensor(image_processor.image_mean), torch.tensor(image_processor.image_std)
+        scale, offset = scale / std, -mean / std
+    return scale.expand(3)[:, None, None].clone(), offset.expand(3)[:, None, None].clone()
+
+
+def _trace_arguments(module: nn.Module, manifest: ExportManifest) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Sample inputs by name, and which of their axes are free within what limits."""
+    batch, height, width = _SAMPLE_SHAPE
+    height, width = (min(side, manifest.max_size or side) for side in (height, width))
+    batch = min(batch, manifest.max_batch_size or batch)
+    if manifest.with_postprocessing:
+        rows, sample = 1, torch.zeros(batch, height, width, 3, dtype=torch.uint8)
+    else:
+        rows, sample = 2, torch.zeros(batch, module.config.num_channels, height, width)
+    side = {"min": manifest.min_size, "max": manifest.max_size}
+    dimension = torch.export.Dim.AUTO
+    axes = {0: dimension(min=1, max=manifest.max_batch_size), rows: dimension(**side), rows + 1: dimension(**side)}
+    return {manifest.input_name: sample}, {manifest.input_name: axes}
+
+
+def _trace(exporter: Any, config_class: type, module: nn.Module, manifest: ExportManifest) -> Any:
+    """The backend's program, from one of Transformers' exporters."""
+    inputs, dynamic_shapes = _trace_arguments(module, manifest)
+    # Without it axes of one (a single image, a single token) would be left out of the free ones.
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        exported = exporter.export(module, inputs, config_class(dynamic_shapes=dynamic_shapes))
+    # Transformers wraps the program since 5.23.
+    return exported.program if hasattr(exported, "components") else exported
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters report every step, on standard output, as warnings and as log records; errors still come through."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        transformers.logging.set_verbosity(verbosity)
+
+
+# Forms of the network's parts that hold at every size. Transformers puts them in place while it traces.
+
+
+def tent_filter(size: int, native: int, like: torch.Tensor) -> torch.Tensor:
+    """
+    Bilinear resizing of an axis as a matrix, antialiased when it shrinks.
+
+    Args:
+        size (`int`): Positions after resizing.
+        native (`int`): Positions before.
+        like (`torch.Tensor`): Names the device and, down to float32, the type.
+
+    Returns:
+        `torch.Tensor` of shape `(size, native)`, whose rows sum to one; the identity where the two are the same.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    # Distances between positions in units of 1 / (2 · max) are whole numbers: nothing is rounded before the division.
+    rows = (2 * torch.arange(size, device=like.device, dtype=dtype) + 1)[:, None] * native
+    columns = (2 * torch.arange(native, device=like.device, dtype=dtype) + 1) * size
+    weights = (1 - (rows - columns).abs() / (2 * torch.sym_max(size, native))).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
+
+
+@register_patch("dynamo", "lemore_hf.modeling_lemore.LeMoReAxisView.forward")
+def _free_axis_view(original: Any) -> Any:
+    """Resampled weights in one closed form: no branch on the size, which tracing would freeze, and no antialiasing
+    `interpolate`, which ONNX lacks."""
+
+    def forward(self: LeMoReAxisView, hidden_state: torch.Tensor) -> torch.Tensor:
+        native, size = self.weight.shape[0], hidden_state.shape[self.axis]
+        tent = tent_filter(size, native, self.weight)
+        weight = tent @ self.weight @ tent.t() * (native / size)
+        if self.axis == 3:
+            return F.linear(hidden_state, weight)
+        return F.linear(hidden_state.transpose(2, 3), weight).transpose(2, 3)
+
+    return forward
+
+
+@register_patch("dynamo", "lemore_hf.modeling_lemore.LeMoReTokenPyramid.forward")
+def _free_token_pyramid(original: Any) -> Any:
+    """Pooling without `ceil_mode`: OpenVINO refuses windows larger than the map. The windows that reach beyond the
+    border are divided by what they hold."""
+
+    def pool(feature: torch.Tensor, size: int) -> torch.Tensor:
+        return F.avg_pool2d(F.pad(feature, (0, size - 1, 0, size - 1)), size)
+
+    def forward(self: LeMoReTokenPyramid, local_features: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        pooled = [
+            pool(feature, size) / pool(torch.ones_like(feature[:1, :1]), size)
+            for feature, size in zip(local_features, self.kernel_sizes, strict=True)
+        ]
+        return torch.cat(pooled, dim=1)
+
+    return forward
+
+
+@register_patch("dynamo", "lemore_hf.modeling_lemore._resize")
+def _free_resize(original: Any) -> Any:
+    """Leaves a map alone where it has the size at every input size, not where the sample happens to have it."""
+
+    def resize(hidden_state: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        if all(statically_known_true(old == new) for old, new in zip(hidden_state.shape[-2:], size, strict=True)):
+            return hidden_state
+        return F.interpolate(hidden_state, size=size, mode="bilinear", align_corners=False)
+
+    return resize
+
+
+# Formats
+
+
+def _export_onnx(
+    module: nn.Module, path: Path, manifest: ExportManifest, feeds: Iterable[dict], metadata: dict[str, str]
+) -> None:
+    import onnx_ir
+
+    model = _onnx_model(module, manifest)
+    if manifest.precision == "float16":
+        _store_weights_in_half(model)
+    elif manifest.precision == "int8":
+        model = _quantize_onnx(model, feeds)
+    model.metadata_props.update(metadata)
+    onnx_ir.save(model, path)
+
+
+def _onnx_model(module: nn.Module, manifest: ExportManifest) -> "onnx_ir.Model":
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    program = _trace(OnnxExporter(), OnnxConfig, module, manifest)
+    model = getattr(program, "model", program)  # an `ONNXProgram` before Transformers 5.23
+    _tidy_onnx(model, manifest)
+    return model
+
+
+def _tidy_onnx(model: "onnx_ir.Model", manifest: ExportManifest) -> None:
+    """Name the free axes, and drop the notes on where each node came from: a megabyte, with paths of this machine."""
+    import onnx_ir
+
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    (image,), (result,) = model.graph.inputs, model.graph.outputs
+    if manifest.with_postprocessing:
+        image.shape = onnx_ir.Shape(["batch", "height", "width", 3])
+        result.shape = onnx_ir.Shape(["batch", "height", "width"])
+    else:
+        image.shape = onnx_ir.Shape(["batch", image.shape[1], "height", "width"])
+        result.shape = onnx_ir.Shape(["batch", result.shape[1], "logits_height", "logits_width"])
+
+
+def _store_weights_in_half(model: "onnx_ir.Model") -> None:
+    """Keep large weights as float16 constants that a `Cast` opens: the runtime folds it once, when it loads."""
+    import onnx_ir
+
+    graph = model.graph
+    for name, value in list(graph.initializers.items()):
+        weight = value.const_value.numpy()
+        if weight.dtype != np.float32 or weight.size < 64 or np.abs(weight).max() > np.finfo(np.float16).max:
+            continue
+        half = onnx_ir.Value(name=f"{name}.half", const_value=onnx_ir.tensor(weight.astype(np.float16)))
+        half.shape, half.dtype = value.shape, onnx_ir.DataType.FLOAT16
+        cast = onnx_ir.node("Cast", [half], attributes={"to": onnx_ir.DataType.FLOAT})
+        cast.outputs[0].shape, cast.outputs[0].dtype = value.shape, onnx_ir.DataType.FLOAT
+        value.replace_all_uses_with(cast.outputs[0])
+        del graph.initializers[name]
+        cast.outputs[0].name = name
+        graph.register_initializer(half)
+        graph.insert_before(graph[0], cast)
+
+
+def _quantize_onnx(model: "onnx_ir.Model", feeds: Iterable[dict]) -> "onnx_ir.Model":
+    import onnx_ir
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.feeds = iter(feeds)
+
+        def get_next(self) -> dict | None:
+            return next(self.feeds, None)
+
+    with TemporaryDirectory() as scratch:
+        source, prepared, quantized = (f"{scratch}/{name}.onnx" for name in ("source", "prepared", "quantized"))
+        onnx_ir.save(model, source)
+        quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        quantize_static(
+            prepared,
+            quantized,
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            # The axis weights and the attention maps are made in the graph and stay exact.
+            op_types_to_quantize=["Conv"],
+        )
+        result = onnx_ir.load(quantized)
+        onnx_ir.external_data.load_to_model(result)
+        return result
+
+
+def _export_openvino(
+    module: nn.Module, path: Path, manifest: ExportManifest, feeds: Iterable[dict], metadata: dict[str, str]
+) -> None:
+    import onnx_ir
+    import openvino
+
+    # Through ONNX: OpenVINO's own way from PyTorch computes sizes in floating point, which its default precision
+    # rounds to bfloat16 on processors that have it.
+    with TemporaryDirectory() as scratch:
+        onnx_ir.save(_onnx_model(module, manifest), f"{scratch}/model.onnx")
+        model = openvino.convert_model(f"{scratch}/model.onnx")
+        if manifest.precision == "int8":
+            model = _quantize_openvino(model, feeds)
+        for name, note in metadata.items():
+            model.set_rt_info(note, ["lemore", name])
+        openvino.save_model(model, path, compress_to_fp16=manifest.precision == "float16")
+
+
+def _quantize_openvino(model: "openvino.Model", feeds: Iterable[dict]) -> "openvino.Model":
+    import nncf
+
+    feeds = list(feeds)
+    return nncf.quantize(
+        model,
+        nncf.Dataset(feeds),
+        subset_size=len(feeds),
+        # As in ONNX: the products of attention and of the axis weights stay in float.
+        ignored_scope=nncf.IgnoredScope(types=["MatMul"], validate=False),
+    )
+
+
+def _export_executorch(
+    module: nn.Module, path: Path, manifest: ExportManifest, feeds: Iterable[dict], metadata: dict[str, str]
+) -> None:
+    from transformers.exporters import ExecutorchConfig, ExecutorchExporter
+
+    program = _trace(ExecutorchExporter(), ExecutorchConfig, module, manifest)
+    with path.open("wb") as file:
+        program.write_to_file(file)
+
+
+def _export_torch(
+    module: nn.Module, path: Path, manifest: ExportManifest, feeds: Iterable[dict], metadata: dict[str, str]
+) -> None:
+    from transformers.exporters import DynamoConfig, DynamoExporter
+
+    program = _trace(DynamoExporter(), DynamoConfig, module, manifest)
+    # What is left beside the limits of the sizes excludes maps of one row or one token, where the sample has more. It
+    # is about strides: the graph is right for them.
+    program._guards_code = [guard for guard in program._guards_code if "//" not in guard]
+    torch.export.save(program, path, extra_files=metadata)
+
+
+_EXPORTERS = {
+    "onnx": _export_onnx,
+    "openvino": _export_openvino,
+    "executorch": _export_executorch,
+    "torch": _export_torch,
+}

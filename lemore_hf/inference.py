@@ -1,0 +1,228 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures to label maps, with one interface over PyTorch and every exported format."""
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation
+
+from .export import MANIFEST, ExportManifest, network_input, require_packages
+
+Run = Callable[[np.ndarray], np.ndarray]
+"""A network in its runtime: what [`ExportManifest`] says that it takes → what it says that it gives."""
+
+PICTURE_SUFFIXES = frozenset(
+    [".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tga", ".tif", ".tiff", ".webp"]
+)
+
+
+class Segmenter:
+    """
+    A trained network in one of its runtimes, from picture to label map.
+
+    Args:
+        path (`str` or `os.PathLike`): A checkpoint folder, an export folder, or the graph inside an export folder.
+        num_threads (`int`, *optional*): Threads that the runtime may use; by default what it chooses itself.
+
+    Raises:
+        `FileNotFoundError`: where there is neither a checkpoint nor an export.
+        `ImportError`: naming the extra to install where the runtime is missing.
+    """
+
+    def __init__(self, path: str | os.PathLike, num_threads: int | None = None):
+        folder = _folder_of(Path(path))
+        exported = (folder / MANIFEST).is_file()
+        self.manifest = ExportManifest.load(folder) if exported else ExportManifest("pytorch", "model.safetensors")
+        self.config = AutoConfig.from_pretrained(folder)
+        self.image_processor = AutoImageProcessor.from_pretrained(folder)
+        if exported:
+            require_packages(self.manifest.format, _PACKAGES[self.manifest.format])
+        self._run = _RUNTIMES[self.manifest.format](folder / self.manifest.file, num_threads)
+
+    def run(self, network_input: np.ndarray) -> np.ndarray:
+        """
+        Run the network alone.
+
+        Args:
+            network_input (`np.ndarray`): `pixel_values`, or `image` for a graph with post-processing; see
+                [`ExportManifest`].
+
+        Returns:
+            `np.ndarray`: `logits` or `labels`.
+
+        Raises:
+            `ValueError`: for a size that the network, or this export of it, does not take.
+        """
+        rows = 1 if self.manifest.with_postprocessing else 2
+        self.manifest.check_shape(len(network_input), *network_input.shape[rows : rows + 2])
+        return self._run(network_input)
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """
+        Segment a picture.
+
+        Args:
+            image (`PIL.Image.Image`): Of any mode and size; its EXIF orientation is applied.
+
+        Returns:
+            `np.ndarray` of shape `(height, width)`: the label of each pixel of the upright picture.
+        """
+        image = ImageOps.exif_transpose(image)
+        result = self.run(network_input(image, self.image_processor, self.manifest.with_postprocessing))
+        if self.manifest.with_postprocessing:
+            return np.asarray(Image.fromarray(result[0]).resize(image.size, Image.Resampling.NEAREST))
+        return self._upsampled_labels(result, image.size[::-1])[0]
+
+    def segment_at(self, images: Sequence[Image.Image], size: tuple[int, int]) -> np.ndarray:
+        """
+        Segment a batch of pictures at a size, given as `(height, width)`, whatever the image processor says.
+
+        Returns:
+            `np.ndarray` of shape `(batch, height, width)`: labels.
+        """
+        result = self.run(network_input(images, self.image_processor, self.manifest.with_postprocessing, size))
+        return result if self.manifest.with_postprocessing else np.stack(self._upsampled_labels(result, size))
+
+    def _upsampled_labels(self, logits: np.ndarray, size: tuple[int, int]) -> list[np.ndarray]:
+        outputs = SimpleNamespace(logits=torch.from_numpy(logits))
+        label_maps = self.image_processor.post_process_semantic_segmentation(outputs, [size] * len(logits))
+        return [label_map.numpy() for label_map in label_maps]
+
+
+def label_agreement(
+    exported: Segmenter, reference: Segmenter, images: Sequence[Image.Image], size: tuple[int, int], batch_size: int
+) -> float:
+    """The share of pixels, from 0 to 1, to which two networks give the same label at a size `(height, width)`."""
+    equal = [
+        exported.segment_at(batch, size) == reference.segment_at(batch, size)
+        for batch in (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+    ]
+    return float(np.mean([item for batch in equal for item in batch]))
+
+
+def comparison_sizes(config: Any, manifest: ExportManifest) -> list[tuple[int, int]]:
+    """Three sizes to compare an export at: the native one, a smaller and a larger one that no stride divides."""
+    native = np.array(config.native_size)
+    sizes = [native, native * 3 // 4 + 1, native * 5 // 4 + 1]
+    upper = manifest.max_size or max(map(max, sizes))
+    return [tuple(int(side) for side in size.clip(manifest.min_size, upper)) for size in sizes]
+
+
+def read_pictures(folder: str | os.PathLike, limit: int) -> list[Image.Image]:
+    """
+    Read up to `limit` pictures, spread evenly over the names in a folder and those below it.
+
+    Raises:
+        `ValueError`: where not one of its files can be read as a picture.
+    """
+    paths = find_pictures(Path(folder)) if Path(folder).is_dir() else []
+    pictures = []
+    for index in np.linspace(0, len(paths) - 1, min(limit, len(paths))).round().astype(int):
+        with contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            pictures.append(read_picture(paths[index]))
+    if not pictures:
+        state = f"none of its {len(paths)} pictures can be read" if paths else "it holds no pictures"
+        state = state if Path(folder).is_dir() else "it is not a folder"
+        raise ValueError(f"{folder} has nothing to work with: {state}. Name a folder of PNG, JPEG or WebP files.")
+    return pictures
+
+
+def read_picture(path: Path) -> Image.Image:
+    """The upright picture of a file, in RGB, read to its end."""
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """Pictures in a folder and below it, by their suffixes, in the order of their names."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
+
+
+def _folder_of(path: Path) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: name the folder of a checkpoint or of an export.")
+    if path.is_file():
+        folder = path.parent
+        if not (folder / MANIFEST).is_file() or ExportManifest.load(folder).file != path.name:
+            raise FileNotFoundError(
+                f"{path} is not the graph of an export: beside it there must be the {MANIFEST} that names it."
+            )
+        return folder
+    if not (path / MANIFEST).is_file() and not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{path} holds neither an export ({MANIFEST}) nor a checkpoint (config.json): its files are "
+            f"{sorted(file.name for file in path.iterdir())[:8]}."
+        )
+    return path
+
+
+def _open_pytorch(path: Path, num_threads: int | None) -> Run:
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    model = AutoModelForSemanticSegmentation.from_pretrained(path.parent).eval()
+    return _torch_run(lambda pixel_values: model(pixel_values=pixel_values).logits)
+
+
+def _open_torch(path: Path, num_threads: int | None) -> Run:
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    program = torch.export.load(path).module()
+    name = ExportManifest.load(path.parent).input_name
+    return _torch_run(lambda network_input: next(iter(program(**{name: network_input}).values())))
+
+
+def _torch_run(network: Callable[[torch.Tensor], torch.Tensor]) -> Run:
+    def run(network_input: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return network(torch.from_numpy(network_input)).numpy()
+
+    return run
+
+
+def _open_onnx(path: Path, num_threads: int | None) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads or 0
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda network_input: session.run(None, {name: network_input})[0]
+
+
+def _open_openvino(path: Path, num_threads: int | None) -> Run:
+    import openvino
+
+    # OpenVINO takes bfloat16 where the processor has it; the labels are to be PyTorch's.
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if num_threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = num_threads
+    network = openvino.Core().compile_model(path, "CPU", settings)
+    return lambda network_input: network(network_input)[0]
+
+
+def _open_executorch(path: Path, num_threads: int | None) -> Run:
+    from executorch.runtime import Runtime
+
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    method = Runtime.get().load_program(path).load_method("forward")
+    return lambda network_input: method.execute([torch.from_numpy(network_input)])[0].numpy()
+
+
+_PACKAGES = {"onnx": ["onnxruntime"], "openvino": ["openvino"], "executorch": ["executorch"], "torch": []}
+_RUNTIMES = {
+    "pytorch": _open_pytorch,
+    "onnx": _open_onnx,
+    "openvino": _open_openvino,
+    "executorch": _open_executorch,
+    "torch": _open_torch,
+}

@@ -1,0 +1,90 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Export a trained model for ONNX Runtime, OpenVINO, ExecuTorch or `torch.export`.
+
+    python scripts/export.py --model CHECKPOINT --format onnx --output DIR
+    python scripts/export.py --model CHECKPOINT --format onnx --output DIR --with-postprocessing --int8 PICTURES
+
+One graph serves every batch size, height and width. `scripts/predict.py --model DIR` runs the result. With `--compare`
+the export is run in its own runtime on real pictures, and the labels are held against PyTorch's.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+import lemore_hf  # noqa: F401 (registers LeMoRe with the Auto classes)
+from lemore_hf.export import FILES, export_model
+from lemore_hf.inference import Segmenter, comparison_sizes, label_agreement, read_pictures
+
+ENOUGH_AGREEMENT = 0.999
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a checkpoint")
+    parser.add_argument("--format", required=True, help=f"one of {', '.join(FILES)}")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write; an export in it is replaced")
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument(
+        "--int8",
+        metavar="CALIBRATION_FOLDER",
+        type=Path,
+        help="quantize to int8 (ONNX, OpenVINO), with the ranges that the pictures of this folder have",
+    )
+    precision.add_argument("--fp16", action="store_true", help="store the weights in half the space (ONNX, OpenVINO)")
+    parser.add_argument(
+        "--with-postprocessing",
+        action="store_true",
+        help="put normalisation, upsampling and argmax into the graph: uint8 image in, uint8 label map out",
+    )
+    parser.add_argument("--max-size", type=int, help="largest height and width (default: none; ExecuTorch: 1024)")
+    parser.add_argument("--max-batch-size", type=int, help="most images at once (default: any; ExecuTorch: 4)")
+    parser.add_argument(
+        "--calibration-images", type=int, default=64, help="how many pictures of CALIBRATION_FOLDER to use"
+    )
+    parser.add_argument(
+        "--compare", metavar="FOLDER", type=Path, help="compare with PyTorch on this folder's pictures"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    precision = "int8" if arguments.int8 else "float16" if arguments.fp16 else "float32"
+    model = AutoModelForSemanticSegmentation.from_pretrained(arguments.model)
+    image_processor = AutoImageProcessor.from_pretrained(arguments.model)
+    calibration_images = read_pictures(arguments.int8, arguments.calibration_images) if arguments.int8 else []
+
+    manifest = export_model(
+        model,
+        image_processor,
+        arguments.output,
+        arguments.format,
+        with_postprocessing=arguments.with_postprocessing,
+        precision=precision,
+        calibration_images=calibration_images,
+        max_size=arguments.max_size,
+        max_batch_size=arguments.max_batch_size,
+    )
+    graph = arguments.output / manifest.file
+    size = sum(file.stat().st_size for file in arguments.output.glob(f"{graph.stem}.*"))
+    print(f"{graph}: {precision}, {size / 1e6:.1f} MB")
+
+    if arguments.compare:
+        exported, reference = Segmenter(arguments.output), Segmenter(arguments.model)
+        images = read_pictures(arguments.compare, 6)
+        agreements = []
+        for height, width in comparison_sizes(model.config, manifest):
+            for batch_size in (1, 3):
+                agreement = label_agreement(exported, reference, images, (height, width), batch_size)
+                print(f"{height}×{width}, batch {batch_size}: {agreement:.4%} of the labels are PyTorch's")
+                agreements.append(agreement)
+        if precision == "float32" and min(agreements) < ENOUGH_AGREEMENT:
+            sys.exit(f"Fewer than {ENOUGH_AGREEMENT:.1%} of the labels agree: do not use this export.")
+
+
+if __name__ == "__main__":
+    main()
