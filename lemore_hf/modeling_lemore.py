@@ -8,6 +8,7 @@ Where a docstring says "our choice", the paper is silent and this implementation
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -481,6 +482,16 @@ class LeMoRePreTrainedModel(PreTrainedModel):
         "hidden_states": LeMoReStage,
         "attentions": OutputRecorder(LeMoReNestedAttention, index=1),
     }
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        # Any class of the family loads what another one saved, also as remote code.
+        self.config.auto_map = {
+            "AutoModel": "modeling_lemore.LeMoReModel",
+            "AutoModelForSemanticSegmentation": "modeling_lemore.LeMoReForSemanticSegmentation",
+            "AutoModelForImageClassification": "modeling_lemore.LeMoReForImageClassification",
+            "AutoBackbone": "modeling_lemore.LeMoReBackbone",
+        }
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
