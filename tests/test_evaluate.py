@@ -1,0 +1,491 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation: counts against scikit-learn, test-time views, several processes, the command line and bad input."""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+from PIL import Image
+from sklearn.metrics import confusion_matrix
+from torch import nn
+from transformers.modeling_outputs import SemanticSegmenterOutput
+
+from lemore_hf import LeMoReConfig, LeMoReForImageClassification, LeMoReForSemanticSegmentation
+from lemore_hf.checkpointing import CheckpointError
+from lemore_hf.data.augmentation import normalize
+from lemore_hf.data.loading import RecipeDataset, StreamedRecipeDataset, collate, load_split
+from lemore_hf.data.recipes import load_recipe
+from lemore_hf.evaluation import (
+    evaluate,
+    evaluate_classification,
+    evaluate_segmentation,
+    load_trained_model,
+    predict_labels,
+)
+from lemore_hf.image_processing_lemore import LeMoReImageProcessor
+from lemore_hf.peers import build_peer
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.py"
+NAMES = ("road", "sky", "tree")
+SIZE = (48, 64)
+NUM_IMAGES = 7  # divided by neither the batch of 2 nor by 2 processes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """What the script computes on; maps as small as these gain nothing from more."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Images whose red tells the class, with some noise in the other colours, and a stripe of void."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for kind in ("images", "masks"):
+        (folder / kind / "test").mkdir(parents=True)
+    for index in range(NUM_IMAGES):
+        blocks = rng.integers(0, len(NAMES), (SIZE[0] // 8, SIZE[1] // 8)).astype(np.uint8)
+        labels = np.kron(blocks, np.ones((8, 8), np.uint8))
+        pixels = np.dstack([labels * 100, *rng.integers(0, 256, (2, *SIZE)).astype(np.uint8)])
+        labels[:3] = 255
+        Image.fromarray(pixels).save(folder / "images" / "test" / f"scene{index}.png")
+        Image.fromarray(labels).save(folder / "masks" / "test" / f"scene{index}.png")
+    (folder / "classes.txt").write_text("\n".join(NAMES))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(data_dir):
+    return load_recipe("folder", {"resize": None, "max_longest_edge": None, "eval_batch_size": 2}, data_dir)
+
+
+@pytest.fixture(scope="module")
+def dataset(recipe, data_dir):
+    return RecipeDataset(load_split(recipe, "test", data_dir), recipe)
+
+
+@pytest.fixture(scope="module")
+def tiny_lemore(dataset, recipe):
+    """Random weights, but batch-norm statistics of the data, so that its predictions differ from pixel to pixel."""
+    torch.manual_seed(0)
+    config = LeMoReConfig(
+        image_size=SIZE,
+        stem_sizes=(8,),
+        hidden_sizes=(8, 8, 16, 16),
+        decoder_hidden_size=16,
+        id2label=dict(enumerate(NAMES)),
+        label2id={name: index for index, name in enumerate(NAMES)},
+        batch_norm_momentum=0.5,
+        classifier_dropout_prob=0.0,
+    )
+    model = LeMoReForSemanticSegmentation(config)
+    pixel_values = normalize(collate([dataset[index] for index in range(4)])["pixel_values"], recipe)
+    with torch.no_grad():
+        for _ in range(10):
+            model(pixel_values)
+        # Every class should win somewhere.
+        model.eval()
+        logits = model(pixel_values).logits
+        spread = logits.std((0, 2, 3))
+        classifier = model.decode_head.classifier
+        classifier.weight.div_(spread.view(-1, 1, 1, 1))
+        classifier.bias.copy_(-logits.mean((0, 2, 3)) / spread)
+    assert len(predict_labels(model, pixel_values, SIZE).unique()) == len(NAMES)
+    return model
+
+
+class RedModel(nn.Module):
+    """Tells the class of a pixel by its red, as the data are made; `offset` is added to the class."""
+
+    def __init__(self, recipe, offset=0):
+        super().__init__()
+        self.config = SimpleNamespace(num_labels=len(NAMES), id2label=dict(enumerate(NAMES)))
+        reds = (torch.arange(len(NAMES)) * 100 / 255 - recipe.image_mean[0]) / recipe.image_std[0]
+        self.reds = nn.Parameter(reds.roll(offset)[:, None, None])
+
+    def forward(self, pixel_values):
+        return SemanticSegmenterOutput(logits=-((pixel_values[:, :1] - self.reds) ** 2))
+
+
+class ConstantModel(nn.Module):
+    """The same scores at every pixel, at stride 8."""
+
+    def __init__(self, scores):
+        super().__init__()
+        self.config = SimpleNamespace(num_labels=len(scores), id2label=dict(enumerate(NAMES)))
+        self.scores = nn.Parameter(torch.tensor(scores))
+
+    def forward(self, pixel_values):
+        size = [math.ceil(side / 8) for side in pixel_values.shape[-2:]]
+        return SemanticSegmenterOutput(logits=self.scores.view(1, -1, 1, 1).expand(len(pixel_values), -1, *size))
+
+
+def counts(model, dataset, recipe, **options):
+    return evaluate_segmentation(model, dataset, recipe, progress=False, **options).scores()["confusion_matrix"]
+
+
+def test_counts_and_scores_equal_scikit_learns(tiny_lemore, dataset, recipe):
+    labels, predictions = [], []
+    for sample in (dataset[index] for index in range(NUM_IMAGES)):
+        with torch.no_grad():
+            logits = tiny_lemore(normalize(sample["pixel_values"][None], recipe)).logits
+        logits = F.interpolate(logits, size=SIZE, mode="bilinear", align_corners=False)
+        is_labelled = sample["labels"] != 255
+        predictions.append(logits.argmax(1)[0][is_labelled])
+        labels.append(sample["labels"][is_labelled])
+    expected = confusion_matrix(torch.cat(labels), torch.cat(predictions), labels=range(len(NAMES)))
+
+    result = evaluate_segmentation(tiny_lemore, dataset, recipe, batch_size=1, progress=False)
+    scores = result.scores()
+    assert scores["confusion_matrix"] == expected.tolist()
+    right = np.diag(expected)
+    iou = right / (expected.sum(0) + expected.sum(1) - right)
+    assert scores["per_class_iou"] == pytest.approx(iou.tolist())
+    assert scores["mean_iou"] == pytest.approx(iou.mean())
+    assert scores["mean_accuracy"] == pytest.approx((right / expected.sum(1)).mean())
+    assert scores["overall_accuracy"] == pytest.approx(right.sum() / expected.sum())
+    assert result.num_images == NUM_IMAGES
+    assert 0 < scores["mean_iou"] < 1
+
+
+def test_a_right_model_scores_one_also_at_boundaries(dataset, recipe):
+    result = evaluate_segmentation(RedModel(recipe), dataset, recipe, boundary=True, progress=False)
+    scores = result.scores()
+    assert scores["mean_iou"] == scores["boundary_iou"] == 1
+    assert sum(map(sum, scores["confusion_matrix"])) == NUM_IMAGES * (SIZE[0] - 3) * SIZE[1]
+    assert evaluate(RedModel(recipe, 1), dataset, recipe, progress=False) == {
+        "mean_iou": 0,
+        "mean_accuracy": 0,
+        "overall_accuracy": 0,
+    }
+
+
+def test_a_model_is_left_in_the_mode_it_was_in(tiny_lemore, dataset, recipe):
+    before = {name: tensor.clone() for name, tensor in tiny_lemore.state_dict().items()}
+    expected = counts(tiny_lemore, dataset, recipe)
+    tiny_lemore.train()
+    assert counts(tiny_lemore, dataset, recipe, num_workers=1) == expected
+    assert tiny_lemore.training
+    tiny_lemore.eval()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_lemore.state_dict().items())
+
+
+def test_a_stream_gives_the_same_counts(tiny_lemore, dataset, recipe, data_dir):
+    samples = load_split(recipe, "test", data_dir, streaming=True)
+    parts = [
+        evaluate_segmentation(
+            tiny_lemore, StreamedRecipeDataset(samples, recipe, rank=rank, world_size=2), recipe, progress=False
+        )
+        for rank in range(2)
+    ]
+    assert sum(part.num_images for part in parts) == NUM_IMAGES
+    whole = evaluate_segmentation(tiny_lemore, dataset, recipe, batch_size=1, progress=False)
+    total = sum(part.confusion_matrix.counts for part in parts)
+    assert abs(total - whole.confusion_matrix.counts).sum() <= 2, "other batches may round otherwise"
+
+
+def test_worst_images_come_first(recipe, data_dir, tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / kind / "test").mkdir(parents=True)
+        for path in (data_dir / kind / "test").iterdir():
+            (tmp_path / kind / "test" / path.name).write_bytes(path.read_bytes())
+    labels = np.asarray(Image.open(tmp_path / "masks" / "test" / "scene3.png"))
+    shifted = np.where(labels == 255, 255, (labels + 1) % len(NAMES)).astype(np.uint8)
+    Image.fromarray(shifted).save(tmp_path / "masks" / "test" / "scene3.png")
+    dataset = RecipeDataset(load_split(recipe, "test", tmp_path), recipe)
+    worst = evaluate_segmentation(RedModel(recipe), dataset, recipe, num_worst=2, progress=False).worst_images
+    assert [(image.name, image.mean_iou) for image in worst] == [("scene3", 0.0), ("scene0", 1.0)]
+    assert torch.equal(worst[0].image, dataset[3]["pixel_values"])
+    assert torch.equal(worst[0].labels, torch.from_numpy(shifted))
+    assert torch.equal(worst[1].prediction[3:], worst[1].labels[3:])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"flip": True},
+        {"scales": [0.75, 1.0, 1.5], "flip": True},
+        {"window": (32, 40)},
+        {"window": (20, 64), "window_stride": (7, 64), "scales": [1.0, 1.5]},
+    ],
+)
+def test_views_change_nothing_for_a_constant_model(options, dataset, recipe):
+    model = ConstantModel([0.1, 0.3, 0.2])
+    result = counts(model, dataset, recipe, **options)
+    assert result == counts(model, dataset, recipe)
+    assert np.array(result)[:, 1].sum() == np.sum(result), "class 1 has the highest score"
+
+
+@pytest.mark.parametrize("options", [{"flip": True}, {"window": (17, 23)}, {"window": (17, 23), "flip": True}])
+def test_windows_and_mirror_images_put_every_pixel_back_in_its_place(options, dataset, recipe):
+    # Flipped or moved by a pixel, the noiseless labels would no longer agree.
+    assert evaluate(RedModel(recipe), dataset, recipe, progress=False, **options)["mean_iou"] == 1
+
+
+def test_a_window_that_covers_the_image_is_the_plain_evaluation(tiny_lemore, dataset, recipe):
+    assert counts(tiny_lemore, dataset, recipe, window=(48, 100)) == counts(tiny_lemore, dataset, recipe)
+
+
+def test_a_sliding_window_shows_the_network_windows_only(tiny_lemore, dataset, recipe):
+    pixel_values = normalize(dataset[0]["pixel_values"][None], recipe)
+    with torch.no_grad():
+        halves = [tiny_lemore(half).logits for half in pixel_values.split(32, dim=3)]
+        expected = torch.cat([F.interpolate(half, size=(48, 32), mode="bilinear") for half in halves], 3).argmax(1)
+        labels = predict_labels(tiny_lemore, pixel_values, SIZE, window=(48, 32), window_stride=(48, 32))
+        assert torch.equal(labels, expected)
+        assert not torch.equal(labels, predict_labels(tiny_lemore, pixel_values, SIZE))
+
+
+def test_flip_makes_predictions_equivariant(tiny_lemore, dataset, recipe):
+    pixel_values = normalize(dataset[0]["pixel_values"][None], recipe)
+    with torch.no_grad():
+        plain = predict_labels(tiny_lemore, pixel_values, SIZE)
+        labels = predict_labels(tiny_lemore, pixel_values, SIZE, flip=True)
+        mirrored = predict_labels(tiny_lemore, pixel_values.flip(-1), SIZE, flip=True).flip(-1)
+    assert (labels != mirrored).float().mean() < 1e-3
+    assert not torch.equal(labels, plain)
+
+
+def test_several_scales_average_probabilities(tiny_lemore, dataset, recipe):
+    pixel_values = normalize(dataset[0]["pixel_values"][None], recipe)
+    with torch.no_grad():
+        larger = F.interpolate(pixel_values, size=(72, 96), mode="bilinear", antialias=True)
+        probabilities = [
+            F.interpolate(tiny_lemore(view).logits, size=SIZE, mode="bilinear").softmax(1)
+            for view in (pixel_values, larger)
+        ]
+        labels = predict_labels(tiny_lemore, pixel_values, SIZE, scales=[1.0, 1.5])
+    assert (labels != sum(probabilities).argmax(1)).float().mean() < 1e-3
+
+
+def test_a_single_label_is_background_and_foreground(data_dir, dataset):
+    recipe = load_recipe("folder", {"class_names": ["off", "on"], "label_map": {0: 0, 1: 1, 2: 1}, "resize": None})
+    dataset = RecipeDataset(load_split(recipe, "test", data_dir), recipe)
+    for score, column in ((-0.2, 0), (0.2, 1)):
+        model = ConstantModel([score])
+        for options in ({}, {"flip": True}):
+            matrix = np.array(counts(model, dataset, recipe, **options))
+            assert matrix.shape == (2, 2)
+            assert matrix[:, column].sum() == matrix.sum() > 0
+
+
+def test_camvid_is_counted_at_its_own_size(camvid_dir):
+    recipe = load_recipe("camvid")
+    samples = load_split(recipe, "test", camvid_dir).select(range(2))
+    dataset = RecipeDataset(samples, recipe)
+    model = ConstantModel([0.0] * 10 + [1.0])
+    model.config.id2label = recipe.id2label
+    matrix = torch.tensor(counts(model, dataset, recipe))
+    labels = torch.stack([torch.from_numpy(np.array(sample["label"])) for sample in samples])
+    assert labels.shape == (2, 360, 480)
+    assert matrix[:, 10].tolist() == [(labels == index).sum().item() for index in range(11)]
+    assert matrix.sum() == (labels != 255).sum()
+
+
+def test_classification_counts_first_and_first_five(tmp_path):
+    names = [f"c{index}" for index in range(7)]
+    rng = np.random.default_rng(0)
+    for name in names:
+        (tmp_path / "validation" / name).mkdir(parents=True)
+        for index in range(3):
+            pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "validation" / name / f"{index}.png")
+    changes = {"class_names": names, "resize": 64, "crop_size": (64, 64), "image_size": (64, 64)}
+    recipe = load_recipe("imagenet1k", {**changes, "eval_batch_size": 4})
+    dataset = RecipeDataset(load_split(recipe, "validation", tmp_path), recipe)
+
+    config = LeMoReConfig(image_size=64, hidden_sizes=(8, 8, 16, 16), id2label=dict(enumerate(names)))
+    model = LeMoReForImageClassification(config).eval()
+    nn.init.normal_(model.classifier.weight)
+    batch = collate([dataset[index] for index in range(len(dataset))])
+    with torch.no_grad():
+        ranking = model(normalize(batch["pixel_values"], recipe)).logits.argsort(descending=True)
+    hits = ranking == batch["labels"][:, None]
+    result = evaluate_classification(model, dataset, recipe, progress=False)
+    assert (result.num_images, result.top1_correct, result.top5_correct) == (
+        21,
+        hits[:, 0].sum(),
+        hits[:, :5].sum(),
+    )
+    assert evaluate(model, dataset, recipe, progress=False) == {
+        "accuracy": result.top1_correct / 21,
+        "top5_accuracy": result.top5_correct / 21,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scales": []}, "scales must be one or more"),
+        ({"scales": [1.0, -0.5]}, r"positive factors, got \[1.0, -0.5\]"),
+        ({"window": (0, 32)}, r"window must be .* got \(0, 32\)"),
+        ({"window": (32, 32), "window_stride": (16, 40)}, r"\(16, 40\) is larger than the window"),
+        ({"window_stride": (16, 16)}, "no effect without a window"),
+        ({"num_worst": -1}, "num_worst must be at least 0"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(options, message, dataset, recipe):
+    class Untouched(ConstantModel):
+        def forward(self, pixel_values):
+            raise AssertionError("the model was asked")
+
+    with pytest.raises(ValueError, match=message):
+        evaluate_segmentation(Untouched([0.0, 0.0, 0.0]), dataset, recipe, progress=False, **options)
+
+
+def test_models_of_other_classes_are_refused(dataset, recipe):
+    with pytest.raises(ValueError, match="model has 2 labels, the recipe folder has 3 classes"):
+        counts(ConstantModel([0.0, 1.0]), dataset, recipe)
+    model = ConstantModel([0.0, 1.0, 2.0])
+    model.config.id2label = {0: "sky", 1: "road", 2: "tree"}
+    with pytest.raises(ValueError, match="in another order"):
+        counts(model, dataset, recipe)
+
+
+def test_nan_logits_are_refused(dataset, recipe):
+    for options in ({}, {"flip": True}):
+        with pytest.raises(ValueError, match="NaN"):
+            counts(ConstantModel([0.0, math.nan, 1.0]), dataset, recipe, **options)
+
+
+def test_only_whole_and_unpickled_models_are_loaded(tiny_lemore, tmp_path):
+    folder = tmp_path / "model"
+    tiny_lemore.save_pretrained(folder)
+    assert torch.equal(
+        load_trained_model(folder).decode_head.classifier.weight, tiny_lemore.decode_head.classifier.weight
+    )
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1000])
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        load_trained_model(folder)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):
+        load_trained_model(folder)
+    torch.save(tiny_lemore.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pickled weights \(pytorch_model\.bin\)"):
+        load_trained_model(folder)
+
+    LeMoReForImageClassification(tiny_lemore.config).save_pretrained(tmp_path / "classifier")
+    with pytest.raises(CheckpointError, match=r"are missing .*decode_head"):
+        load_trained_model(tmp_path / "classifier")
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def model_dir(tiny_lemore, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "final"
+    tiny_lemore.save_pretrained(folder)
+    (folder.parent / "run.json").write_text(json.dumps({"seed": 7}))
+    return folder
+
+
+def arguments(model_dir, data_dir, output, *more):
+    return [
+        *("--model", str(model_dir), "--recipe", "folder", "--data_dir", str(data_dir), "--split", "test"),
+        *("--resize", "none", "--max_longest_edge", "none", "--image_size", "48", "64", "--eval_batch_size", "2"),
+        *("--output", str(output), *more),
+    ]
+
+
+@pytest.fixture
+def run_script(monkeypatch):
+    """Runs the script's `main` in this process."""
+    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
+        script.main()
+
+    yield run
+    AcceleratorState._reset_state(reset_partial_state=True)  # Other tests choose another precision.
+
+
+def test_two_processes_give_exactly_the_counts_of_one(model_dir, data_dir, tmp_path):
+    reports = []
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    for name, launch in (("one", []), ("two", launcher)):
+        output = tmp_path / f"{name}.json"
+        command = [
+            sys.executable,
+            *launch,
+            str(SCRIPT),
+            *arguments(model_dir, data_dir, output, "--scales", "1", "1.5"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Pixel accuracy") == 1, "one process should report"
+        assert Image.open(tmp_path / f"{name}_worst_images.png").size[0] > 0
+        reports.append(json.loads(output.read_text()))
+    assert reports[0] == reports[1]
+    assert reports[0]["num_images"] == NUM_IMAGES
+    assert sum(map(sum, reports[0]["confusion_matrix"])) == NUM_IMAGES * (SIZE[0] - 3) * SIZE[1]
+
+
+def test_the_report_says_what_was_measured(run_script, tiny_lemore, model_dir, data_dir, tmp_path, capsys):
+    output, runs = tmp_path / "new" / "metrics.json", tmp_path / "runs.jsonl"
+    run_script(*arguments(model_dir, data_dir, output, "--flip", "--runs", str(runs)))
+    report = json.loads(output.read_text())
+    recipe = load_recipe("folder", {"resize": None, "max_longest_edge": None, "eval_batch_size": 2}, data_dir)
+    dataset = RecipeDataset(load_split(recipe, "test", data_dir), recipe)
+    scores = evaluate_segmentation(tiny_lemore, dataset, recipe, flip=True, boundary=True, progress=False).scores()
+    assert report["mean_iou"] == pytest.approx(scores["mean_iou"], abs=1e-3)
+    assert list(report["per_class_iou"]) == list(NAMES)
+    assert list(report["per_class_iou"].values()) == pytest.approx(scores["per_class_iou"], abs=1e-3)
+    assert report["boundary_iou"] == pytest.approx(scores["boundary_iou"], abs=1e-3)
+    assert report["parameters"] == tiny_lemore.num_parameters()
+    assert report["multiply_accumulates"] > report["parameters"]
+    assert report["inference"]["flip"] is True
+    assert (report["dataset"], report["recipe"], report["split"]) == ("Local folder", "folder", "test")
+    table = capsys.readouterr().out
+    assert all(f"{100 * iou:.2f} %" in table for iou in report["per_class_iou"].values())
+    for name in ("confusion_matrix", "worst_images"):
+        assert Image.open(output.with_name(f"metrics_{name}.png")).mode == "RGB"
+    run = json.loads(runs.read_text())
+    assert run["seed"] == 7
+    assert run["evaluation"]["mean_iou"] == report["mean_iou"]
+
+
+def test_a_class_that_never_occurs_has_no_iou(run_script, data_dir, tmp_path):
+    names = [*NAMES, "unicorn"]
+    build_peer("lraspp-mobilenet-v3-large", 4, dict(enumerate(names))).save_pretrained(tmp_path / "peer")
+    output = tmp_path / "metrics.json"
+    more = ("--class_names", *names, "--worst_images", "0")
+    run_script(*arguments(tmp_path / "peer", data_dir, output, *more))
+    report = json.loads(output.read_text())
+    assert report["model_type"] == "lraspp-mobilenet-v3"
+    assert report["per_class_accuracy"]["unicorn"] is None
+    assert not (tmp_path / "metrics_worst_images.png").exists()
+
+
+def test_bad_input_is_refused_before_the_work(run_script, model_dir, data_dir, tmp_path):
+    with pytest.raises(ValueError, match="is a folder"):
+        run_script(*arguments(model_dir, data_dir, tmp_path))
+    output = tmp_path / "metrics.json"
+    with pytest.raises(FileNotFoundError, match="validation split"):
+        run_script(*arguments(model_dir, data_dir, output, "--split", "validation"))
+    LeMoReImageProcessor(image_mean=[0.5, 0.5, 0.5]).save_pretrained(model_dir)
+    try:
+        with pytest.raises(ValueError, match=r"--image_mean 0\.5 0\.5 0\.5"):
+            run_script(*arguments(model_dir, data_dir, output))
+    finally:
+        (model_dir / "preprocessor_config.json").unlink()
+    assert not output.exists()
