@@ -1,0 +1,262 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Files to files: which pictures and videos to segment, where their masks and overlays go, and writing them whole."""
+
+import contextlib
+import glob
+import importlib.util
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from transformers import PreTrainedConfig
+
+from .inference import PICTURE_SUFFIXES, Segmenter, read_picture
+from .visualization import default_palette, draw_segmentation
+
+VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
+
+TARGETS = ("masks", "overlays")
+"""What can be written of an input, and the folders that it goes to."""
+
+
+class UnreadableInputError(Exception):
+    """A picture or a video that is damaged or is none."""
+
+
+def find_inputs(patterns: Sequence[str], output_dir: Path) -> dict[Path, Path]:
+    """
+    Collect pictures and videos.
+
+    Args:
+        patterns (`Sequence[str]`): Files, folders (searched with those below them) and glob patterns (`**` reaches
+            into folders).
+        output_dir (`Path`): Where results go; what lies in it is no input.
+
+    Returns:
+        `dict[Path, Path]`: each input once, and the name that its results get: its path inside the folder named, or
+        its file name.
+
+    Raises:
+        `FileNotFoundError`: for a pattern that nothing matches, or a folder without pictures and videos.
+    """
+    inputs: dict[Path, Path] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            found = {file: file.relative_to(path) for file in _media(path, output_dir)}
+        elif path.is_file():
+            found = {path: Path(path.name)}
+        else:
+            files = (Path(name) for name in sorted(glob.glob(pattern, recursive=True)))
+            found = {file: Path(file.name) for file in files if file.is_file()}
+        if not found:
+            raise FileNotFoundError(
+                f"{pattern!r} names no pictures or videos: pass files, folders that hold some, or glob patterns. "
+                f"Folders are searched for {', '.join(sorted(PICTURE_SUFFIXES | VIDEO_SUFFIXES))}."
+            )
+        for file, name in found.items():
+            inputs.setdefault(file.resolve(), name)
+    return inputs
+
+
+def _media(folder: Path, output_dir: Path) -> Iterator[Path]:
+    suffixes = PICTURE_SUFFIXES | VIDEO_SUFFIXES
+    for path in sorted(folder.rglob("*")):
+        inside_output = output_dir.resolve() in path.resolve().parents
+        if path.suffix.lower() in suffixes and path.is_file() and not inside_output:
+            yield path
+
+
+def target_files(inputs: dict[Path, Path], output_dir: Path, kinds: Sequence[str]) -> dict[Path, dict[str, Path]]:
+    """
+    The files to write for each input, by kind; names keep their suffix where that alone tells two inputs apart.
+
+    Raises:
+        `ValueError`: where the results of two inputs would be one file.
+    """
+    shared = Counter((name.with_suffix(""), is_video(name)) for name in inputs.values())
+    targets: dict[Path, dict[str, Path]] = {}
+    sources: dict[Path, Path] = {}
+    for source, name in inputs.items():
+        stem = name if shared[name.with_suffix(""), is_video(name)] > 1 else name.with_suffix("")
+        suffixes = {"masks": ".mkv", "overlays": ".mp4"} if is_video(name) else dict.fromkeys(TARGETS, ".png")
+        targets[source] = {kind: output_dir / kind / f"{stem}{suffixes[kind]}" for kind in kinds}
+        for target in targets[source].values():
+            if target in sources:
+                raise ValueError(
+                    f"{sources[target]} and {source} would both be written to {target}: pass the folder above them "
+                    "both as input, which keeps their paths, or use two output folders."
+                )
+            sources[target] = source
+    return targets
+
+
+def is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def require_video_package() -> None:
+    """Refuse to go on without PyAV.
+
+    Raises:
+        `ImportError`: naming the extra that installs it.
+    """
+    if importlib.util.find_spec("av") is None:
+        raise ImportError("Videos need PyAV: pip install 'lemore-hf[video]'")
+
+
+def predict_file(segmenter: Segmenter, source: Path, targets: dict[str, Path], alpha: float = 0.5) -> None:
+    """
+    Segment a picture or a video and write what `targets` names, each file whole or not at all.
+
+    Args:
+        segmenter ([`Segmenter`]): The network.
+        source (`Path`): The input.
+        targets (`dict[str, Path]`): The file for `"masks"`, `"overlays"` or both.
+        alpha (`float`): Opacity of the overlays.
+
+    Raises:
+        `UnreadableInputError`: for an input that is damaged, is no picture or video, or that the network does not take.
+        `OSError`: where writing fails.
+    """
+    with contextlib.ExitStack() as stack:
+        parts = {kind: stack.enter_context(_whole_file(target)) for kind, target in targets.items()}
+        (_predict_video if is_video(source) else _predict_picture)(segmenter, source, parts, alpha)
+
+
+@contextlib.contextmanager
+def _whole_file(target: Path) -> Iterator[Path]:
+    """A file beside the target that takes its place once the block has ended well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{os.getpid()}.{target.name}")
+    try:
+        yield part
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _refusing(*errors: type[Exception]) -> Iterator[None]:
+    """Report errors that only this input is to blame for."""
+    try:
+        yield
+    except errors as error:
+        raise UnreadableInputError(str(error) or type(error).__name__) from error
+
+
+def _predict_picture(segmenter: Segmenter, source: Path, targets: dict[str, Path], alpha: float) -> None:
+    with _refusing(Exception):  # decoders raise errors of every kind on damaged data
+        image = read_picture(source)
+    with _refusing(ValueError):
+        labels = segmenter(image)
+    if "masks" in targets:
+        mask_image(labels, segmenter.config).save(targets["masks"])
+    if "overlays" in targets:
+        overlay_image(image, labels, segmenter.config, alpha).save(targets["overlays"])
+
+
+def mask_image(labels: np.ndarray, config: PreTrainedConfig) -> Image.Image:
+    """A label map `(height, width)` as a picture whose values are the labels: with a palette up to 256 labels, in 16
+    bits beyond."""
+    image = Image.fromarray(_narrow(labels, config))
+    if image.mode == "L":
+        image.putpalette(np.asarray(_palette(config), np.uint8).tobytes())
+    return image
+
+
+def overlay_image(
+    image: Image.Image, labels: np.ndarray, config: PreTrainedConfig, alpha: float = 0.5, legend: bool = True
+) -> Image.Image:
+    """A label map over its picture. A binary network's one label is its class 1, over a background."""
+    names = config.id2label if config.num_labels > 1 else {0: "background", 1: config.id2label[0]}
+    return draw_segmentation(image, labels, names, _palette(config), alpha=alpha, legend=legend)
+
+
+def _palette(config: PreTrainedConfig) -> list:
+    num_colors = max(config.num_labels, 2)
+    return config.palette if len(config.palette or ()) >= num_colors else default_palette(num_colors)
+
+
+def _narrow(labels: np.ndarray, config: PreTrainedConfig) -> np.ndarray:
+    return labels.astype(np.uint8 if config.num_labels <= 256 else np.uint16)
+
+
+def _predict_video(segmenter: Segmenter, source: Path, targets: dict[str, Path], alpha: float) -> None:
+    writers: dict[str, _VideoWriter] = {}
+    with contextlib.ExitStack() as stack:
+        for image, rate in _frames(source):
+            with _refusing(ValueError):
+                labels = segmenter(image)
+            pictures = {"masks": _narrow(labels, segmenter.config)}
+            if "overlays" in targets:
+                pictures["overlays"] = np.asarray(overlay_image(image, labels, segmenter.config, alpha, legend=False))
+            for kind, target in targets.items():
+                if kind not in writers:
+                    writers[kind] = stack.enter_context(_VideoWriter(target, kind, rate))
+                writers[kind].add(pictures[kind])
+    if not writers:
+        raise UnreadableInputError("it has no frames")
+
+
+def _frames(source: Path) -> Iterator[tuple[Image.Image, Fraction]]:
+    """The upright frames of a video, each with the frame rate."""
+    import av
+
+    with _refusing(Exception):
+        container = av.open(str(source))
+    with container:
+        with _refusing(Exception):
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+        frames = container.decode(stream)
+        while True:
+            with _refusing(Exception):
+                frame = next(frames, None)
+                image = None if frame is None else frame.to_image()
+            if image is None:
+                return
+            if frame.rotation:
+                image = image.rotate(frame.rotation, expand=True)
+            yield image, stream.average_rate or Fraction(25)
+
+
+class _VideoWriter:
+    """Masks without loss as FFV1 in Matroska, overlays as H.264 in MP4."""
+
+    def __init__(self, path: Path, kind: str, rate: Fraction):
+        import av
+
+        self.is_mask = kind == "masks"
+        self.container = av.open(str(path), "w", format="matroska" if self.is_mask else "mp4")
+        self.stream = self.container.add_stream("ffv1" if self.is_mask else "libx264", rate=rate)
+        self.started = False
+
+    def __enter__(self) -> "_VideoWriter":
+        return self
+
+    def add(self, picture: np.ndarray) -> None:
+        import av
+
+        if not self.is_mask:
+            # H.264 stores colours at half the size: odd sides lose a row or a column.
+            picture = picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]
+        pixel_format = "rgb24" if picture.ndim == 3 else "gray" if picture.dtype == np.uint8 else "gray16le"
+        if not self.started:
+            self.stream.height, self.stream.width = picture.shape[:2]
+            self.stream.pix_fmt = pixel_format if self.is_mask else "yuv420p"
+            self.started = True
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format=pixel_format)
+        self.container.mux(self.stream.encode(frame))
+
+    def __exit__(self, kind: type | None, *rest: object) -> None:
+        try:
+            if kind is None and self.started:
+                self.container.mux(self.stream.encode())
+        finally:
+            self.container.close()

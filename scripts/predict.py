@@ -1,0 +1,110 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Segment pictures and videos with a checkpoint or any export of it.
+
+    python scripts/predict.py --model CHECKPOINT_OR_EXPORT --input PICTURES 'more/**/*.jpg' film.mp4 --output DIR
+
+A picture gives `DIR/masks/NAME.png` (labels, with the palette's colours) and `DIR/overlays/NAME.png` (with a legend); a
+video `DIR/masks/NAME.mkv` (lossless, labels as grey levels) and `DIR/overlays/NAME.mp4`. Files that are there are kept:
+run the same command again to go on after an interruption. Inputs that cannot be read are skipped, and listed at the end.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+import lemore_hf  # noqa: F401 (registers LeMoRe with the Auto classes)
+from lemore_hf.inference import Segmenter
+from lemore_hf.prediction import (
+    TARGETS,
+    UnreadableInputError,
+    find_inputs,
+    is_video,
+    predict_file,
+    require_video_package,
+    target_files,
+)
+
+Job = tuple[Path, dict[str, Path], float]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, type=Path, help="folder of a checkpoint or of an export")
+    parser.add_argument("--input", required=True, nargs="+", help="pictures, videos, folders and glob patterns")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write to")
+    parser.add_argument("--write", choices=(*TARGETS, "both"), default="both")
+    parser.add_argument("--alpha", type=float, default=0.5, help="opacity of the overlays, 0 to 1")
+    parser.add_argument("--processes", type=int, default=1, help="how many inputs to work on at once")
+    parser.add_argument("--overwrite", action="store_true", help="write again what is there")
+    arguments = parser.parse_args()
+    if arguments.processes < 1:
+        parser.error(f"--processes must be at least 1, got {arguments.processes}")
+    if not 0 <= arguments.alpha <= 1:
+        parser.error(f"--alpha must lie in [0, 1], got {arguments.alpha}")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    kinds = TARGETS if arguments.write == "both" else (arguments.write,)
+    targets = target_files(find_inputs(arguments.input, arguments.output), arguments.output, kinds)
+    jobs = [
+        (source, files, arguments.alpha)
+        for source, files in targets.items()
+        if arguments.overwrite or not all(file.is_file() for file in files.values())
+    ]
+    if any(is_video(source) for source, *_ in jobs):
+        require_video_package()
+
+    outcomes = tqdm(run(jobs, arguments.model, arguments.processes), total=len(jobs), unit="file")
+    failures = {source: problem for source, problem in outcomes if problem}
+    print(f"{len(jobs) - len(failures)} written to {arguments.output}, {len(targets) - len(jobs)} were there.")
+    for source in sorted(failures):
+        print(f"Skipped {source}: {failures[source]}", file=sys.stderr)
+    if failures and len(failures) == len(targets):
+        sys.exit("Not one of the inputs could be read.")
+
+
+def run(jobs: list[Job], model: Path, processes: int) -> Iterator[tuple[Path, str | None]]:
+    """Each input with what is wrong with it, as they are finished."""
+    if not jobs:
+        return
+    processes = min(processes, len(jobs))
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    start_worker(model, threads)  # here too, so that a bad model is refused before any process is started
+    if processes == 1:
+        yield from map(work, jobs)
+        return
+    # Spawned, since the runtimes' thread pools do not survive a fork.
+    with ProcessPoolExecutor(processes, get_context("spawn"), start_worker, (model, threads)) as pool:
+        try:
+            for future in as_completed([pool.submit(work, job) for job in jobs]):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def start_worker(model: Path, num_threads: int) -> None:
+    global segmenter
+    segmenter = Segmenter(model, num_threads)
+
+
+def work(job: Job) -> tuple[Path, str | None]:
+    source, targets, alpha = job
+    try:
+        predict_file(segmenter, source, targets, alpha)
+    except UnreadableInputError as error:
+        return source, str(error)
+    return source, None
+
+
+if __name__ == "__main__":
+    main()
