@@ -578,8 +578,8 @@ def _segment(scores: "torch.Tensor", size: tuple[int, int]) -> "torch.Tensor":
     if len(scores) == 1:
         # sigmoid(x) > 0.5 exactly where x > 0: the second of the two classes 0 and x wins.
         scores = torch.cat([torch.zeros_like(scores), scores])
-    if size[0] <= scores.shape[1] and size[1] <= scores.shape[2]:
-        return _resize_scores(scores, size).argmax(dim=0)  # no larger than the logits themselves
+    if len(scores) * size[0] * size[1] <= max(scores.numel(), _BLOCK_ELEMENTS):
+        return _resize_scores(scores, size).argmax(dim=0)  # no larger than the logits, or than a block would be
     return _upsampled_argmax(scores, size)
 
 
@@ -600,12 +600,11 @@ def _upsampled_argmax(scores: "torch.Tensor", size: tuple[int, int]) -> "torch.T
     device = scores.device
     row_cells, row_offsets, row_weights = _cells(scores.shape[1], size[0], device)
     column_cells, column_offsets, column_weights = _cells(scores.shape[2], size[1], device)
-    columns = torch.arange(-1, scores.shape[2] + 1, device=device).clamp(0, scores.shape[2] - 1)
     column_index = column_cells * column_weights.shape[1] + column_offsets
 
     labels = torch.empty(size, dtype=torch.int64, device=device)
     num_cell_rows, cell_height = row_weights.shape
-    row_elements = max(len(scores) * len(columns), column_weights.numel() * cell_height)
+    row_elements = max(len(scores) * len(column_weights), column_weights.numel() * cell_height)
     step = max(1, _BLOCK_ELEMENTS // row_elements)
     ends = torch.bincount(row_cells, minlength=num_cell_rows).cumsum(0).tolist()
     for start in range(0, num_cell_rows, step):
@@ -613,13 +612,14 @@ def _upsampled_argmax(scores: "torch.Tensor", size: tuple[int, int]) -> "torch.T
         first, last = ends[start - 1] if start else 0, ends[stop - 1]
         if first == last:
             continue
-        rows = torch.arange(start - 1, stop, device=device).clamp(0, scores.shape[1] - 1)
-        corners = scores[:, rows][:, :, columns].float()  # (C, cell rows + 1, cell columns + 1)
+        rows = scores[None, :, max(start - 1, 0) : stop].float()
+        border = (1, 1, int(start == 0), int(stop == num_cell_rows))
+        corners = F.pad(rows, border, mode="replicate")[0]  # (C, cell rows + 1, cell columns + 1)
         block = _label_cells(corners, row_weights[start:stop], column_weights)
         # (cell rows, cell columns, cell height, cell width) → (rows, columns), without the pixels that pad the cells
         block = block.transpose(1, 2).flatten(2).flatten(0, 1)
         row_index = (row_cells[first:last] - start) * cell_height + row_offsets[first:last]
-        labels[first:last] = block[row_index][:, column_index]
+        labels[first:last] = block.index_select(1, column_index).index_select(0, row_index)
     return labels
 
 
@@ -665,8 +665,8 @@ def _label_cells(
     candidate = (highest >= lowest.amax(dim=0)).flatten(1).t().contiguous()  # (cells, C)
 
     # The candidates of each cell in rising order, one cell after another.
-    classes = candidate.nonzero()[:, 1]
-    counts = candidate.sum(dim=1)
+    cells, classes = candidate.nonzero(as_tuple=True)
+    counts = torch.bincount(cells, minlength=n * m)
     starts = counts.cumsum(0) - counts
     labels = classes[starts].int()[:, None].expand(-1, rows * columns).contiguous()
 
