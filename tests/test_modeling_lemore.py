@@ -404,12 +404,10 @@ def test_output_stride_is_the_stride_of_the_logits():
 
 
 def test_drop_path_drops_whole_residual_branches_of_single_images():
-    config = LeMoReConfig(**TINY, drop_path_rate=0.9)
-    encoder = LeMoReCartesianEncoder(config, stage_index=3, drop_path_rate=0.9).train()
-    torch.manual_seed(0)
+    encoder = tiny(LeMoReModel, drop_path_rate=0.9).encoder.stages[3].cartesian_encoder.train()
     volume = torch.randn(64, 16, 2, 3)
     dropped = (encoder(volume) == volume).flatten(1).all(1)
-    assert 0.75 < dropped.float().mean() < 1
+    assert 0.4 < dropped.float().mean() < 0.95  # the fourth of five branches: 0.675
     assert not (encoder.eval()(volume) == volume).flatten(1).all(1).any()
 
 
@@ -507,6 +505,7 @@ def test_channels_last_gives_the_same_result(model_class):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
     gradients = []
