@@ -174,16 +174,23 @@ class _Street:
         self.rotation = np.array([[np.cos(roll), np.sin(roll)], [-np.sin(roll), np.cos(roll)]])
 
     def _choose_colours(self) -> None:
-        """A palette of few hues and all lightnesses, in random order (OKLCH, Ottosson 2020)."""
+        """A palette of few hues and all lightnesses (OKLCH, Ottosson 2020), handed out around a circle.
+
+        The lightnesses form a circle of 14 places, entered anywhere and walked either way: each class is as likely to have
+        any of them, while those that meet in the picture (walls, sky and leaves; road and pavement) lie places apart.
+        """
         count = 14
-        lightness = np.linspace(0.28, 0.95, count) + self.rng.uniform(-0.02, 0.02, count)
+        lightness = np.linspace(0.32, 0.95, count) + self.rng.uniform(-0.02, 0.02, count)
         chroma = self.rng.uniform(0.02, 0.15, count)
         hue = self.uniform(0, 2 * np.pi) + self.uniform(0.3, 1.2) * self.rng.normal(size=count)
         hue += np.pi * (self.rng.random(count) < 0.25)
-        palette = self.rng.permutation(_oklch_to_rgb(lightness, chroma, hue))
-        self.facade_colours, self.leaf_colours, self.other_colours = palette[:3], palette[3:5], palette[5:]
-        self.sky_colour, self.haze_colour, self.road_colour, self.pavement_colour = palette[5:9]
-        self.lamp_colour, self.glass_colour, self.tyre_colour = palette[9:12]
+        circle = np.roll(_oklch_to_rgb(lightness, chroma, hue), self.rng.integers(count), axis=0)
+        if self.chance(0.5):
+            circle = circle[::-1]
+        self.facade_colours, self.leaf_colours = circle[:3], circle[6:8]
+        self.sky_colour, self.haze_colour, self.road_colour, self.pavement_colour = circle[[10, 11, 4, 9]]
+        self.other_colours = circle[[3, 4, 5, 8, 9, 10, 11, 12, 13]]
+        self.lamp_colour, self.glass_colour, self.tyre_colour = self.rng.permutation(circle[[3, 5, 8, 12, 13]])[:3]
         self.haze_distance = self.uniform(40, 200)
         azimuth, elevation = self.uniform(0, 2 * np.pi), self.uniform(0.3, 1.0)
         level = math.cos(elevation)
@@ -506,22 +513,23 @@ class _Street:
         fill(np.array([(-0.06, 0), (0.06, 0), (0.04, 0.9), (-0.04, 0.9)]), wood)
         shape = self.rng.integers(4)
         if shape == 0:
+            tufts = self.rng.uniform((-0.14, 0.25), (0.14, 0.65), (10, 2))
+            spread = np.array([0.18, 0.18])
             for foot, reach in ((0.2, 0.3), (0.4, 0.24), (0.62, 0.17)):
                 fill(np.array([(-reach, foot), (reach, foot), (0, foot + 0.38)]), dark)
-                fill(np.array([(-reach, foot), (0, foot), (0, foot + 0.38)]), bright)
-            return
-        spread = np.array([0.16, 0.33] if shape == 1 else [0.26, 0.19])
-        centre = np.array([0, 0.68])
-        clumps = np.clip(self.rng.normal(size=(9, 2)), -1.4, 1.4) * 0.65 * spread
-        clumps[0] = 0
-        fill(_CIRCLE * spread * np.linspace(1, 0.5, 9)[:, None, None] + (centre + clumps)[:, None], dark)
-        tufts = np.clip(self.rng.normal(size=(14, 2)), -1.5, 1.5) * 0.5 * spread + [0, 0.05]
-        fill(_CIRCLE * spread * self.rng.uniform(0.1, 0.25, (14, 1, 1)) + (centre + tufts)[:, None], bright)
+        else:
+            spread = np.array([0.16, 0.33] if shape == 1 else [0.26, 0.19])
+            centre = np.array([0, 0.68])
+            clumps = np.clip(self.rng.normal(size=(9, 2)), -1.4, 1.4) * 0.65 * spread
+            clumps[0] = 0
+            fill(_CIRCLE * spread * np.linspace(1, 0.5, 9)[:, None, None] + (centre + clumps)[:, None], dark)
+            tufts = centre + np.clip(self.rng.normal(size=(14, 2)), -1.5, 1.5) * 0.5 * spread + [0, 0.05]
+        fill(_CIRCLE * spread * self.rng.uniform(0.1, 0.25, (len(tufts), 1, 1)) + tufts[:, None], bright)
 
     def _person(self, x: float, z: float) -> None:
         """A walking person: legs, torso or coat, arms, head."""
         size = self.uniform(1.5, 2.0)
-        top = self.other_colour(self.pavement_colour, self.road_colour)
+        top = self.other_colour(self.pavement_colour, self.facade_colours[1])
         bottom = self.other_colour(self.pavement_colour, self.road_colour)
         skin, hair = self.other_colour(top), self.other_colour(top)
         stride, swing = self.uniform(0.02, 0.16), self.uniform(-0.1, 0.1)
@@ -555,7 +563,8 @@ class _Street:
 
     def _sign(self, x: float, z: float) -> None:
         """A post with a board: disc, triangle, diamond, octagon or rectangle."""
-        post, rim = self.other_colour(self.pavement_colour, self.haze_colour), self.other_colour(self.haze_colour)
+        backdrops = self.pavement_colour, self.facade_colours[1], self.sky_colour
+        post, rim = self.other_colour(*backdrops), self.other_colour(*backdrops)
         plate = self.other_colour(rim)
         height, radius = self.uniform(2.1, 3.0), self.uniform(0.45, 0.65)
         self.fill(
@@ -606,7 +615,7 @@ class _Street:
         shadow = np.asarray(self.shadows, dtype=np.float32) / 255 * ((classes == _ROAD) | (classes == _PAVEMENT))
         light = (1 + self._texture(centres)) * (1 - self.uniform(0.25, 0.5) * shadow)
         light *= 1 + self.uniform(0.0, 0.2) * self._clouded(2, 3)
-        gain = self.uniform(0.45, 0.75) if self.chance(0.15) else self.uniform(0.85, 1.15)
+        gain = self.uniform(0.55, 0.8) if self.chance(0.15) else self.uniform(0.85, 1.15)
         picture *= light[..., None] * (gain * (1 + 0.06 * self.rng.normal(size=3))).astype(np.float32)
         picture += self.uniform(0.003, 0.02) * self.rng.standard_normal(picture.shape, dtype=np.float32)
         return PILImage.fromarray(np.rint(picture.clip(0, 1) * 255).astype(np.uint8))
