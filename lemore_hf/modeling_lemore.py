@@ -89,8 +89,29 @@ class LeMoReConvLayer(nn.Module):
         self.normalization = _batch_norm(config, out_channels)
         self.activation = ACT2FN[config.hidden_act] if activation else nn.Identity()
 
+        self.is_dilated_depthwise = dilation > 1 and groups > 1
+
     def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
-        return self.activation(self.normalization(self.convolution(hidden_state)))
+        if self.is_dilated_depthwise and hidden_state.device.type == "cpu" and torch.is_grad_enabled():
+            hidden_state = self._convolve_in_float32(hidden_state)
+        else:
+            hidden_state = self.convolution(hidden_state)
+        return self.activation(self.normalization(hidden_state))
+
+    def _convolve_in_float32(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        """The convolution, at least in single precision: oneDNN 3.12 (PyTorch 2.14) returns wrong weight gradients for
+        dilated depthwise convolutions in bfloat16 and channels-last."""
+        dtype, compute_dtype = hidden_state.dtype, torch.promote_types(hidden_state.dtype, torch.float32)
+        with torch.autocast("cpu", enabled=False):
+            convolution = self.convolution
+            weight = convolution.weight.to(compute_dtype)
+            return F.conv2d(
+                hidden_state.to(compute_dtype),
+                weight,
+                padding=convolution.padding,
+                dilation=convolution.dilation,
+                groups=convolution.groups,
+            ).to(dtype)
 
 
 def _batch_norm(config: LeMoReConfig, channels: int) -> nn.BatchNorm2d:

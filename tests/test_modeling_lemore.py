@@ -28,6 +28,7 @@ from lemore_hf import (
 from lemore_hf.modeling_lemore import (
     LeMoReAxisView,
     LeMoReCartesianEncoder,
+    LeMoReConvLayer,
     LeMoReNestedAttention,
     check_label_values,
     resample_axis_weight,
@@ -804,3 +805,22 @@ def test_examples_of_the_docstrings(module):
 def test_models_can_be_copied():
     model = tiny()
     assert torch.equal(main_output(copy.deepcopy(model), random_images()), main_output(model, random_images()))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gradients_of_dilated_depthwise_convolutions_are_right_in_bfloat16(memory_format):
+    """oneDNN 3.12 gets them wrong in channels-last: training then follows noise, and sometimes ends in NaN."""
+    layer = LeMoReConvLayer(LeMoReConfig(), 48, 48, (1, 3), dilation=2, groups=48, activation=False)
+    hidden_state, gradient = torch.randn(2, 4, 48, 45, 60, generator=torch.Generator().manual_seed(0))
+
+    def weight_gradient(memory_format, enabled):
+        layer.zero_grad()
+        layer.to(memory_format=memory_format)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = layer(hidden_state.contiguous(memory_format=memory_format))
+        output.backward(gradient)
+        return layer.convolution.weight.grad.clone()
+
+    expected = weight_gradient(torch.contiguous_format, enabled=False)
+    error = (weight_gradient(memory_format, enabled=True) - expected).norm() / expected.norm()
+    assert error < 0.02
