@@ -49,6 +49,7 @@ from lemore_hf.data.loading import (
 )
 from lemore_hf.data.recipes import Recipe, add_recipe_arguments, load_recipe, recipe_overrides
 from lemore_hf.evaluation import evaluate
+from lemore_hf.hub import push_folder
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 from lemore_hf.losses import SegmentationCriterion, count_for_median_frequency, median_frequency_weights
 from lemore_hf.optimization import ExponentialMovingAverage, freeze_batch_norm_statistics, parameter_groups
@@ -219,9 +220,7 @@ def main() -> None:
         log.plot()
         write_summary(args, recipe, accelerator, state)
         if args.push_to_hub:
-            from lemore_hf.hub import push_folder
-
-            push_folder(args.output_dir / "final", args.push_to_hub)
+            push_folder(args.output_dir / "final", args.push_to_hub, recipe=recipe)
     accelerator.end_training()
 
 

@@ -1,0 +1,191 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""`scripts/train.py` as people run it: in processes that are killed, resumed, launched twice over, and fed bad data."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoModelForSemanticSegmentation
+
+from lemore_hf import LeMoReForSemanticSegmentation
+from lemore_hf.checkpointing import list_checkpoints, load_checkpoint
+from lemore_hf.data.scenes import load_scenes
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY_MODEL = {
+    "stem_sizes": [8],
+    "hidden_sizes": [8, 8, 8, 16],
+    "num_attention_heads": 1,
+    "attention_key_dim": 4,
+    "attention_value_dim": 4,
+    "decoder_hidden_size": 8,
+    "drop_path_rate": 0.1,
+}
+RECIPE = {
+    "num_classes": 9,
+    "image_size": [64, 64],
+    "crop_size": [64, 64],
+    "max_steps": 24,
+    "warmup_steps": 2,
+    "batch_size": 4,
+    "eval_batch_size": 4,
+    "learning_rate": 2e-3,
+    "ema_decay": 0.9,
+    "class_weights": "median_frequency",
+    "model_config": TINY_MODEL,
+}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    for split, samples in load_scenes(10, 3, 2, size=(64, 96)).items():
+        samples.to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(json.dumps(RECIPE))  # JSON is YAML.
+    return path
+
+
+def command(recipe: Path, data_dir: Path, output_dir: Path, *options: str, processes: int = 1) -> list[str]:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += [
+            "-m",
+            "accelerate.commands.launch",
+            "--num_processes",
+            str(processes),
+            "--cpu",
+            "--num_machines",
+            "1",
+        ]
+        launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    places = ["--recipe", str(recipe), "--data_dir", str(data_dir), "--output_dir", str(output_dir)]
+    every = ["--save_every", "3", "--eval_every", "6", "--log_every", "2", "--num_workers", "1", "--cache", "memory"]
+    return [*launcher, str(ROOT / "scripts" / "train.py"), *places, *every, *options]
+
+
+def run(*args, expect: int = 0, **kwargs) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command(*args, **kwargs), capture_output=True, text=True, env=environment, check=False, timeout=400
+    )
+    assert (result.returncode != 0) == bool(expect), result.stderr[-3000:]
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, recipe, data_dir) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run(recipe, data_dir, folder)
+    return folder
+
+
+def test_a_run_leaves_what_its_user_needs(uninterrupted):
+    model = AutoModelForSemanticSegmentation.from_pretrained(uninterrupted / "final")
+    assert isinstance(model, LeMoReForSemanticSegmentation)
+    assert model.config.num_labels == 9
+    records = [json.loads(line) for line in (uninterrupted / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "loss" in record] == list(range(2, 25, 2))
+    assert [record["step"] for record in records if "mean_iou" in record] == [6, 12, 18, 24]
+    with Image.open(uninterrupted / "curves.png") as curves:
+        assert len(np.unique(np.asarray(curves))) > 10
+    assert list((uninterrupted / "tensorboard").rglob("events*"))
+    assert json.loads((uninterrupted / "run.json").read_text())["steps"] == 24
+    # The last two checkpoints and the best.
+    best = load_checkpoint(list_checkpoints(uninterrupted)[-1])[1]["best"]["step"]
+    steps = {load_checkpoint(folder)[1]["step"] for folder in list_checkpoints(uninterrupted)}
+    assert steps == {21, 24, best}
+
+
+def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_weights(tmp_path, recipe, data_dir, uninterrupted):
+    kills, chance = 0, random.Random(0)
+    arguments = command(recipe, data_dir, tmp_path, "--resume")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for attempt in range(3):
+        seen = set(tmp_path.glob("checkpoint-*"))
+        with open(tmp_path / f"log{attempt}.txt", "w") as log:
+            process = subprocess.Popen(arguments, stdout=log, stderr=log, env=environment, start_new_session=True)
+            # In turn: as soon as a checkpoint is being written, and some time after one was.
+            while process.poll() is None:
+                if attempt % 2 == 0 and list(tmp_path.glob(".checkpoint-*")):
+                    break
+                if attempt % 2 and set(tmp_path.glob("checkpoint-*")) - seen:
+                    time.sleep(chance.uniform(0, 0.5))
+                    break
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                kills += 1
+            process.wait()
+        for folder in list_checkpoints(tmp_path):
+            load_checkpoint(folder)
+    assert kills == 3, "the run ended before it could be killed"
+    run(recipe, data_dir, tmp_path, "--resume")
+    assert weights_of(tmp_path) == weights_of(uninterrupted)
+    losses = [log_of(folder) for folder in (tmp_path, uninterrupted)]
+    assert losses[0] == losses[1]
+
+
+def weights_of(output_dir: Path) -> bytes:
+    return (output_dir / "final" / "model.safetensors").read_bytes()
+
+
+def log_of(output_dir: Path) -> list[dict]:
+    records = [json.loads(line) for line in (output_dir / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "images_per_second"} for record in records]
+
+
+def test_two_processes_train_and_resume_to_the_same_weights(tmp_path, recipe, data_dir):
+    options = ("--max_steps", "12", "--save_every", "6")
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    run(recipe, data_dir, whole, *options, processes=2)
+    assert [record["step"] for record in log_of(whole) if "mean_iou" in record] == [6, 12]
+    # What an interruption after step 6 leaves.
+    shutil.copytree(whole, halves)
+    shutil.rmtree(halves / "final")
+    shutil.rmtree(halves / "checkpoint-0000012")
+    run(recipe, data_dir, halves, *options, "--resume", processes=2)
+    assert weights_of(halves) == weights_of(whole)
+    assert log_of(halves) == log_of(whole)
+
+
+def test_resuming_with_other_settings_is_refused(recipe, data_dir, uninterrupted):
+    output = run(recipe, data_dir, uninterrupted, "--resume", "--learning_rate", "1e-4", expect=1)
+    assert "recipe.learning_rate was 0.002, is 0.0001" in output
+    output = run(recipe, data_dir, uninterrupted, expect=1)
+    assert "already holds a run" in output
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, recipe, data_dir):
+    output = run(recipe, data_dir, tmp_path, "--learning_rate", "1e18", "--save_every", "1", expect=1)
+    assert "The loss of step" in output
+    assert "for the samples" in output
+    tensors, _ = load_checkpoint(list_checkpoints(tmp_path)[-1])
+    assert tensors
+    assert not (tmp_path / "final").exists()
+
+
+def test_a_bad_sample_is_named_and_nothing_is_lost(tmp_path, recipe):
+    for folder in ("train/images", "train/masks"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    for index, value in enumerate([0, 1, 77]):
+        Image.new("RGB", (64, 64), (index * 50, 0, 0)).save(tmp_path / f"data/train/images/street{index}.png")
+        Image.new("L", (64, 64), value).save(tmp_path / f"data/train/masks/street{index}.png")
+    output = run(recipe, tmp_path / "data", tmp_path / "out", "--eval_every", "0", "--class_weights", "none", expect=1)
+    assert "street2" in output
+    assert "77" in output
+    assert "check_dataset.py" in output
