@@ -147,21 +147,22 @@ def resample_axis_weight(weight: torch.Tensor, size: int) -> torch.Tensor:
     """
     native = weight.shape[0]
     tent = _tent_filter(native, size, weight)
-    return tent @ weight @ tent.t() * (native / size)
+    return (tent @ weight.to(tent.dtype) @ tent.t() * (native / size)).to(weight.dtype)
 
 
 def _tent_filter(native: int, size: int, like: torch.Tensor) -> torch.Tensor:
     """
     Linear interpolation of `native` positions at `size` of them as a `(size, native)` matrix, as `F.interpolate` does
-    it with `align_corners=False` and `antialias=True`.
+    it with `align_corners=False` and `antialias=True`; in single precision for half-precision weights.
     """
     # No branch on the sizes, which may be symbols of an exported graph. Half precision could not count positions.
     dtype = torch.promote_types(like.dtype, torch.float32)
-    step = native / size
-    positions = (torch.arange(size, device=like.device, dtype=dtype) + 0.5) * step - 0.5
-    distances = (positions[:, None] - torch.arange(native, device=like.device, dtype=dtype)).abs()
-    weights = (1 - distances / torch.sym_max(step, 1.0)).clamp(min=0)
-    return (weights / weights.sum(1, keepdim=True)).to(like.dtype)
+    # In units of 1 / (2 · size) of a native position the centres of both axes are whole numbers: no rounding yet.
+    centres = (2 * torch.arange(size, device=like.device, dtype=dtype) + 1) * native
+    native_centres = (2 * torch.arange(native, device=like.device, dtype=dtype) + 1) * size
+    distances = (centres[:, None] - native_centres).abs()
+    weights = (1 - distances / (2 * torch.sym_max(size, native))).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
 
 
 class LeMoReAxisView(nn.Module):
@@ -196,7 +197,7 @@ class LeMoReAxisView(nn.Module):
     def mix_at_native_size(self, hidden_state: torch.Tensor) -> torch.Tensor:
         """The product with the resampled weights from right to left: read down, mix, interpolate back."""
         native, size = self.weight.shape[0], hidden_state.shape[self.axis]
-        tent = _tent_filter(native, size, self.weight)
+        tent = _tent_filter(native, size, self.weight).to(self.weight.dtype)
         native_state = self._along_axis(self.weight @ tent.t() * (native / size), hidden_state)
         return self._along_axis(tent, native_state)
 
