@@ -44,7 +44,9 @@ _SUPERSAMPLING = 2
 _NEARBY = 16.0  # metres: anything but houses is nearer, so that nothing is too small to be told
 _FAR = 70.0  # metres: where the modelled street ends and the skyline stands
 _SQUARE = np.array([(-0.5, -0.5), (0.5, -0.5), (0.5, 0.5), (-0.5, 0.5)])
-_TOP = 4  # the last of a solid's faces
+_FRONT, _RIGHT, _BACK, _LEFT, _TOP = range(5)  # a solid's faces; the front one is towards the camera
+# Corners of a sign's board and the angle of the first.
+_BOARDS = ((16, 0), (3, math.pi / 2), (3, -math.pi / 2), (4, 0), (8, math.pi / 8), (4, math.pi / 4))
 _CIRCLE = np.stack([np.cos(np.arange(16) * np.pi / 8), np.sin(np.arange(16) * np.pi / 8)], axis=1)
 
 
@@ -61,7 +63,8 @@ def load_scenes(
         num_train, num_validation, num_test: Scenes in each split; a split of 0 is left out.
         size: `(height, width)` in pixels, each from 32 to 2048.
         seed: Any non-negative integer. Every scene has a random stream of its own, made from seed, split and index: no
-            two scenes share one, and a smaller data set is the beginning of a larger one.
+            two scenes share one, and a smaller data set is the beginning of a larger one. The same arguments give the
+            same pixels in every process (with the same releases of numpy and Pillow).
 
     Returns:
         The splits "train", "validation" and "test" with the columns `image` (RGB, PNG), `label` (one byte a pixel, PNG:
@@ -280,11 +283,8 @@ class _Street:
             self._ellipse(centre, radius, radius, self.surface(_SKY, self.other_colour(top)))
         cloud = self.surface(_SKY, 0.5 * bottom + 0.5 * self.other_colour(top))
         for _ in range(self.rng.integers(0, 5)):
-            x, y, extent = (
-                self.uniform(0, width),
-                self.uniform(0, self.vanishing[1]),
-                self.uniform(0.05, 0.14) * height,
-            )
+            x, y = self.uniform(0, width), self.uniform(0, self.vanishing[1])
+            extent = self.uniform(0.05, 0.14) * height
             for _ in range(5):
                 offset = (x + self.uniform(-1.6, 1.6) * extent, y + self.uniform(-0.25, 0.1) * extent)
                 self._ellipse(offset, extent * self.uniform(0.5, 1.2), extent * self.uniform(0.2, 0.45), cloud)
@@ -373,12 +373,12 @@ class _Street:
         for number, face, shade in self.solid(faces, _BUILDING, colour):
             if number == _TOP or np.ptp(self.project(face), axis=0).min() < 12:
                 continue  # too narrow for windows to show
-            distance, length = near, math.dist(face[0], face[1])
+            length = math.dist(face[0], face[1])
             panes = _grid(face, max(int(length / pitch), 1), max(int(height / storey), 1), fill_u, fill_v)
             lit = self.rng.random(len(panes)) < 0.25
-            self.fill(panes[~lit], self.surface(_BUILDING, glass, distance, shade))
-            self.fill(panes[lit], self.surface(_BUILDING, self.lamp_colour, distance, shade))
-            edge = self.surface(_BUILDING, trim, distance, shade)
+            self.fill(panes[~lit], self.surface(_BUILDING, glass, near, shade))
+            self.fill(panes[lit], self.surface(_BUILDING, self.lamp_colour, near, shade))
+            edge = self.surface(_BUILDING, trim, near, shade)
             self.fill(_panel(face, 0, 1, 1 - 0.35 / height, 1), edge)
             self.fill(_panel(face, door, door + min(1.1 / length, 0.2), 0, min(2.1 / height, 0.8)), edge)
 
@@ -439,64 +439,59 @@ class _Street:
 
     def _car(self, x: float, z: float) -> None:
         """A car, a hatchback or a van, along the street or turned across it."""
-        colour, glass, tyre = self.other_colour(self.road_colour), self.glass_colour, self.tyre_colour
-        if np.abs(glass - colour).sum() < 0.5:
-            glass = self.other_colour(colour)
-        if np.abs(tyre - colour).sum() < 0.5:
-            tyre = self.other_colour(colour)
-        length, half = self.uniform(3.6, 4.8), self.uniform(0.85, 1.0)
+        colour = self.other_colour(self.road_colour)
+        glass, tyre = (
+            part if np.abs(part - colour).sum() >= 0.5 else self.other_colour(colour)
+            for part in (self.glass_colour, self.tyre_colour)
+        )
+        end, half = self.uniform(3.6, 4.8) / 2, self.uniform(0.85, 1.0)
         waist, roof = self.uniform(0.8, 1.0), self.uniform(1.4, 1.65)
         rear, front = self.rng.choice([0.15, 0.5, 0.9]), self.uniform(0.9, 1.3)
-        if self.chance(0.2):
+        if self.chance(0.2):  # a van
             roof, rear, front = self.uniform(1.9, 2.4), 0.05, 0.6
         yaw = self.rng.choice([0.0, np.pi / 2, np.pi, -np.pi / 2], p=[0.4, 0.1, 0.4, 0.1]) + self.uniform(-0.12, 0.12)
+        sine, cosine = np.sin(yaw), np.cos(yaw)
+        centre = z + abs(cosine) * end + abs(sine) * half
 
         def place(local: np.ndarray) -> np.ndarray:
             """Local (across, up, along) metres to the world."""
-            sine, cosine = np.sin(yaw), np.cos(yaw)
             across, up, along = local[..., 0], local[..., 1], local[..., 2]
-            centre = z + abs(cosine) * length / 2 + abs(sine) * half
             return np.stack([x + cosine * across + sine * along, up, centre - sine * across + cosine * along], axis=-1)
 
-        end = length / 2
         self.cast_shadow(place(_flat(-half - 0.15, half + 0.25, -end - 0.1, end + 0.1)))
-        underside = _frustum((-half + 0.08, half - 0.08, -end + 0.3, end - 0.3), 0.08, (-half, half, -end, end), 0.3)
-        self.solid(place(underside), _CAR, tyre)
-        body = _frustum((-half, half, -end, end), 0.25, (-half, half, -end, end), waist)
-        visible = self.solid(place(body), _CAR, colour)
-        distance = z
+        floor = (-half, half, -end, end)
+        chassis = _frustum((-half + 0.08, half - 0.08, -end + 0.3, end - 0.3), 0.08, floor, 0.3)
+        self.solid(place(chassis), _CAR, tyre)
+        sides = self._bodywork(place(_frustum(floor, 0.25, floor, waist)), colour, tyre, z)
+        sill = (-half + 0.04, half - 0.04, -end + rear * 0.5, end - front)
+        ceiling = (-half + 0.16, half - 0.16, -end + rear, end - front - 0.55)
+        self._cabin(place(_frustum(sill, waist, ceiling, roof)), colour, glass, z)
+
+        rubber, hub = self.surface(_CAR, tyre, z), self.surface(_CAR, 0.5 * (tyre + colour), z)
+        for across in [half + 0.02] * (_RIGHT in sides) + [-half - 0.02] * (_LEFT in sides):
+            for along in (-end + 0.75, end - 0.75):
+                for radius, surface in ((0.36, rubber), (0.18, hub)):
+                    rim = np.column_stack([np.full(16, across), _CIRCLE * radius + (0.34, along)])
+                    self.fill(place(rim), surface)
+
+    def _bodywork(self, faces: np.ndarray, colour: np.ndarray, tyre: np.ndarray, distance: float) -> set[int]:
+        """A car's body with lamps, bumpers and trim strips; returns which of its faces the camera sees."""
+        visible = self.solid(faces, _CAR, colour)
         lamp = self.surface(_CAR, self.other_colour(colour), distance)
         for number, face, shade in visible:
-            if number in (0, 2):
+            if number in (_FRONT, _BACK):
                 for left in (0.06, 0.74):
                     self.fill(_panel(face, left, left + 0.2, 0.5, 0.8), lamp)
                 self.fill(_panel(face, 0, 1, 0, 0.25), self.surface(_CAR, tyre, distance))
-            elif number in (1, 3):
+            elif number in (_RIGHT, _LEFT):
                 self.fill(_panel(face, 0.02, 0.98, 0.45, 0.55), self.surface(_CAR, colour * 0.8, distance, shade))
-        inset = 0.16
-        cabin = _frustum(
-            (-half + 0.04, half - 0.04, -end + rear * 0.5, end - front),
-            waist,
-            (-half + inset, half - inset, -end + rear, end - front - 0.55),
-            roof,
-        )
-        for number, face, shade in self.solid(place(cabin), _CAR, colour):
-            if number in (0, 2):
-                self.fill(_panel(face, 0.08, 0.92, 0.12, 0.85), self.surface(_CAR, glass, distance, shade))
-            elif number in (1, 3):
-                pane = self.surface(_CAR, glass, distance, shade)
-                self.fill(_panel(face, 0.06, 0.48, 0.1, 0.85), pane)
-                self.fill(_panel(face, 0.54, 0.94, 0.1, 0.85), pane)
-        self._wheels([number for number, _, _ in visible], place, half, end, tyre, colour, distance)
+        return {number for number, _, _ in visible}
 
-    def _wheels(self, visible, place, half, end, tyre, colour, distance) -> None:
-        rubber, hub = self.surface(_CAR, tyre, distance), self.surface(_CAR, 0.5 * (tyre + colour), distance)
-        for number, across in ((1, half + 0.02), (3, -half - 0.02)):
-            if number in visible:
-                for along in (-end + 0.75, end - 0.75):
-                    for radius, surface in ((0.36, rubber), (0.18, hub)):
-                        rim = np.column_stack([np.full(16, across), _CIRCLE * radius + (0.34, along)])
-                        self.fill(place(rim), surface)
+    def _cabin(self, faces: np.ndarray, colour: np.ndarray, glass: np.ndarray, distance: float) -> None:
+        for number, face, shade in self.solid(faces, _CAR, colour):
+            panes = {_FRONT: [(0.08, 0.92)], _BACK: [(0.08, 0.92)], _TOP: []}.get(number, [(0.06, 0.48), (0.54, 0.94)])
+            for left, right in panes:
+                self.fill(_panel(face, left, right, 0.1, 0.85), self.surface(_CAR, glass, distance, shade))
 
     def _tree(self, x: float, z: float, height: float) -> None:
         """A broad-leaved tree, a poplar or a conifer."""
@@ -504,8 +499,7 @@ class _Street:
         bark = self.other_colour(leaves)
         wood = self.surface(_TREE, bark, z)
         dark, bright = self.surface(_TREE, leaves * 0.85, z), self.surface(_TREE, 0.6 * leaves + 0.4 * bark, z)
-        if z < 30:
-            self.cast_shadow(_disc(x + 0.3, z, 0.28 * height))
+        self.cast_shadow(_disc(x + 0.3, z, 0.28 * height))
 
         def fill(points: np.ndarray, surface: int) -> None:
             self.fill(_upright(x, z, points * height), surface)
@@ -545,15 +539,8 @@ class _Street:
             fill([(foot - 0.06, 0), (foot + 0.06, 0), (0.11, 0.5), (-0.11, 0.5)], legs)
         for side in (-1, 1):
             hand = side * (shoulder + 0.05) + swing
-            fill(
-                [
-                    (hand - 0.04, 0.42),
-                    (hand + 0.04, 0.42),
-                    (side * shoulder + 0.05, 0.8),
-                    (side * shoulder - 0.05, 0.8),
-                ],
-                sleeve,
-            )
+            arm = side * shoulder
+            fill([(hand - 0.04, 0.42), (hand + 0.04, 0.42), (arm + 0.05, 0.8), (arm - 0.05, 0.8)], sleeve)
         hem = self.rng.choice([0.44, 0.3])
         fill([(-0.13, hem), (0.13, hem), (shoulder, 0.8), (0.06, 0.85), (-0.06, 0.85), (-shoulder, 0.8)], coat)
         fill(_CIRCLE * [0.075, 0.09] + [0, 0.91], self.surface(_PERSON, skin, z))
@@ -567,12 +554,9 @@ class _Street:
         post, rim = self.other_colour(*backdrops), self.other_colour(*backdrops)
         plate = self.other_colour(rim)
         height, radius = self.uniform(2.1, 3.0), self.uniform(0.45, 0.65)
-        self.fill(
-            _upright(x, z, [(-0.14, 0), (0.14, 0), (0.14, height), (-0.14, height)]), self.surface(_SIGN, post, z)
-        )
-        corners, turn = [(16, 0.0), (3, np.pi / 2), (3, -np.pi / 2), (4, 0.0), (8, np.pi / 8), (4, np.pi / 4)][
-            self.rng.integers(6)
-        ]
+        pole = [(-0.14, 0), (0.14, 0), (0.14, height), (-0.14, height)]
+        self.fill(_upright(x, z, pole), self.surface(_SIGN, post, z))
+        corners, turn = _BOARDS[self.rng.integers(len(_BOARDS))]
         angles = turn + 2 * np.pi * np.arange(corners) / corners
         board = radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
         centre = np.array([0, height])
@@ -588,10 +572,7 @@ class _Street:
     def _label(self, surfaces: np.ndarray) -> PILImage.Image:
         """Class numbers; void where another class comes within half a pixel."""
         classes = np.pad(self._classes().take(surfaces), 1, mode="edge")
-        lowest, highest = (
-            _window(_window(classes, np.minimum).T, np.minimum).T,
-            _window(_window(classes, np.maximum).T, np.maximum).T,
-        )
+        lowest, highest = (_window(_window(classes, end).T, end).T for end in (np.minimum, np.maximum))
         return PILImage.fromarray(np.where(lowest == highest, lowest, np.uint8(VOID)))
 
     def _classes(self) -> np.ndarray:
@@ -624,9 +605,8 @@ class _Street:
         """Relative brightness `(H, W)`: each surface shows one of four patterns in a strength of its own."""
         rows, columns = np.ogrid[: self.height, : self.width]
         angle, period = self.uniform(0, math.pi), self.uniform(3, 8)
-        stripes = np.sin(
-            (rows * math.sin(angle) + columns * math.cos(angle)).astype(np.float32) * (2 * math.pi / period)
-        )
+        phase = (rows * math.sin(angle) + columns * math.cos(angle)) * (2 * math.pi / period)
+        stripes = np.sin(phase.astype(np.float32))
         grain = 2 * self.rng.random((self.height, self.width), dtype=np.float32) - 1
         blots, patches = (self._clouded(max(self.height // k, 2), max(self.width // k, 2)) for k in (4, 16))
         count = len(self.surfaces)
@@ -683,7 +663,7 @@ def _upright(x: float, z: float, points: Sequence[Sequence[float]] | np.ndarray)
 
 
 def _frustum(base: Sequence[float], bottom: float, lid: Sequence[float], top: float) -> np.ndarray:
-    """Faces `(5, 4, 3)`, near, right, far, left and top, between two rectangles (left, right, near, far) at two heights."""
+    """Faces `(5, 4, 3)`, front, right, back, left and top, between two rectangles (left, right, near, far) at two heights."""
     low, high = _flat(*base), _flat(*lid)
     low[:, 1], high[:, 1] = bottom, top
     after = [1, 2, 3, 0]
