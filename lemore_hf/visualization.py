@@ -49,7 +49,7 @@ def default_palette(num_colors: int) -> list[tuple[int, int, int]]:
     OKLab (our choice).
 
     Args:
-        num_colors: How many, up to 1024. The first 12 are well apart for everyone, and no two are equal.
+        num_colors: How many, up to 1024. The first 16 are well apart for everyone, and no two are equal.
 
     Returns:
         RGB triples, 0 to 255.
