@@ -252,7 +252,7 @@ class LeMoReImageProcessorMixin:
         """
         requires_backends(self, ["torch"])
         logits = torch.as_tensor(outputs.logits).detach()
-        if logits.ndim != 4:
+        if logits.ndim != 4 or 0 in logits.shape[1:]:
             raise ValueError(
                 f"Expected logits of shape (batch, num_labels, height, width), got {tuple(logits.shape)}."
             )
@@ -497,7 +497,7 @@ def _check_statistics(images: list, image_mean: Any, image_std: Any) -> None:
             if np.size(values) not in (1, len(image)):
                 raise ValueError(
                     f"`{name}` has {np.size(values)} values but the image has {len(image)} channels: {values}. Pass one "
-                    "value a channel, or do_convert_rgb=True for RGB."
+                    "value a channel; with do_convert_rgb=True every image has three."
                 )
 
 
@@ -556,9 +556,9 @@ def _check_target_sizes(target_sizes: Any, batch_size: int, default: tuple[int, 
 
 def _check_finite(logits: "torch.Tensor") -> None:
     # Minimum and maximum show what is not finite without an array of the logits' size.
-    extremes = torch.stack([torch.stack(torch.aminmax(item)) for item in logits]) if logits.numel() else logits
-    for index, values in enumerate(extremes.isfinite().tolist()):
-        if not all(values):
+    finite = [torch.stack(torch.aminmax(item)).isfinite().all() for item in logits]
+    for index, is_finite in enumerate(torch.stack(finite).tolist() if finite else []):
+        if not is_finite:
             raise ValueError(
                 f"The logits of batch item {index} are not finite (NaN or infinity), so that no class is the best: look "
                 "at the pixel values, or at training that diverged or overflowed float16."
@@ -624,7 +624,7 @@ def _upsampled_argmax(scores: "torch.Tensor", size: tuple[int, int]) -> "torch.T
 
 
 def _cells(length: int, target: int, device: "torch.device") -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
-    """Which of the `length + 1` cells each of `target` pixels lies in along one axis, as its how manieth, and the weights.
+    """Where each of `target` pixels lies along one axis of `length` scores: its cell, and its place in the cell.
 
     A cell spans two neighbouring scores; the first and the last repeat the border. Positions and rounding are those of
     `torch.nn.functional.interpolate`.
