@@ -1,0 +1,212 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""The README's routes from data to a published checkpoint, end to end, with the command lines that it shows."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from loopback_hub import LoopbackHub, run_client, running_hub
+from transformers import AutoModelForSemanticSegmentation, Trainer, TrainingArguments
+
+from lemore_hf import (
+    LeMoReConfig,
+    LeMoReForImageClassification,
+    LeMoReForSemanticSegmentation,
+    LeMoReImageProcessor,
+)
+from lemore_hf.checkpointing import list_checkpoints, load_checkpoint
+from lemore_hf.data.scenes import CLASS_NAMES, load_scenes
+from lemore_hf.metrics import trainer_metrics
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+TINY_MODEL = {"stem_sizes": [8], "hidden_sizes": [8, 8, 16, 16], "decoder_hidden_size": 16}
+
+
+def launcher(processes: int) -> list[str]:
+    if processes == 1:
+        return []
+    options = ["--cpu", "--num_processes", processes, "--num_machines", 1, "--mixed_precision", "no"]
+    return ["-m", "accelerate.commands.launch", *map(str, options), "--dynamo_backend", "no"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_train_kill_resume_evaluate_and_publish_camvid(tmp_path, camvid_dir, processes):
+    size = ["96", "128"]
+    places = ["--recipe", "camvid", "--data_dir", camvid_dir, "--output_dir", tmp_path / "run"]
+    schedule = ["--max_steps", 6, "--save_every", 2, "--eval_every", 0, "--num_workers", 1, "--batch_size", 2]
+    sizes = ["--image_size", *size, "--crop_size", *size, "--class_weights", "none", "--ema_decay", "0.5"]
+    train = [*launcher(processes), SCRIPTS / "train.py", *places, *schedule, *sizes, "--resume"]
+    train = list(map(str, [*train, "--model_config", json.dumps(TINY_MODEL)]))
+
+    # Killed as soon as it has left something to resume from.
+    with open(tmp_path / "log.txt", "w") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [sys.executable, *train], stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+        while process.poll() is None and not list_checkpoints(tmp_path / "run"):
+            pass
+        assert process.poll() is None, (tmp_path / "log.txt").read_text()[-2000:]
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "run" / "final").exists()
+    killed_at = load_checkpoint(list_checkpoints(tmp_path / "run")[-1])[1]["step"]
+    assert 0 < killed_at < 6
+
+    with running_hub() as hub:
+        result = run_client(train, hub, tmp_path, "--push_to_hub", "lemore-camvid")
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert load_checkpoint(list_checkpoints(tmp_path / "run")[-1])[1]["step"] == 6
+        published = hub.repositories["someone/lemore-camvid"]
+        assert published["model.safetensors"] == (tmp_path / "run" / "final" / "model.safetensors").read_bytes()
+        assert b"carry that limit" in published["README.md"]
+
+        metrics = tmp_path / "metrics.json"
+        evaluate = [*launcher(processes), SCRIPTS / "evaluate.py", "--model", tmp_path / "run" / "final", *places[:4]]
+        evaluate = [*evaluate, "--split", "validation", "--output", metrics]
+        result = run_client(list(map(str, evaluate)), hub, tmp_path)
+        assert result.returncode == 0, result.stderr[-2000:]
+        scores = json.loads(metrics.read_text())
+        assert scores["num_images"] == 101
+        assert len(scores["per_class_iou"]) == 11
+
+        push = [SCRIPTS / "push_to_hub.py", "--model", tmp_path / "run" / "final", "--repo_id", "lemore-camvid"]
+        push = [*push, "--results", metrics, "--recipe", "camvid", "--overwrite"]
+        result = run_client(list(map(str, push)), hub, tmp_path, token=LoopbackHub.token)
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert f"{100 * scores['mean_iou']:.2f}".encode() in hub.repositories["someone/lemore-camvid"]["README.md"]
+
+
+@pytest.fixture(scope="module")
+def classified(tmp_path_factory) -> Path:
+    """A classification data set of three colours, as parquet files."""
+    folder = tmp_path_factory.mktemp("colours")
+    features = Features({"image": Image(), "label": ClassLabel(names=["red", "green", "blue"])})
+    for split, count in (("train", 12), ("validation", 6)):
+        noise = torch.randint(0, 60, (count, 48, 48, 3), dtype=torch.uint8)
+        labels = [index % 3 for index in range(count)]
+        for index, label in enumerate(labels):
+            noise[index, ..., label] += 190
+        rows = {"image": list(noise.numpy()), "label": labels}
+        Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def run_training(*options) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        SCRIPTS / "train.py",
+        "--model_config",
+        json.dumps(TINY_MODEL),
+        "--num_workers",
+        0,
+        *options,
+    ]
+    result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_segmentation_starts_from_every_encoder_weight_of_a_classifier(tmp_path, classified):
+    recipe = tmp_path / "colours.yaml"
+    size = {"image_size": [32, 32], "crop_size": [32, 32], "resize": 36}
+    mixes = {"mixup_alpha": 0.2, "cutmix_alpha": 1.0, "label_smoothing": 0.1}
+    schedule = {"max_steps": 4, "warmup_steps": 1, "batch_size": 4, "scale_range": [0.5, 1.0]}
+    recipe.write_text(json.dumps({"task": "image-classification", **size, **mixes, **schedule}))
+    pretrained = tmp_path / "pretrained"
+    run_training("--recipe", recipe, "--data_dir", classified, "--output_dir", pretrained, "--eval_every", 2)
+    records = [json.loads(line) for line in (pretrained / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "accuracy" in record] == [2, 4]
+    classifier = LeMoReForImageClassification.from_pretrained(pretrained / "final")
+    assert classifier.config.id2label == {0: "red", 1: "green", 2: "blue"}
+
+    _, loaded = LeMoReForSemanticSegmentation.from_pretrained(pretrained / "final", output_loading_info=True)
+    assert not [name for name in loaded["missing_keys"] if not name.startswith("decode_head.")]
+    assert not loaded["mismatched_keys"]
+
+    # With a learning rate of nothing, the segmentation run ends with the weights that it starts from.
+    options = [
+        "--recipe",
+        "scenes",
+        "--max_steps",
+        1,
+        "--batch_size",
+        2,
+        "--learning_rate",
+        "1e-30",
+        "--eval_every",
+        0,
+    ]
+    sizes = ["--image_size", 32, 32, "--crop_size", 32, 32]
+    output = tmp_path / "segmentation"
+    run_training(*options, *sizes, "--init_from", pretrained / "final", "--output_dir", output)
+    segmenter = LeMoReForSemanticSegmentation.from_pretrained(output / "final")
+    assert segmenter.config.num_labels == 9
+    for name, parameter in classifier.lemore.named_parameters():
+        torch.testing.assert_close(segmenter.lemore.get_parameter(name), parameter, msg=name)
+
+
+@pytest.mark.parametrize("freeze_encoder", [False, True])
+def test_fine_tuning_with_trainer(tmp_path, freeze_encoder):
+    """The README's Trainer example, on a few scenes."""
+    torch.manual_seed(0)
+    pretrained = LeMoReForSemanticSegmentation(LeMoReConfig(num_labels=5, image_size=64, **TINY_MODEL))
+    pretrained.save_pretrained(tmp_path / "pretrained")
+    scenes = load_scenes(12, 4, 0, size=(64, 64))
+    id2label = dict(enumerate(CLASS_NAMES))
+
+    model = AutoModelForSemanticSegmentation.from_pretrained(
+        tmp_path / "pretrained",
+        id2label=id2label,
+        label2id={name: index for index, name in id2label.items()},
+        ignore_mismatched_sizes=True,
+    )
+    processor = LeMoReImageProcessor(size={"height": 64, "width": 64})
+    for split in scenes.values():
+        split.set_transform(lambda batch: processor(batch["image"], segmentation_maps=batch["label"]))
+    if freeze_encoder:
+        model.lemore.requires_grad_(False)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    metrics = trainer_metrics(model.config.num_labels, id2label)
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            tmp_path / "trainer",
+            num_train_epochs=3,
+            per_device_train_batch_size=4,
+            learning_rate=5e-3,
+            remove_unused_columns=False,
+            batch_eval_metrics=True,
+            gradient_accumulation_steps=3,
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
+        ),
+        train_dataset=scenes["train"],
+        eval_dataset=scenes["validation"],
+        compute_metrics=metrics.compute_metrics,
+        preprocess_logits_for_metrics=metrics.preprocess_logits_for_metrics,
+    )
+    trainer.train()
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert any(name.startswith("decode_head.") for name in changed)
+    assert any(name.startswith("lemore.") for name in changed) != freeze_encoder
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    # One step an epoch: the loss of accumulated batches is their mean, about ln 9 at the start, not their sum.
+    assert len(losses) == 3
+    assert losses[0] < 3
+    assert 0 <= trainer.evaluate()["eval_mean_iou"] <= 1
+
+    trainer.save_model(tmp_path / "tuned")
+    loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "tuned").eval()
+    pixel_values = scenes["validation"][0]["pixel_values"][None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pixel_values).logits, model.eval()(pixel_values).logits)
+    assert loaded.config.id2label == id2label
