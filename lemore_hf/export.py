@@ -8,6 +8,7 @@ processor settings that travel with the files. `lemore_hf.inference` runs the re
 """
 
 import contextlib
+import copy
 import importlib.util
 import json
 import logging
@@ -170,18 +171,14 @@ def export_model(
         for image in calibration_images
     ]
     metadata = describe(model.config, image_processor, manifest)
-    state = model.training, model.dtype
-    try:
-        module = model.eval().float()
-        if with_postprocessing:
-            module = SegmentationGraph(module, image_processor).eval()
-        with atomic_folder(output_dir) as folder, _quiet():
-            _EXPORTERS[export_format](module, folder / manifest.file, manifest, feeds, metadata)
-            model.config.save_pretrained(folder)
-            image_processor.save_pretrained(folder)
-            manifest.save(folder)
-    finally:
-        model.train(state[0]).to(state[1])
+    module = copy.deepcopy(model).eval().float()
+    if with_postprocessing:
+        module = SegmentationGraph(module, image_processor).eval()
+    with atomic_folder(output_dir) as folder, _quiet():
+        _EXPORTERS[export_format](module, folder / manifest.file, manifest, feeds, metadata)
+        model.config.save_pretrained(folder)
+        image_processor.save_pretrained(folder)
+        manifest.save(folder)
     return manifest
 
 
@@ -289,7 +286,8 @@ class SegmentationGraph(nn.Module):
 
     def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
         """`(batch, height, width, 3)` in RGB → `labels` of shape `(batch, height, width)`, both uint8."""
-        pixel_values = image.permute(0, 3, 1, 2).float() * self.scale + self.offset
+        # Contiguous, or tracing asks of every size whether the channels lie last.
+        pixel_values = image.permute(0, 3, 1, 2).contiguous().float() * self.scale + self.offset
         logits = self.model(pixel_values=pixel_values).logits
         logits = F.interpolate(logits, size=pixel_values.shape[2:], mode="bilinear", align_corners=False)
         labels = logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(1)

@@ -1,0 +1,241 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""scripts/predict.py: pictures and videos to masks and overlays."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from quick_fit import quick_fit
+
+from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation
+from lemore_hf import prediction as prediction_module
+from lemore_hf.export import export_model
+from lemore_hf.image_processing_lemore import LeMoReImageProcessor
+from lemore_hf.inference import Segmenter
+from lemore_hf.prediction import find_inputs, mask_image, overlay_image, predict_file, target_files
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def network() -> tuple[LeMoReForSemanticSegmentation, LeMoReImageProcessor]:
+    torch.manual_seed(0)
+    config = LeMoReConfig(
+        num_labels=5,
+        image_size=64,
+        hidden_sizes=(8, 12, 16, 24),
+        decoder_hidden_size=32,
+        palette=[[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]],
+    )
+    images = [patches(seed) for seed in range(8)]
+    # What there is to learn: which of the colours is strongest, and where all are dark.
+    labels = [np.where(image.max(-1) < 128, 4, image.argmax(-1)) for image in map(np.asarray, images)]
+    image_processor = LeMoReImageProcessor(size={"height": 64, "width": 64})
+    batch = image_processor(images, segmentation_maps=labels, return_tensors="pt")
+    return quick_fit(LeMoReForSemanticSegmentation(config), **batch), image_processor
+
+
+def patches(seed: int) -> Image.Image:
+    """Blurred patches of random colours, 80×60."""
+    colours = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(colours).resize((80, 60), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(network, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    for part in network:
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def segmenter(checkpoint: Path) -> Segmenter:
+    return Segmenter(checkpoint)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder with good pictures in it and below it, a damaged one, and a file that is none."""
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    for seed, name in enumerate(("one.png", "two.png", "more/one.jpg")):
+        patches(seed).save(folder / name)
+    (folder / "damaged.jpg").write_bytes((folder / "more" / "one.jpg").read_bytes()[:300])
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def run_script(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "scripts" / "predict.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT)
+
+
+def files_below(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+EXPECTED = {f"{kind}/{name}.png" for kind in ("masks", "overlays") for name in ("one", "two", "more/one")}
+
+
+def test_folder_is_segmented_in_parallel_and_the_damaged_file_is_listed(checkpoint, segmenter, pictures, tmp_path):
+    output = tmp_path / "out"
+    result = run_script("--model", checkpoint, "--input", pictures, "--output", output, "--processes", 2)
+    assert result.returncode == 0, result.stderr
+    assert files_below(output) == EXPECTED
+    assert "3 written" in result.stdout
+    assert f"Skipped {pictures / 'damaged.jpg'}" in result.stderr
+    assert "notes.txt" not in result.stderr
+    for name in ("one.png", "more/one.jpg"):
+        mask = np.asarray(Image.open((output / "masks" / name).with_suffix(".png")))
+        np.testing.assert_array_equal(mask, segmenter(Image.open(pictures / name)))
+
+
+def test_masks_hold_the_labels_and_overlays_the_picture(segmenter, pictures, tmp_path):
+    targets = {kind: tmp_path / kind / "one.png" for kind in ("masks", "overlays")}
+    predict_file(segmenter, pictures / "one.png", targets, alpha=0.25)
+    picture = Image.open(pictures / "one.png")
+    labels = segmenter(picture)
+    assert labels.shape == (60, 80)
+    assert len(np.unique(labels)) > 2
+    mask = Image.open(targets["masks"])
+    np.testing.assert_array_equal(np.asarray(mask), labels)
+    palette = np.array(segmenter.config.palette)
+    np.testing.assert_array_equal(np.asarray(mask.convert("RGB")), palette[labels])
+    overlay = np.asarray(Image.open(targets["overlays"]))[:60, :80].astype(float)
+    np.testing.assert_allclose(overlay, 0.75 * np.asarray(picture) + 0.25 * palette[labels], atol=1.5)
+
+
+def test_second_run_writes_only_what_is_missing(checkpoint, pictures, tmp_path):
+    output = tmp_path / "out"
+    (pictures / "damaged.jpg").unlink()
+    first = run_script("--model", checkpoint, "--input", pictures, "--output", output)
+    assert first.returncode == 0, first.stderr
+    kept, removed = output / "masks" / "one.png", output / "masks" / "two.png"
+    kept.write_bytes(b"marked")
+    removed.unlink()
+    second = run_script("--model", checkpoint, "--input", pictures, "--output", output)
+    assert "1 written" in second.stdout
+    assert "2 were there" in second.stdout
+    assert kept.read_bytes() == b"marked"
+    assert files_below(output) == EXPECTED
+
+
+def test_nothing_half_written_stays_behind(segmenter, pictures, tmp_path, monkeypatch):
+    def fail_midway(image: Image.Image, path: Path, *arguments: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", fail_midway)
+    with pytest.raises(OSError, match="disk full"):
+        predict_file(segmenter, pictures / "one.png", {"masks": tmp_path / "out" / "one.png"})
+    assert files_below(tmp_path / "out") == set()
+
+
+def test_export_gives_the_masks_of_the_checkpoint(network, segmenter, pictures, tmp_path):
+    export_model(*network, tmp_path / "export", "torch")
+    predict_file(Segmenter(tmp_path / "export" / "model.pt2"), pictures / "one.png", {"masks": tmp_path / "mask.png"})
+    labels = segmenter(Image.open(pictures / "one.png"))
+    assert (np.asarray(Image.open(tmp_path / "mask.png")) == labels).mean() >= 0.999
+
+
+def test_orientation_of_a_photo_is_applied(segmenter, pictures, tmp_path):
+    upright = Image.open(pictures / "one.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying, to be turned clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photo.png", exif=exif)
+    predict_file(segmenter, tmp_path / "photo.png", {"masks": tmp_path / "mask.png"})
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "mask.png")), segmenter(upright))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("av") is None, reason="videos need the extra lemore-hf[video]")
+def test_video_gives_lossless_labels_and_an_overlay(segmenter, tmp_path):
+    import av
+
+    with av.open(str(tmp_path / "film.mp4"), "w") as film:
+        stream = film.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for step in range(3):
+            picture = np.fromfunction(
+                lambda y, x, c, step=step: (y * 3 + x * 2 + 80 * c + 60 * step) % 256, (64, 96, 3)
+            )
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(picture.astype(np.uint8))))
+        film.mux(stream.encode())
+    targets = {"masks": tmp_path / "masks.mkv", "overlays": tmp_path / "overlays.mp4"}
+    predict_file(segmenter, tmp_path / "film.mp4", targets)
+    with av.open(str(tmp_path / "film.mp4")) as film, av.open(str(targets["masks"])) as masks:
+        expected = [segmenter(frame.to_image()) for frame in film.decode(video=0)]
+        labels = [frame.to_ndarray(format="gray") for frame in masks.decode(video=0)]
+        assert masks.streams.video[0].average_rate == 10
+    np.testing.assert_array_equal(labels, expected)
+    assert len(expected) == 3
+    with av.open(str(targets["overlays"])) as overlays:
+        assert [frame.to_ndarray(format="rgb24").shape for frame in overlays.decode(video=0)] == [(64, 96, 3)] * 3
+
+
+@pytest.mark.skipif(importlib.util.find_spec("av") is None, reason="videos need the extra lemore-hf[video]")
+def test_damaged_video_leaves_nothing(segmenter, tmp_path):
+    (tmp_path / "film.mp4").write_bytes(b"no film at all")
+    with pytest.raises(prediction_module.UnreadableInputError):
+        predict_file(segmenter, tmp_path / "film.mp4", {"masks": tmp_path / "out" / "masks.mkv"})
+    assert files_below(tmp_path / "out") == set()
+
+
+def test_video_without_the_package_names_the_extra(monkeypatch):
+    monkeypatch.setattr(prediction_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'lemore-hf\[video\]'"):
+        prediction_module.require_video_package()
+
+
+def test_inputs_from_files_folders_and_patterns(pictures, tmp_path):
+    output = pictures / "results"
+    output.mkdir()
+    Image.new("RGB", (40, 40)).save(output / "earlier.png")
+    everything = find_inputs([str(pictures), str(pictures / "one.png")], output)
+    assert {str(name) for name in everything.values()} == {"one.png", "two.png", "more/one.jpg", "damaged.jpg"}
+    pattern = find_inputs([str(pictures / "**" / "one.*")], output)
+    assert {path.relative_to(pictures.resolve()).as_posix() for path in pattern} == {"one.png", "more/one.jpg"}
+    for missing in (tmp_path / "absent.png", tmp_path / "*.jpg", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(FileNotFoundError, match="names no pictures or videos"):
+            find_inputs([str(missing)], output)
+
+
+def test_results_of_two_inputs_never_share_a_file(pictures, tmp_path):
+    Image.new("RGB", (40, 40)).save(pictures / "one.jpg")
+    output = tmp_path / "out"
+    targets = target_files(find_inputs([str(pictures)], output), output, ["masks"])
+    names = {str(files["masks"].relative_to(output / "masks")) for files in targets.values()}
+    assert names == {"one.png.png", "one.jpg.png", "two.png", "more/one.png", "damaged.png"}
+    same = find_inputs([str(pictures / "one.jpg"), str(pictures / "more" / "one.jpg")], output)
+    with pytest.raises(ValueError, match="would both be written to"):
+        target_files(same, output, ["masks"])
+
+
+def test_masks_of_binary_and_of_many_labels():
+    labels = np.array([[0, 1], [1, 0]])
+    binary = LeMoReConfig(num_labels=1, id2label={0: "crack"}, image_size=32)
+    np.testing.assert_array_equal(np.asarray(mask_image(labels, binary)), labels)
+    overlay_image(Image.new("RGB", (2, 2)), labels, binary)
+    many = LeMoReConfig(num_labels=400, image_size=32, semantic_loss_ignore_index=-100)
+    np.testing.assert_array_equal(np.asarray(mask_image(labels * 399, many)), labels * 399)
+
+
+def test_model_that_is_none_is_refused_before_anything_is_written(pictures, tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        Segmenter(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match="neither an export"):
+        Segmenter(pictures)
+    with pytest.raises(FileNotFoundError, match="not the graph of an export"):
+        Segmenter(pictures / "notes.txt")
+    result = run_script("--model", pictures, "--input", pictures, "--output", tmp_path / "out", "--processes", 2)
+    assert result.returncode != 0
+    assert "neither an export" in result.stderr
+    assert not (tmp_path / "out").exists()
