@@ -12,9 +12,11 @@ def quick_fit(
 ) -> LeMoReForSemanticSegmentation:
     """Overfit a handful of images; the model comes back in evaluation mode."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     model.train()
     for _ in range(steps):
         model(pixel_values, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        schedule.step()
     return model.eval()

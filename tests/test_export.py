@@ -1,0 +1,342 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Exports, each run in its own runtime and held against PyTorch on real frames."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from quick_fit import quick_fit
+
+from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation
+from lemore_hf import export as export_module
+from lemore_hf.export import ExportManifest, export_model, tent_filter
+from lemore_hf.image_processing_lemore import LeMoReImageProcessor
+from lemore_hf.inference import Segmenter, comparison_sizes, label_agreement, read_pictures
+from lemore_hf.modeling_lemore import resample_axis_weight
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {
+    "onnx": ("onnxruntime", "onnx", "onnxscript"),
+    "openvino": ("openvino", "onnx", "onnxscript"),
+    "executorch": ("executorch",),
+    "torch": (),
+}
+CLASSES = {number: f"class {number}" for number in range(11)}
+
+
+Samples = list[tuple[Image.Image, Image.Image]]
+
+
+@pytest.fixture(scope="module")
+def samples(camvid_dir: Path) -> Samples:
+    """Six frames with their label maps."""
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_table(camvid_dir / "test.parquet", columns=["image", "label"]).to_pylist()
+    return [
+        tuple(Image.open(io.BytesIO(row[column]["bytes"])) for column in ("image", "label"))
+        for row in rows[:: len(rows) // 6][:6]
+    ]
+
+
+@pytest.fixture(scope="module")
+def frames(samples: Samples) -> list[Image.Image]:
+    return [image for image, _ in samples]
+
+
+@pytest.fixture(scope="module")
+def image_processor() -> LeMoReImageProcessor:
+    return LeMoReImageProcessor(size={"height": 96, "width": 128})
+
+
+@pytest.fixture(scope="module")
+def model(samples: Samples, image_processor: LeMoReImageProcessor) -> LeMoReForSemanticSegmentation:
+    torch.manual_seed(0)
+    config = LeMoReConfig(
+        num_labels=11,
+        id2label=CLASSES,
+        image_size=(96, 128),
+        hidden_sizes=(8, 12, 16, 24),
+        decoder_hidden_size=32,
+        palette=[[20 * number, 255 - 20 * number, number] for number in range(11)],
+    )
+    images, labels = zip(*samples, strict=True)
+    batch = image_processor(list(images), segmentation_maps=list(labels), return_tensors="pt")
+    return quick_fit(LeMoReForSemanticSegmentation(config), **batch)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, image_processor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    image_processor.save_pretrained(folder)
+    return folder
+
+
+def run_script(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "scripts" / "export.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def from_command_line(checkpoint, frames, tmp_path_factory) -> tuple[Path, str]:
+    """An ONNX export with post-processing, made by the script, and what it printed."""
+    for package in PACKAGES["onnx"]:
+        pytest.importorskip(package, reason="needs the extra lemore-hf[onnx]")
+    pictures, output = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("exports") / "onnx"
+    frames[0].save(pictures / "frame.png")
+    result = run_script(
+        *(
+            "--model",
+            checkpoint,
+            "--format",
+            "onnx",
+            "--output",
+            output,
+            "--with-postprocessing",
+            "--compare",
+            pictures,
+        )
+    )
+    assert result.returncode == 0, result.stderr
+    return output, result.stdout
+
+
+@pytest.fixture(scope="module")
+def exported(model, image_processor, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """Exports made once, by their options."""
+    folders: dict[tuple, Path] = {}
+
+    def export(export_format: str, with_postprocessing: bool = False) -> Path:
+        for package in PACKAGES[export_format]:
+            pytest.importorskip(package, reason=f"{export_format} needs the extra lemore-hf[{export_format}]")
+        key = (export_format, with_postprocessing)
+        if key == ("onnx", True):
+            return request.getfixturevalue("from_command_line")[0]
+        if key not in folders:
+            # Limits where the runtime needs them, and once where it does not.
+            limited = export_format == "executorch" or key == ("torch", False)
+            limits = {"max_size": 640, "max_batch_size": 3} if limited else {}
+            folders[key] = tmp_path_factory.mktemp("exports") / export_format
+            export_model(
+                model, image_processor, folders[key], export_format, with_postprocessing=with_postprocessing, **limits
+            )
+        return folders[key]
+
+    return export
+
+
+# OpenVINO converts the ONNX graph: one of its two forms is enough.
+@pytest.mark.parametrize(
+    ("export_format", "with_postprocessing"),
+    [("torch", False), ("torch", True), ("onnx", False), ("onnx", True), ("openvino", True), ("executorch", False)],
+)
+def test_labels_are_pytorchs(export_format, with_postprocessing, exported, checkpoint, frames):
+    network, reference = Segmenter(exported(export_format, with_postprocessing)), Segmenter(checkpoint)
+    sizes = comparison_sizes(reference.config, network.manifest)
+    assert len(set(sizes)) == 3
+    assert len(np.unique(reference.segment_at(frames[:1], sizes[0]))) > 3
+    # Beside the three: the smallest, an elongated one, and one that PyTorch mixes along the axes from right to left.
+    for size in [*sizes, (32, 33), (64, 190), (300, 577)]:
+        for batch_size in (1, 3):
+            assert label_agreement(network, reference, frames, size, batch_size) >= 0.999, (size, batch_size)
+
+
+@pytest.mark.parametrize("export_format", ["onnx", "torch"])
+@pytest.mark.parametrize("size", [(96, 128), (33, 47), (300, 577)])
+def test_logits_are_pytorchs(export_format, size, exported, model):
+    pixel_values = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        expected = model(pixel_values).logits
+    logits = torch.from_numpy(Segmenter(exported(export_format)).run(pixel_values.numpy()))
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+def test_whole_picture_gets_the_same_labels_from_checkpoint_and_export(exported, checkpoint, frames):
+    network, reference = Segmenter(exported("onnx")), Segmenter(checkpoint)
+    labels = network(frames[0])
+    assert labels.shape == frames[0].size[::-1]
+    assert (labels == reference(frames[0])).mean() >= 0.999
+    inside = Segmenter(exported("onnx", with_postprocessing=True))(frames[0])
+    assert inside.shape == labels.shape
+    assert (inside == labels).mean() > 0.9  # upsampled by the nearest label, not from the scores
+
+
+@pytest.mark.parametrize(("native", "size"), [(12, 12), (12, 40), (90, 23), (64, 129), (128, 127), (16, 1)])
+def test_tent_filter_is_bilinear_resizing(native, size):
+    signal = torch.randn(1, 5, 1, native, dtype=torch.float64)
+    expected = F.interpolate(signal, size=(1, size), mode="bilinear", align_corners=False, antialias=size < native)
+    torch.testing.assert_close(signal @ tent_filter(size, native, signal).t(), expected)
+    weight = torch.randn(native, native, dtype=torch.float64)
+    tent = tent_filter(size, native, weight)
+    torch.testing.assert_close(tent @ weight @ tent.t() * (native / size), resample_axis_weight(weight, size))
+    if size == native:
+        assert torch.equal(tent, torch.eye(native, dtype=torch.float64))
+
+
+# What travels with the files
+
+
+def test_onnx_file_alone_says_what_it_takes_and_gives(exported, image_processor):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra lemore-hf[onnx]")
+    folder = exported("onnx", with_postprocessing=True)
+    assert sorted(file.name for file in folder.glob("model.*")) == ["model.onnx"]  # no weights beside it
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    notes = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
+    assert {int(number): name for number, name in notes["id2label"].items()} == CLASSES
+    assert notes["palette"][3] == [60, 195, 3]
+    assert notes["image_processor"]["image_mean"] == list(image_processor.image_mean)
+    assert notes["graph"]["with_postprocessing"] is True
+    ((image,), (labels,)) = session.get_inputs(), session.get_outputs()
+    assert (image.name, image.type, image.shape) == ("image", "tensor(uint8)", ["batch", "height", "width", 3])
+    assert (labels.name, labels.type, labels.shape) == ("labels", "tensor(uint8)", ["batch", "height", "width"])
+    assert str(ROOT).encode() not in (folder / "model.onnx").read_bytes()
+
+
+def test_openvino_and_torch_files_hold_the_class_names(exported):
+    notes = {"id2label": ""}
+    torch.export.load(exported("torch") / "model.pt2", extra_files=notes)
+    assert json.loads(notes["id2label"])["7"] == "class 7"
+    openvino = pytest.importorskip("openvino", reason="needs the extra lemore-hf[openvino]")
+    network = openvino.Core().read_model(exported("openvino", with_postprocessing=True) / "openvino_model.xml")
+    assert json.loads(network.get_rt_info(["lemore", "id2label"]).astype(str))["7"] == "class 7"
+
+
+# int8 and float16
+
+
+@pytest.mark.parametrize("export_format", ["onnx", "openvino"])
+def test_int8_is_close(export_format, model, image_processor, checkpoint, frames, tmp_path):
+    for package in (*PACKAGES[export_format], *(["nncf"] if export_format == "openvino" else [])):
+        pytest.importorskip(package, reason=f"{export_format} needs the extra lemore-hf[{export_format}]")
+    folder = tmp_path / export_format
+    export_model(model, image_processor, folder, export_format, precision="int8", calibration_images=frames)
+    assert label_agreement(Segmenter(folder), Segmenter(checkpoint), frames, (96, 128), 1) > 0.9
+    if export_format == "onnx":
+        check_static_per_channel(folder / "model.onnx")
+
+
+def check_static_per_channel(path: Path) -> None:
+    import onnx
+
+    graph = onnx.load(path).graph
+    makers = {output: node for node in graph.node for output in node.output}
+    constants = {constant.name: onnx.numpy_helper.to_array(constant) for constant in graph.initializer}
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    assert {makers[name].op_type for node in convolutions for name in node.input[:2]} == {"DequantizeLinear"}
+    for weight, scale in (makers[node.input[1]].input[:2] for node in convolutions):
+        assert constants[weight].dtype == np.int8
+        assert constants[scale].size == constants[weight].shape[0]
+
+
+def test_float16_weights_for_the_web(image_processor, frames, tmp_path):
+    for package in PACKAGES["onnx"]:
+        pytest.importorskip(package, reason="needs the extra lemore-hf[onnx]")
+    torch.manual_seed(0)
+    model = LeMoReForSemanticSegmentation(LeMoReConfig(num_labels=150))  # the released size
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    export_model(model, image_processor, tmp_path / "half", "onnx", precision="float16")
+    assert (tmp_path / "half" / "model.onnx").stat().st_size < 4e6
+    # The model is left as it was.
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    pixel_values = image_processor(frames[:1], return_tensors="pt").pixel_values
+    with torch.no_grad():
+        expected = model.eval()(pixel_values).logits
+    logits = torch.from_numpy(Segmenter(tmp_path / "half").run(pixel_values.numpy()))
+    assert (logits - expected).abs().max() < 0.01 * expected.abs().max()
+
+
+# Command line and bad input
+
+
+def test_command_line_exports_and_compares(from_command_line):
+    folder, printed = from_command_line
+    assert (folder / "model.onnx").is_file()
+    assert printed.count("of the labels are PyTorch's") == 6  # three sizes, two batch sizes
+
+
+def test_command_line_names_what_is_wrong(checkpoint, tmp_path):
+    result = run_script("--model", checkpoint, "--format", "tflite", "--output", tmp_path / "out")
+    assert result.returncode != 0
+    assert "must be one of ['onnx', 'openvino', 'executorch', 'torch'], got 'tflite'" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"export_format": "tflite"}, r"onnx.*openvino.*executorch.*torch.*'tflite'"),
+        ({"export_format": "torch", "precision": "int8"}, "int8 is for the formats 'onnx' and 'openvino'"),
+        ({"export_format": "onnx", "precision": "int4"}, "'int4'"),
+        ({"export_format": "onnx", "precision": "int8"}, "calibration_images"),
+        ({"export_format": "torch", "max_size": 31}, "at least 32.*31"),
+        ({"export_format": "torch", "max_batch_size": 0}, "at least 1.*0"),
+    ],
+)
+def test_options_that_cannot_be_met(options, message, model, image_processor, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export_model(model, image_processor, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folder_of_other_files_is_not_replaced(checkpoint, model, image_processor):
+    files = sorted(checkpoint.iterdir())
+    with pytest.raises(ValueError, match="no export of a model"):
+        export_model(model, image_processor, checkpoint, "torch")
+    assert sorted(checkpoint.iterdir()) == files
+
+
+def test_more_labels_than_a_byte_holds(image_processor, tmp_path):
+    config = LeMoReConfig(num_labels=300, image_size=64, semantic_loss_ignore_index=-100)
+    with pytest.raises(ValueError, match=r"255 labels.*300"):
+        export_model(
+            LeMoReForSemanticSegmentation(config), image_processor, tmp_path / "out", "torch", with_postprocessing=True
+        )
+
+
+@pytest.mark.parametrize("export_format", ["onnx", "openvino", "executorch"])
+def test_missing_package_names_the_extra(export_format, model, image_processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=rf"pip install 'lemore-hf\[{export_format}\]'"):
+        export_model(model, image_processor, tmp_path / "out", export_format)
+
+
+def test_calibration_folder_with_nothing_usable(tmp_path):
+    with pytest.raises(ValueError, match="holds no pictures"):
+        read_pictures(tmp_path, 8)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(ValueError, match="none of its 1 pictures can be read"):
+        read_pictures(tmp_path, 8)
+    with pytest.raises(ValueError, match="not a folder"):
+        read_pictures(tmp_path / "absent", 8)
+    Image.new("RGB", (40, 40)).save(tmp_path / "good.png")
+    assert len(read_pictures(tmp_path, 8)) == 1
+
+
+def test_size_that_the_graph_was_not_exported_for(exported):
+    network = Segmenter(exported("torch"))
+    assert network.run(np.zeros((3, 3, 640, 32), np.float32)).shape == (3, 11, 80, 4)
+    for shape, message in [
+        ((1, 3, 641, 64), r"at most 640×640, got 641×64.*--max-size"),
+        ((1, 3, 64, 31), r"at least 32×32 pixels.*got 64×31"),
+        ((4, 3, 64, 64), r"at most 3 images at once, got 4"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            network.run(np.zeros(shape, np.float32))
+
+
+def test_manifest_survives_its_file(tmp_path):
+    manifest = ExportManifest("onnx", "model.onnx", True, "int8", max_size=640, max_batch_size=4)
+    manifest.save(tmp_path)
+    assert ExportManifest.load(tmp_path) == manifest
