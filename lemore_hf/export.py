@@ -307,9 +307,13 @@ def _normalization(image_processor: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _trace_arguments(module: nn.Module, manifest: ExportManifest) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Sample inputs by name, and which of their axes are free within what limits."""
-    batch, height, width = _SAMPLE_SHAPE
-    height, width = (min(side, manifest.max_size or side) for side in (height, width))
-    batch = min(batch, manifest.max_batch_size or batch)
+    if manifest.format == "executorch":
+        # Its memory plan does not go much beyond the sizes that it has seen.
+        batch, height, width = manifest.max_batch_size, manifest.max_size, manifest.max_size
+    else:
+        batch, height, width = _SAMPLE_SHAPE
+        height, width = (min(side, manifest.max_size or side) for side in (height, width))
+        batch = min(batch, manifest.max_batch_size or batch)
     if manifest.with_postprocessing:
         rows, sample = 1, torch.zeros(batch, height, width, 3, dtype=torch.uint8)
     else:
@@ -364,8 +368,10 @@ def tent_filter(size: int, native: int, like: torch.Tensor) -> torch.Tensor:
     dtype = torch.promote_types(like.dtype, torch.float32)
     # Distances between positions in units of 1 / (2 · max) are whole numbers: nothing is rounded before the division.
     rows = (2 * torch.arange(size, device=like.device, dtype=dtype) + 1)[:, None] * native
-    columns = (2 * torch.arange(native, device=like.device, dtype=dtype) + 1) * size
-    weights = (1 - (rows - columns).abs() / (2 * torch.sym_max(size, native))).clamp(min=0)
+    columns = (2 * torch.arange(native, device=like.device, dtype=dtype) + 1)[None] * size
+    # They begin with `native` and `size`. A maximum of plain numbers would be frozen in ExecuTorch.
+    larger = torch.maximum(rows[:1], columns[:, :1])
+    weights = (1 - (rows - columns).abs() / (2 * larger)).clamp(min=0)
     return weights / weights.sum(1, keepdim=True)
 
 

@@ -138,7 +138,7 @@ def exported(model, image_processor, request: pytest.FixtureRequest, tmp_path_fa
 # OpenVINO converts the ONNX graph: one of its two forms is enough.
 @pytest.mark.parametrize(
     ("export_format", "with_postprocessing"),
-    [("torch", False), ("torch", True), ("onnx", False), ("onnx", True), ("openvino", True), ("executorch", False)],
+    [("torch", False), ("torch", True), ("onnx", False), ("onnx", True), ("openvino", True), ("executorch", True)],
 )
 def test_labels_are_pytorchs(export_format, with_postprocessing, exported, checkpoint, frames):
     network, reference = Segmenter(exported(export_format, with_postprocessing)), Segmenter(checkpoint)
