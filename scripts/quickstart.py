@@ -38,9 +38,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", type=Path, help="folder of your own data; without it, generated street scenes")
     parser.add_argument("--recipe", help="recipe that names the data set's classes; by default scenes, or folder")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--learning_rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -114,9 +114,9 @@ def make_trainer(model: torch.nn.Module, recipe: Recipe, args: argparse.Namespac
         lr_scheduler_type="polynomial",
         warmup_steps=50,
         weight_decay=0.01,
-        bf16=True,
+        bf16=not torch.backends.mps.is_available(),
+        use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         seed=args.seed,
-        dataloader_num_workers=1,
         remove_unused_columns=False,
         batch_eval_metrics=True,
         save_strategy="no",

@@ -7,4 +7,6 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh dev
 ruff check .
 ruff format --check .
-exec python -m pytest "$@"
+# Two processes of one thread each: most tests are too small for more, and many start processes of their own.
+export OMP_NUM_THREADS=1
+exec python -m pytest --numprocesses 2 --dist loadscope "$@"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-
 # Nothing here may reach for the network; two cores are shared by all tests.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

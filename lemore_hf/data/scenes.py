@@ -51,7 +51,7 @@ _CIRCLE = np.stack([np.cos(np.arange(16) * np.pi / 8), np.sin(np.arange(16) * np
 
 
 def load_scenes(
-    num_train: int = 600,
+    num_train: int = 1200,
     num_validation: int = 100,
     num_test: int = 100,
     size: tuple[int, int] = (128, 192),
