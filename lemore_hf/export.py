@@ -49,7 +49,7 @@ FILES = {
 
 _REQUIREMENTS = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
-    "openvino": ("onnx", "onnxscript", "openvino", "nncf"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
     "executorch": ("executorch",),
     "torch": (),
 }
@@ -141,7 +141,7 @@ def export_model(
             and computed with in float32) and `"int8"` (static, per channel).
         calibration_images (`Sequence[PIL.Image.Image]`): Pictures that the ranges of int8 are taken from.
         max_size, max_batch_size (`int`, *optional*): Upper limits of the graph. ExecuTorch plans its memory for them,
-            and has 1024 pixels and 4 images where they are not given.
+            and has 1024 pixels (or the native size, if larger) and 4 images where they are not given.
 
     Returns:
         [`ExportManifest`].
@@ -153,11 +153,12 @@ def export_model(
         `ImportError`: naming the extra to install where the format's packages are missing.
     """
     _check_options(model, export_format, with_postprocessing, precision, calibration_images, max_size, max_batch_size)
-    require_packages(export_format, _REQUIREMENTS[export_format])
+    calibrator = ("nncf",) if (export_format, precision) == ("openvino", "int8") else ()
+    require_packages(export_format, (*_REQUIREMENTS[export_format], *calibrator))
     output_dir = Path(output_dir)
     _check_output(output_dir)
     if export_format == "executorch":
-        max_size, max_batch_size = max_size or 1024, max_batch_size or 4
+        max_size, max_batch_size = max_size or max(1024, *model.config.native_size), max_batch_size or 4
     manifest = ExportManifest(
         export_format,
         FILES[export_format],

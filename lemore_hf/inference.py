@@ -26,7 +26,7 @@ PICTURE_SUFFIXES = frozenset(
 
 class Segmenter:
     """
-    A trained network in one of its runtimes, from picture to label map.
+    A trained network in one of its runtimes, from picture to label map. A checkpoint runs on the GPU where there is one.
 
     Args:
         path (`str` or `os.PathLike`): A checkpoint folder, an export folder, or the graph inside an export folder.
@@ -167,8 +167,9 @@ def _folder_of(path: Path) -> Path:
 def _open_pytorch(path: Path, num_threads: int | None) -> Run:
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    model = AutoModelForSemanticSegmentation.from_pretrained(path.parent).eval()
-    return _torch_run(lambda pixel_values: model(pixel_values=pixel_values).logits)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForSemanticSegmentation.from_pretrained(path.parent, dtype=torch.float32).to(device).eval()
+    return _torch_run(lambda pixel_values: model(pixel_values=pixel_values.to(device)).logits)
 
 
 def _open_torch(path: Path, num_threads: int | None) -> Run:
@@ -182,7 +183,7 @@ def _open_torch(path: Path, num_threads: int | None) -> Run:
 def _torch_run(network: Callable[[torch.Tensor], torch.Tensor]) -> Run:
     def run(network_input: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            return network(torch.from_numpy(network_input)).numpy()
+            return network(torch.from_numpy(network_input)).cpu().numpy()
 
     return run
 

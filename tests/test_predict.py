@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """scripts/predict.py: pictures and videos to masks and overlays."""
 
+import copy
 import importlib.util
 import os
 import subprocess
@@ -144,6 +145,14 @@ def test_export_gives_the_masks_of_the_checkpoint(network, segmenter, pictures, 
     predict_file(Segmenter(tmp_path / "export" / "model.pt2"), pictures / "one.png", {"masks": tmp_path / "mask.png"})
     labels = segmenter(Image.open(pictures / "one.png"))
     assert (np.asarray(Image.open(tmp_path / "mask.png")) == labels).mean() >= 0.999
+
+
+def test_half_precision_checkpoint(network, segmenter, pictures, tmp_path):
+    model, image_processor = network
+    copy.deepcopy(model).half().save_pretrained(tmp_path / "half")
+    image_processor.save_pretrained(tmp_path / "half")
+    image = Image.open(pictures / "one.png")
+    assert (Segmenter(tmp_path / "half")(image) == segmenter(image)).mean() > 0.99
 
 
 def test_orientation_of_a_photo_is_applied(segmenter, pictures, tmp_path):
