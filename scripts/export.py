@@ -78,7 +78,7 @@ def main() -> None:
         images = read_pictures(arguments.compare, 6)
         agreements = []
         for height, width in comparison_sizes(model.config, manifest):
-            for batch_size in (1, min(3, manifest.max_batch_size or 3)):
+            for batch_size in sorted({1, min(3, len(images), manifest.max_batch_size or 3)}):
                 agreement = label_agreement(exported, reference, images, (height, width), batch_size)
                 print(f"{height}×{width}, batch {batch_size}: {agreement:.4%} of the labels are PyTorch's")
                 agreements.append(agreement)
