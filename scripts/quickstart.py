@@ -12,6 +12,7 @@ The checkpoint, the scores and the pictures land in `outputs/quickstart`; a seco
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
@@ -47,6 +48,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    # The layers are small: threads that have to share the cores with anything else wait more than they work.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     recipe = describe_data(args)
     train = RecipeDataset(load_split(recipe, "train", args.dataset), recipe, True, args.seed, cache="memory")
     held_out_split = "test" if args.dataset is None else recipe.validate_on
@@ -117,6 +120,7 @@ def make_trainer(model: torch.nn.Module, recipe: Recipe, args: argparse.Namespac
         bf16=not torch.backends.mps.is_available(),
         use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         seed=args.seed,
+        dataloader_num_workers=1,
         remove_unused_columns=False,
         batch_eval_metrics=True,
         save_strategy="no",
