@@ -21,6 +21,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available, set_seed
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -267,9 +268,14 @@ def build_model(args: argparse.Namespace, recipe: Recipe) -> PreTrainedModel:
         return model_class(LeMoReConfig(**fields))
     if Path(args.init_from).is_dir():
         refuse_pickled(Path(args.init_from))
-    return model_class.from_pretrained(
-        args.init_from, use_safetensors=True, ignore_mismatched_sizes=True, dtype=torch.float32, **fields
-    )
+    try:
+        return model_class.from_pretrained(
+            args.init_from, use_safetensors=True, ignore_mismatched_sizes=True, dtype=torch.float32, **fields
+        )
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"The weights in {args.init_from} are truncated or damaged ({error}): download or copy them again."
+        ) from error
 
 
 def build_criterion(recipe: Recipe, dataset: RecipeDataset | None) -> nn.Module:

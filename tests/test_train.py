@@ -75,8 +75,9 @@ def command(recipe: Path, data_dir: Path, output_dir: Path, *options: str, proce
         ]
         launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     places = ["--recipe", str(recipe), "--data_dir", str(data_dir), "--output_dir", str(output_dir)]
-    every = ["--save_every", "3", "--eval_every", "6", "--log_every", "2", "--num_workers", "1", "--cache", "memory"]
-    return [*launcher, str(ROOT / "scripts" / "train.py"), *places, *every, *options]
+    every = ["--save_every", "3", "--eval_every", "6", "--log_every", "2", "--num_workers", "1"]
+    cache = [] if "--streaming" in options else ["--cache", "memory"]
+    return [*launcher, str(ROOT / "scripts" / "train.py"), *places, *every, *cache, *options]
 
 
 def run(*args, expect: int = 0, **kwargs) -> str:
@@ -189,3 +190,25 @@ def test_a_bad_sample_is_named_and_nothing_is_lost(tmp_path, recipe):
     assert "street2" in output
     assert "77" in output
     assert "check_dataset.py" in output
+
+
+def test_a_stream_is_trained_on_and_resumed_to_the_same_weights(tmp_path, recipe, data_dir):
+    options = ("--streaming", "--class_weights", "none", "--max_steps", "6", "--eval_every", "0")
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    run(recipe, data_dir, whole, *options)
+    shutil.copytree(whole, halves)
+    shutil.rmtree(halves / "final")
+    shutil.rmtree(halves / "checkpoint-0000006")
+    run(recipe, data_dir, halves, *options, "--resume")
+    assert weights_of(halves) == weights_of(whole)
+
+
+def test_weights_that_are_damaged_are_refused(tmp_path, recipe, data_dir, uninterrupted):
+    damaged = Path(shutil.copytree(uninterrupted / "final", tmp_path / "damaged"))
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    output = run(recipe, data_dir, tmp_path / "out", "--init_from", str(damaged), expect=1)
+    assert "truncated or damaged" in output
+    weights.rename(damaged / "pytorch_model.bin")
+    output = run(recipe, data_dir, tmp_path / "out", "--init_from", str(damaged), expect=1)
+    assert "pytorch_model.bin" in output
