@@ -571,13 +571,11 @@ class StreamedRecipeDataset(IterableDataset):
         batch_size: int = 1,
         start: int = 0,
     ):
-        samples = without_decoding(samples)
-        if training:
-            samples = samples.shuffle(seed=seed, buffer_size=recipe.shuffle_buffer_size)
-        self.samples = split_dataset_by_node(samples, rank, world_size)
+        self.samples = split_dataset_by_node(without_decoding(samples), rank, world_size)
         self.decode = SampleDecoder(recipe)
         self.transform = _Transform(recipe, training, seed)
-        self.training, self.batch_size, self.start = training, batch_size, start
+        self.training, self.seed, self.batch_size, self.start = training, seed, batch_size, start
+        self.shuffle_buffer_size = recipe.shuffle_buffer_size
 
     @property
     def max_workers(self) -> int:
@@ -587,9 +585,8 @@ class StreamedRecipeDataset(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any] | None]:
         skip = self._samples_to_skip()
         for epoch in itertools.count() if self.training else (0,):
-            self.samples.set_epoch(epoch)
             is_empty = True
-            for sample in self.samples:
+            for sample in self._shuffled(epoch) if self.training else self.samples:
                 is_empty = False
                 if skip > 0:
                     skip -= 1
@@ -598,6 +595,12 @@ class StreamedRecipeDataset(IterableDataset):
                 yield self.transform(self.decode(sample), epoch, _checksum(sample["image"]))
             if is_empty:
                 return
+
+    def _shuffled(self, epoch: int) -> datasets.IterableDataset:
+        # Not `set_epoch`: worker processes share that number, and the first one to finish an epoch would change the
+        # order of the others in the middle of theirs.
+        seed = int(np.random.default_rng((self.seed, epoch)).integers(2**31))
+        return self.samples.shuffle(seed=seed, buffer_size=self.shuffle_buffer_size)
 
     def _samples_to_skip(self) -> int:
         """The loader takes batches from its workers in turn, so this is the share of this worker in `start`."""
