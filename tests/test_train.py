@@ -121,12 +121,13 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_weights(tmp_
         seen = set(tmp_path.glob("checkpoint-*"))
         with open(tmp_path / f"log{attempt}.txt", "w") as log:
             process = subprocess.Popen(arguments, stdout=log, stderr=log, env=environment, start_new_session=True)
-            # In turn: as soon as a checkpoint is being written, and some time after one was.
+            # In turn: while a checkpoint is being written (or at the latest after the second), and some time after one.
             while process.poll() is None:
-                if attempt % 2 == 0 and list(tmp_path.glob(".checkpoint-*")):
+                written = len(set(tmp_path.glob("checkpoint-*")) - seen)
+                if attempt % 2 == 0 and (written >= 2 or list(tmp_path.glob(".checkpoint-*"))):
                     break
-                if attempt % 2 and set(tmp_path.glob("checkpoint-*")) - seen:
-                    time.sleep(chance.uniform(0, 0.5))
+                if attempt % 2 and written:
+                    time.sleep(chance.uniform(0, 0.1))
                     break
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
