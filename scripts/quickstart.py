@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForSemanticSegmentation, Trainer, TrainingArguments, pipeline
+from transformers import AutoModelForSemanticSegmentation, Trainer, TrainingArguments, pipeline, set_seed
 
 from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation, LeMoReImageProcessor
 from lemore_hf.data.augmentation import normalize
@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", type=Path, help="folder of your own data; without it, generated street scenes")
     parser.add_argument("--recipe", help="recipe that names the data set's classes; by default scenes, or folder")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=18)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -144,6 +144,7 @@ def fine_tune(recipe: Recipe, train: RecipeDataset, held_out: RecipeDataset, fol
         image_size=list(recipe.image_size),
         palette=[list(color) for color in recipe.palette] if recipe.palette else None,
     )
+    set_seed(args.seed)  # Before the weights are drawn; `Trainer` does it too late for them.
     model = LeMoReForSemanticSegmentation(config).to(memory_format=torch.channels_last)
     make_trainer(model, recipe, args, train_dataset=FreshlyAugmented(train)).train()
     model.to(memory_format=torch.contiguous_format).save_pretrained(folder)
