@@ -207,6 +207,7 @@ def main() -> None:
                 score = next(iter(scores.values()))
                 if state.best is None or score > state.best["score"]:
                     state.best = {"step": state.step, "score": score}
+                    is_due["save"] = bool(args.save_every)  # The best is kept, whenever it comes.
             if is_due["save"]:
                 save(state, args)
     except BadSampleError:
