@@ -326,6 +326,9 @@ TRAINER_PROGRAM = """
     sums = [matrix.reduce(x).counts.tolist() for x in (trainer.accelerator, None)]
     if trainer.is_world_process_zero():
         print(json.dumps({"results": results, "peaks": peaks, "counts": sums}))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # A process that leaves early would abort the other.
+        torch.distributed.destroy_process_group()
 """
 
 
