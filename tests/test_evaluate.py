@@ -421,7 +421,7 @@ def run_script(monkeypatch):
 
 def test_two_processes_give_exactly_the_counts_of_one(model_dir, data_dir, tmp_path):
     reports = []
-    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--main_process_port", "0"]
     for name, launch in (("one", []), ("two", launcher)):
         output = tmp_path / f"{name}.json"
         command = [

@@ -73,7 +73,7 @@ def command(recipe: Path, data_dir: Path, output_dir: Path, *options: str, proce
             "--num_machines",
             "1",
         ]
-        launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     places = ["--recipe", str(recipe), "--data_dir", str(data_dir), "--output_dir", str(output_dir)]
     every = ["--save_every", "3", "--eval_every", "8", "--log_every", "2", "--num_workers", "1"]
     cache = [] if "--streaming" in options else ["--cache", "memory"]

@@ -33,6 +33,7 @@ def launcher(processes: int) -> list[str]:
     if processes == 1:
         return []
     options = ["--cpu", "--num_processes", processes, "--num_machines", 1, "--mixed_precision", "no"]
+    options += ["--main_process_port", 0]  # any that is free
     return ["-m", "accelerate.commands.launch", *map(str, options), "--dynamo_backend", "no"]
 
 
