@@ -9,6 +9,7 @@ and meet the other processes once, at the end. `trainer_metrics` makes the same 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -104,7 +105,7 @@ def _predicted_labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.stack([_segment(scores, size) for scores in logits])
 
 
-class _StreamingCounts:
+class _StreamingCounts(ABC):
     """What both metrics share: a matrix of int64 counts, its inputs checked, and its way between processes."""
 
     def __init__(self, num_labels: int, ignore_index: int | None, device: torch.device | str | None, extra: int = 0):
@@ -164,9 +165,9 @@ class _StreamingCounts:
                 "bring both to one size, or pass logits"
             )
 
+    @abstractmethod
     def _count(self, prediction: Tensor, label: Tensor) -> Tensor:
         """Counts of one image; both maps (H, W)."""
-        raise NotImplementedError
 
     def merge(self, *others: _StreamingCounts) -> None:
         """Add the counts of other metrics of the same kind and configuration to this one's."""
