@@ -64,7 +64,9 @@ class SegmentationCriterion(nn.Module):
             raise ValueError(
                 f"There are {len(self.class_weights)} class weights for {logits.shape[1]} classes: give one a class."
             )
-        logits = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+        # Cross-entropy works class by class: channels-last logits would be copied at full size, forth and back.
+        logits = logits.to(torch.float32, memory_format=torch.contiguous_format)
+        logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
         loss = self.cross_entropy(logits, labels)
         if self.dice_weight or self.lovasz_weight:
             valid = (labels != self.ignore_index).flatten()

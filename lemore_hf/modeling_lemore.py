@@ -795,7 +795,8 @@ def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: 
         A scalar tensor in single precision (double for double logits).
     """
     num_labels = logits.shape[1]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # Cross-entropy works class by class: channels-last logits would be copied at full size, forth and back.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32), memory_format=torch.contiguous_format)
     logits = _resize(logits, labels.shape[-2:])
     labels = labels.long()
     valid = labels != ignore_index
