@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--streaming", action="store_true", help="read the data while evaluating, never all of it")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that load data for each process")
     parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
-    parser.add_argument("--runs", type=Path, help="append a line with the scores and the run's run.json to this file")
+    parser.add_argument("--runs", type=Path, help="keep the scores, with the run's run.json, as a line of this file")
     views = parser.add_argument_group("segmentation")
     views.add_argument("--scales", type=float, nargs="+", default=[1.0], help="average over the image at these scales")
     views.add_argument("--flip", action="store_true", help="average over the image and its mirror image")
@@ -90,7 +90,7 @@ def main() -> None:
         report |= describe(model, recipe, accelerator, args)
         args.output.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         if args.runs is not None:
-            append_run(report, args)
+            record_run(report, args)
     accelerator.end_training()
 
 
@@ -236,15 +236,25 @@ def describe(
     }
 
 
-def append_run(report: dict[str, Any], args: argparse.Namespace) -> None:
-    """A line for the run that the model comes from: its `run.json`, and the scores on this split."""
+def record_run(report: dict[str, Any], args: argparse.Namespace) -> None:
+    """
+    Put the scores into the line of the run that the model comes from: a line holds the run's `run.json` and, under
+    `evaluation`, what was measured on each split. A run is known by its configuration hash, seed and folder.
+    """
     run_file = Path(args.model).parent / "run.json"
     run = json.loads(run_file.read_text(encoding="utf-8")) if run_file.is_file() else {}
-    keys = ("model", "recipe", "split", "parameters", "multiply_accumulates", "mean_iou", "boundary_iou", "accuracy")
-    run["evaluation"] = {key: report[key] for key in keys if key in report} | report.get("inference", {})
+    run = {"name": Path(args.model).resolve().parent.name, **run}
+    lines = args.runs.read_text(encoding="utf-8").splitlines() if args.runs.is_file() else []
+    runs = [json.loads(line) for line in lines]
+    identity = ("name", "configuration_hash", "seed", "steps")
+    known = next((other for other in runs if all(other.get(key) == run.get(key) for key in identity)), None)
+    if known is None:
+        runs.append(known := run)
+    keys = ("mean_iou", "mean_accuracy", "overall_accuracy", "boundary_iou", "accuracy", "inference")
+    known |= {key: report[key] for key in ("parameters", "multiply_accumulates")}
+    known.setdefault("evaluation", {})[args.split] = {key: report[key] for key in keys if key in report}
     args.runs.parent.mkdir(parents=True, exist_ok=True)
-    with args.runs.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(run) + "\n")
+    args.runs.write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")
 
 
 if __name__ == "__main__":

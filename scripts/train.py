@@ -220,7 +220,7 @@ def main() -> None:
     if accelerator.is_main_process:
         export_model(averaged_model, recipe, args.output_dir / "final")
         log.plot()
-        write_summary(args, recipe, accelerator, state)
+        write_summary(args, recipe, accelerator, state, dataset)
         if args.push_to_hub:
             push_folder(args.output_dir / "final", args.push_to_hub, recipe=recipe)
     accelerator.end_training()
@@ -423,7 +423,13 @@ def export_model(model: PreTrainedModel, recipe: Recipe, folder: Path) -> None:
         processor.save_pretrained(temporary)
 
 
-def write_summary(args: argparse.Namespace, recipe: Recipe, accelerator: Accelerator, state: TrainingState) -> None:
+def write_summary(
+    args: argparse.Namespace,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    state: TrainingState,
+    dataset: RecipeDataset | None,
+) -> None:
     """`run.json`: what was run, for how long and on what; `scripts/evaluate.py` adds the test score to it."""
     settings = json.dumps(state.fingerprint, sort_keys=True)
     device = accelerator.device
@@ -434,6 +440,7 @@ def write_summary(args: argparse.Namespace, recipe: Recipe, accelerator: Acceler
         "seed": args.seed,
         "steps": state.step,
         "images": state.step * recipe.batch_size,
+        "epochs": None if dataset is None else round(state.step * recipe.batch_size / len(dataset), 1),
         "train_on": recipe.train_on,
         "best_validation": state.best,
         "hours": round(state.seconds / 3600, 3),
