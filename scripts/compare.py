@@ -1,0 +1,151 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Train and evaluate the variants of a plan under one recipe, and tabulate what they score.
+
+    python scripts/compare.py --plan scripts/plans/camvid_ablation.yaml --data_dir DIR --output_dir OUT \
+        --runs model_cards/runs.jsonl --table model_cards/camvid_ablation.md
+
+A plan is a YAML file: options of `scripts/train.py` that all variants share, those in which each differs, and the splits
+to evaluate on. Started again, it goes on where it was stopped; `--table_only` tabulates the runs there are.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SCRIPTS = Path(__file__).parent
+PLAN_KEYS = {"title", "notes", "recipe", "splits", "options", "variants"}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, required=True, help="YAML file of the variants")
+    parser.add_argument("--data_dir", type=Path, help="local folder of the data set; without it, from the Hub")
+    parser.add_argument("--output_dir", type=Path, required=True, help="a folder for each variant is made in it")
+    parser.add_argument("--runs", type=Path, required=True, help="file that keeps a line for each run")
+    parser.add_argument("--table", type=Path, required=True, help="Markdown file of the comparison")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="run these variants alone")
+    parser.add_argument("--table_only", action="store_true", help="train nothing, tabulate the runs there are")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    plan = load_plan(args.plan)
+    names = args.only or ([] if args.table_only else list(plan["variants"]))
+    if unknown := [name for name in names if name not in plan["variants"]]:
+        raise ValueError(f"--only {' '.join(unknown)}: the variants of {args.plan} are {', '.join(plan['variants'])}.")
+    for name in names:
+        folder = args.output_dir / run_name(args.plan, name)
+        train(plan, name, folder, args)
+        for split in plan["splits"]:
+            evaluate(plan, folder, split, args)
+    text = tabulate(plan, args)
+    args.table.write_text(text, encoding="utf-8")
+    print(text)
+
+
+def load_plan(path: Path) -> dict[str, Any]:
+    plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(plan, dict) or not {"title", "recipe", "variants"} <= plan.keys() <= PLAN_KEYS:
+        raise ValueError(
+            f"{path} must be a mapping with title, recipe and variants, and may have {sorted(PLAN_KEYS)}."
+        )
+    return {"notes": "", "splits": ["validation"], "options": {}, **plan}
+
+
+def run_name(plan: Path, variant: str) -> str:
+    return f"{plan.stem}-{variant.replace(' ', '_')}"
+
+
+def option_words(options: dict[str, Any]) -> list[str]:
+    """Options as words of a command line; `true` is a switch."""
+    words: list[str] = []
+    for name, value in options.items():
+        words.append(f"--{name}")
+        if isinstance(value, dict):
+            words.append(json.dumps(value))
+        elif isinstance(value, list):
+            words += [str(item) for item in value]
+        elif value is not True:
+            words.append(str(value))
+    return words
+
+
+def train(plan: dict[str, Any], name: str, folder: Path, args: argparse.Namespace) -> None:
+    if (folder / "run.json").is_file():
+        return
+    options = {key: value for key, value in (plan["options"] | settings(plan, name)).items() if value is not False}
+    data = ["--data_dir", str(args.data_dir)] if args.data_dir else []
+    run("train.py", "--recipe", plan["recipe"], *data, "--output_dir", str(folder), "--resume", *option_words(options))
+
+
+def settings(plan: dict[str, Any], name: str) -> dict[str, Any]:
+    """The options of a variant, without the column that the plan shows beside it."""
+    return {key: value for key, value in (plan["variants"][name] or {}).items() if key != "paper"}
+
+
+def evaluate(plan: dict[str, Any], folder: Path, split: str, args: argparse.Namespace) -> None:
+    if split in known_runs(args.runs).get(folder.name, {}).get("evaluation", {}):
+        return
+    data = ["--data_dir", str(args.data_dir)] if args.data_dir else []
+    output = folder / f"{split}.json"
+    words = ["--model", str(folder / "final"), "--split", split, "--output", str(output), "--runs", str(args.runs)]
+    run("evaluate.py", "--recipe", plan["recipe"], *data, *words)
+
+
+def run(script: str, *words: str) -> None:
+    command = [sys.executable, str(SCRIPTS / script), *words]
+    if status := subprocess.run(command).returncode:
+        raise SystemExit(f"{script} ended with status {status}: {' '.join(command)}")
+
+
+def known_runs(path: Path) -> dict[str, dict[str, Any]]:
+    """The last line of each name."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {run["name"]: run for run in map(json.loads, lines)}
+
+
+def tabulate(plan: dict[str, Any], args: argparse.Namespace) -> str:
+    """A row for each variant that has been run."""
+    has_paper = any("paper" in (options or {}) for options in plan["variants"].values())
+    header = ["variant", "options", "parameters", "M MACs", "epochs"]
+    header += [f"{split} mIoU" for split in plan["splits"]] + (["paper's mIoU"] if has_paper else [])
+    rows, runs, found = [], known_runs(args.runs), []
+    for name, options in plan["variants"].items():
+        entry = runs.get(run_name(args.plan, name))
+        if entry is None:
+            continue
+        found.append(entry)
+        row = [name, f"`{' '.join(option_words(settings(plan, name)))}`" if settings(plan, name) else "–"]
+        row += [f"{entry['parameters']:,}", f"{entry['multiply_accumulates'] / 1e6:,.2f}", str(entry["epochs"])]
+        for split in plan["splits"]:
+            scores = entry["evaluation"].get(split)
+            row.append(f"{100 * scores['mean_iou']:.2f}" if scores else "–")
+        rows.append(row + ([str((options or {}).get("paper", "–"))] if has_paper else []))
+    lines = [f"# {plan['title']}", ""]
+    lines += [plan["notes"].strip(), ""] if plan["notes"] else []
+    lines += ["| " + " | ".join(row) + " |" for row in (header, ["---"] * 2 + ["---:"] * (len(header) - 2), *rows)]
+    if plan["options"]:
+        lines += ["", f"All: recipe `{plan['recipe']}`, `{' '.join(option_words(plan['options']))}`."]
+    if found:
+        hardware = ", ".join(sorted({entry["hardware"] for entry in found}))
+        versions = ", ".join(sorted({f"PyTorch {entry['versions']['torch']}" for entry in found}))
+        hours = sum(entry["hours"] for entry in found)
+        lines += [
+            "",
+            f"Printed by `scripts/compare.py --plan {args.plan.as_posix()}`. {hardware}, {versions}, {hours:.1f} hours.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error

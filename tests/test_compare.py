@@ -1,0 +1,102 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""`scripts/compare.py`: a plan is trained, scored and tabulated once, and goes on where it was stopped."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from lemore_hf.data.scenes import load_scenes
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY_MODEL = {"stem_sizes": [8], "hidden_sizes": [8, 8, 8, 16], "decoder_hidden_size": 8}
+RECIPE = {"num_classes": 9, "image_size": [64, 64], "crop_size": [64, 64], "batch_size": 2, "model_config": TINY_MODEL}
+PLAN = {
+    "title": "Two variants",
+    "notes": "A note.",
+    "splits": ["validation"],
+    "options": {
+        "max_steps": 2,
+        "warmup_steps": 0,
+        "eval_every": 0,
+        "save_every": 0,
+        "num_workers": 0,
+        "cache": "memory",
+    },
+    "variants": {
+        "first": None,
+        "no residual": {"paper": 27.2, "model_config": {**TINY_MODEL, "use_residual": False}, "cache": False},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("compare_script", ROOT / "scripts" / "compare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def compare(script, tmp_path, monkeypatch):
+    """Runs the script's `main` in this process, over a plan of which it returns the table."""
+    for split, samples in load_scenes(4, 2, 2, size=(64, 96)).items():
+        samples.to_parquet(tmp_path / f"{split}.parquet")
+    (tmp_path / "recipe.yaml").write_text(json.dumps(RECIPE))  # JSON is YAML.
+
+    def run(plan: dict, *words: str) -> str:
+        path = tmp_path / "plan.yaml"
+        path.write_text(json.dumps({"recipe": str(tmp_path / "recipe.yaml"), **plan}))
+        places = [("--plan", path), ("--data_dir", tmp_path), ("--output_dir", tmp_path / "out")]
+        places += [("--runs", tmp_path / "runs.jsonl"), ("--table", tmp_path / "table.md")]
+        monkeypatch.setattr(sys, "argv", ["compare.py", *(str(word) for pair in places for word in pair), *words])
+        script.main()
+        return (tmp_path / "table.md").read_text()
+
+    return run
+
+
+def cells(table: str, name: str) -> list[str]:
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {name} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_plan_is_run_once_and_tabulated(compare, script, tmp_path, monkeypatch):
+    first = compare(PLAN, "--only", "no residual")
+    assert "| first |" not in first, "a variant that was not run has no row"
+    (run,) = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
+    assert run["settings"]["recipe.model_config"]["use_residual"] is False
+    score = run["evaluation"]["validation"]["mean_iou"]
+    header, row = cells(first, "variant"), dict(zip(cells(first, "variant"), cells(first, "no residual"), strict=True))
+    assert header == ["variant", "options", "parameters", "M MACs", "epochs", "validation mIoU", "paper's mIoU"]
+    assert row["validation mIoU"] == f"{100 * score:.2f}"
+    assert (row["epochs"], row["paper's mIoU"]) == ("1.0", "27.2")
+    assert row["parameters"] == f"{run['parameters']:,}"
+    assert '"use_residual": false' in row["options"]
+    assert "paper" not in row["options"]
+
+    # What has been run is not run again; a crash in the middle costs only the variant it was in.
+    started = []
+    monkeypatch.setattr(script, "run", lambda name, *words: started.append((name, words)))
+    assert compare(PLAN) == first
+    assert [name for name, _ in started] == ["train.py", "evaluate.py"]
+    assert all(str(tmp_path / "out" / "plan-first") in " ".join(words) for _, words in started)
+    assert {"--max_steps", "--cache", "--resume"} <= set(started[0][1])
+
+
+def test_a_failing_variant_stops_with_its_command(compare):
+    with pytest.raises(SystemExit, match=r"train\.py ended with status .*--max_steps -1"):
+        compare({**PLAN, "options": {**PLAN["options"], "max_steps": -1}})
+
+
+def test_mistakes_in_a_plan_are_named(compare):
+    with pytest.raises(ValueError, match=r"the variants of .* are first, no residual"):
+        compare(PLAN, "--only", "third")
+    with pytest.raises(ValueError, match="must be a mapping with title, recipe and variants"):
+        compare({"title": "No variants"})
+    with pytest.raises(ValueError, match="must be a mapping with title, recipe and variants"):
+        compare({**PLAN, "variant": {}})
