@@ -179,3 +179,13 @@ def test_draw_scene_checks_its_arguments():
         draw_scene(-1)
     with pytest.raises(ValueError, match=r"32 to 2048"):
         draw_scene(0, (8, 8))
+
+
+def test_by_day_things_have_their_own_colours():
+    """What the picture of a network trained on photographs is drawn with."""
+    scenes = [[np.asarray(layer) for layer in draw_scene(seed, (96, 128), daylight=True)] for seed in range(6)]
+    pixels, labels = np.concatenate([scene[0] for scene in scenes]), np.concatenate([scene[1] for scene in scenes])
+    colour = {name: pixels[labels == number].mean(0) for number, name in ID2LABEL.items()}
+    assert colour["sky"].mean() > colour["road"].mean() + 30
+    assert np.ptp(colour["road"]) < 25, "a road is nearly grey"
+    assert colour["tree"].argmax() == 1, "trees are green"

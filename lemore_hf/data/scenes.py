@@ -49,6 +49,22 @@ _FRONT, _RIGHT, _BACK, _LEFT, _TOP = range(5)  # a solid's faces; the front one 
 _BOARDS = ((16, 0), (3, math.pi / 2), (3, -math.pi / 2), (4, 0), (8, math.pi / 8), (4, math.pi / 4))
 _CIRCLE = np.stack([np.cos(np.arange(16) * np.pi / 8), np.sin(np.arange(16) * np.pi / 8)], axis=1)
 
+# sRGB by day, for `draw_scene(daylight=True)`.
+_DAYLIGHT = {
+    "facade": np.array([(158, 130, 110), (186, 174, 156), (124, 104, 96)]),
+    "leaf": np.array([(62, 84, 44), (84, 100, 52)]),
+    "other": np.array([(28, 30, 34), (120, 24, 28), (32, 48, 96), (168, 170, 174), (214, 210, 200), (92, 70, 52)]),
+}
+_DAYLIGHT_OF_ONE = {
+    "sky": np.array((206, 220, 238)),
+    "haze": np.array((228, 232, 236)),
+    "road": np.array((98, 98, 102)),
+    "pavement": np.array((150, 144, 138)),
+    "lamp": np.array((240, 236, 210)),
+    "glass": np.array((48, 56, 64)),
+    "tyre": np.array((26, 26, 28)),
+}
+
 
 def load_scenes(
     num_train: int = 1200,
@@ -83,13 +99,15 @@ def load_scenes(
 
 
 def draw_scene(
-    seed: int | np.random.Generator, size: tuple[int, int] = (128, 192)
+    seed: int | np.random.Generator, size: tuple[int, int] = (128, 192), daylight: bool = False
 ) -> tuple[PILImage.Image, PILImage.Image]:
     """Draws one street scene.
 
     Args:
         seed: A non-negative integer, or a numpy generator (which is advanced).
         size: `(height, width)` in pixels, each from 32 to 2048.
+        daylight: Give things the colours that they have by day (grey road, green trees), so that networks trained on
+            photographs recognize them. The data set never does: there a colour tells no class.
 
     Returns:
         The picture (mode RGB) and its label map (mode L: class numbers, 255 along contours), both of `size`.
@@ -100,7 +118,7 @@ def draw_scene(
     size = _check_size(size)
     if not isinstance(seed, np.random.Generator):
         seed = np.random.default_rng(_non_negative_integer(seed, "seed"))
-    return _Street(seed, size).render()
+    return _Street(seed, size, daylight).render()
 
 
 def _draw_split(split: str, count: int, size: tuple[int, int], seed: int) -> Dataset:
@@ -148,7 +166,7 @@ class _Street:
     of corners: bottom left, bottom right, top right, top left, as seen from outside.
     """
 
-    def __init__(self, rng: np.random.Generator, size: tuple[int, int]):
+    def __init__(self, rng: np.random.Generator, size: tuple[int, int], daylight: bool = False):
         self.rng = rng
         self.height, self.width = size
         self.raster = PILImage.new("I", (self.width * _SUPERSAMPLING, self.height * _SUPERSAMPLING))
@@ -158,6 +176,8 @@ class _Street:
         self.taken_columns: list[float] = []
         self._choose_camera()
         self._choose_colours()
+        if daylight:
+            self._use_daylight_colours()
         self._choose_layout()
 
     # --- what varies from scene to scene ---------------------------------------------------------------------------
@@ -199,6 +219,12 @@ class _Street:
         level = math.cos(elevation)
         self.light = (math.cos(azimuth) * level, math.sin(elevation), math.sin(azimuth) * level)
         self.light_strength = self.uniform(0.12, 0.4)
+
+    def _use_daylight_colours(self) -> None:
+        for name, colours in _DAYLIGHT.items():
+            setattr(self, f"{name}_colours", colours / 255)
+        for name, colour in _DAYLIGHT_OF_ONE.items():
+            setattr(self, f"{name}_colour", colour / 255)
 
     def _choose_layout(self) -> None:
         lane = self.uniform(2.6, 3.6)
