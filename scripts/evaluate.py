@@ -39,6 +39,7 @@ from lemore_hf.evaluation import (
     evaluate_segmentation,
     load_trained_model,
 )
+from lemore_hf.hardware import hardware_name
 from lemore_hf.visualization import draw_segmentation, image_grid, plot_confusion_matrix
 
 
@@ -215,6 +216,7 @@ def describe(
     on_meta = copy.deepcopy(model).to("meta")
     return {
         "model": args.model,
+        "run": run_of(Path(args.model)),
         "model_type": model.config.model_type,
         "parameters": model.num_parameters(),
         "multiply_accumulates": count_multiply_accumulates(
@@ -225,7 +227,7 @@ def describe(
         "recipe": recipe.name,
         "split": args.split,
         "mixed_precision": args.mixed_precision,
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "hardware": hardware_name(device),
         "versions": {
             "lemore_hf": lemore_hf.__version__,
             "torch": torch.__version__,
@@ -236,20 +238,24 @@ def describe(
     }
 
 
+def run_of(folder: Path) -> dict[str, Any]:
+    """`run.json` of the run that a model comes from, which training leaves beside the model's folder."""
+    path = folder.parent / "run.json"
+    run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {"name": folder.resolve().parent.name, **run}
+
+
 def record_run(report: dict[str, Any], args: argparse.Namespace) -> None:
     """
     Put the scores into the line of the run that the model comes from: a line holds the run's `run.json` and, under
-    `evaluation`, what was measured on each split. A run is known by its configuration hash, seed and folder.
+    `evaluation`, what was measured on each split. A run is known by its name, configuration hash, seed and length.
     """
-    run_file = Path(args.model).parent / "run.json"
-    run = json.loads(run_file.read_text(encoding="utf-8")) if run_file.is_file() else {}
-    run = {"name": Path(args.model).resolve().parent.name, **run}
     lines = args.runs.read_text(encoding="utf-8").splitlines() if args.runs.is_file() else []
     runs = [json.loads(line) for line in lines]
     identity = ("name", "configuration_hash", "seed", "steps")
-    known = next((other for other in runs if all(other.get(key) == run.get(key) for key in identity)), None)
+    known = next((run for run in runs if all(run.get(key) == report["run"].get(key) for key in identity)), None)
     if known is None:
-        runs.append(known := run)
+        runs.append(known := dict(report["run"]))
     keys = ("mean_iou", "mean_accuracy", "overall_accuracy", "boundary_iou", "accuracy", "inference")
     known |= {key: report[key] for key in ("parameters", "multiply_accumulates")}
     known.setdefault("evaluation", {})[args.split] = {key: report[key] for key in keys if key in report}

@@ -4,19 +4,22 @@
 
     python scripts/push_to_hub.py --model runs/camvid/final --repo_id you/lemore-camvid --results metrics.json
 
-Uploads what others need to load the model, in one commit, and nothing else that lies in the folder.
+Uploads what others need to load the model, in one commit, and nothing else that lies in the folder. With `--output` it
+writes exactly these files to a local folder instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lemore_hf.checkpointing import atomic_folder
 from lemore_hf.data.recipes import load_recipe
-from lemore_hf.hub import PublishingError, ensure_card, push_folder, validate_folder
+from lemore_hf.hub import WEIGHTS, PublishingError, ensure_card, push_folder, validate_folder
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -28,6 +31,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--license", help="Hub licence identifier of the weights (default: after the data's terms)")
     parser.add_argument("--overwrite", action="store_true", help="replace what an existing repository holds")
     parser.add_argument("--private", action="store_true", help="create the repository as a private one")
+    parser.add_argument(
+        "--figures", type=Path, nargs="+", default=[], help="pictures for the card, copied to figures/"
+    )
+    parser.add_argument("--output", type=Path, help="write the files to this folder, upload nothing")
     parser.add_argument("--dry_run", action="store_true", help="render and check, list the files, upload nothing")
     return parser.parse_args(argv)
 
@@ -38,14 +45,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = json.loads(args.results.read_text(encoding="utf-8")) if args.results else None
         name = args.recipe or (results or {}).get("recipe")
         card = {"results": results, "recipe": load_recipe(name) if name else None, "license": args.license}
-        if args.dry_run:
+        add_figures(args.model, args.figures)
+        if args.dry_run or args.output:
             ensure_card(args.model, args.repo_id, **card)
-            print(f"{args.repo_id} would hold: {', '.join(map(str, validate_folder(args.model)))}")
+            files = validate_folder(args.model)
+            print(f"{args.repo_id} would hold: {', '.join(map(str, files))}")
+            if args.output:
+                copy_files(args.model, files, args.output)
         else:
             address = push_folder(args.model, args.repo_id, **card, overwrite=args.overwrite, private=args.private)
             print(f"Published: {address}")
     except (PublishingError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+
+
+def add_figures(folder: Path, figures: Sequence[Path]) -> None:
+    for path in figures:
+        (folder / "figures").mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / "figures" / path.name)
+
+
+def copy_files(folder: Path, files: Sequence[Path], output: Path) -> None:
+    """Exactly `files` of a folder, in an output folder that may hold an older edition of them."""
+    if output.is_dir() and any(output.iterdir()) and not (output / WEIGHTS).is_file():
+        raise PublishingError(f"--output {output} holds something else than a model: give a new or an empty folder.")
+    with atomic_folder(output) as temporary:
+        for path in files:
+            (temporary / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / path, temporary / path)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 """Publishing: the folder's checks, the card, and the real Hub client against a small Hub on the loopback interface."""
 
 import json
+import runpy
 import shutil
 import textwrap
 from pathlib import Path
@@ -13,6 +14,7 @@ from huggingface_hub import ModelCard
 from loopback_hub import run_client, running_hub
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSemanticSegmentation
 
 from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation
 from lemore_hf.data.recipes import load_recipe
@@ -173,6 +175,17 @@ def test_card_says_what_the_results_say(folder):
     assert 'model="someone/lemore-test"' in card.text
 
 
+def test_card_tells_of_the_run_that_the_weights_come_from(folder):
+    run = {"steps": 300, "epochs": 5.1, "train_on": "train+validation", "seed": 3, "hours": 1.25, "hardware": "a CPU"}
+    run |= {"versions": {"torch": "2.14.1"}, "settings": {"init_from": None}}
+    text = write_card(folder, "someone/lemore-test", {**RESULTS, "run": run}).read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("300 steps")]
+    assert line == "300 steps, 5.1 epochs over `train+validation`, from random weights; seed 3;"
+    run["settings"]["init_from"] = "crops/final"
+    text = write_card(folder, "someone/lemore-test", {**RESULTS, "run": run}).read_text()
+    assert "from the weights of `crops/final`; seed 3;\n1.25 hours on a CPU with PyTorch 2.14.1." in text
+
+
 def test_card_without_results_claims_nothing(folder):
     write_card(folder, "someone/lemore-test")
     card = ModelCard.load(folder / "README.md")
@@ -256,6 +269,24 @@ def test_published_model_gives_the_same_logits_elsewhere(hub, folder, tmp_path):
         model = LeMoReForSemanticSegmentation.from_pretrained(folder)
         expected = model(**LeMoReImageProcessor.from_pretrained(folder)(image, return_tensors="pt")).logits
     torch.testing.assert_close(torch.load(elsewhere / "logits.pt"), expected, rtol=0, atol=0)
+
+
+def test_output_is_exactly_the_folder_that_would_be_uploaded(folder, tmp_path):
+    push = runpy.run_path(str(REPOSITORY / "scripts" / "push_to_hub.py"))["main"]
+    Image.new("RGB", (9, 9)).save(tmp_path / "curves.png")
+    (tmp_path / "metrics.json").write_text(json.dumps(RESULTS))
+    options = ["--model", str(folder), "--repo_id", "someone/lemore-test", "--results", str(tmp_path / "metrics.json")]
+    output = tmp_path / "released"
+    for _ in range(2):  # the second replaces the first
+        push([*options, "--figures", str(tmp_path / "curves.png"), "--output", str(output)])
+        assert {path.relative_to(output) for path in output.rglob("*") if path.is_file()} == set(
+            validate_folder(output)
+        )
+    assert "![curves](figures/curves.png)" in (output / "README.md").read_text()
+    assert AutoModelForSemanticSegmentation.from_pretrained(output).config.id2label[2] == "car"
+    with pytest.raises(SystemExit, match="holds something else than a model"):
+        push([*options, "--output", str(tmp_path)])
+    assert (tmp_path / "curves.png").is_file()
 
 
 # Runs the script again and again in one process, and prints how each run ended.
