@@ -78,6 +78,9 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
         axis_initialization (`str`, *optional*, defaults to `"normal"`):
             Initial frontal and lateral weights: `"normal"` (variance 1 / size), `"identity"`, or `"zeros"` (training
             starts from the transverse view alone, which must then be among `views`).
+        is_fused (`bool`, *optional*, defaults to `False`):
+            Whether the model is the inference copy that [`~LeMoRePreTrainedModel.fuse`] makes. It tells how to read
+            its weights: convert a model with `fuse()`, not by setting this.
         semantic_loss_ignore_index (`int`, *optional*, defaults to 255):
             The label of void pixels, left out of the segmentation loss.
         palette (`list[list[int]]`, *optional*):
@@ -132,6 +135,7 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
     batch_norm_momentum: float | int = 0.1
     initializer_range: float | int = 0.02
     axis_initialization: str = "normal"
+    is_fused: bool = False
     semantic_loss_ignore_index: int = 255
     palette: list[list[int]] | None = None
 

@@ -7,6 +7,7 @@ Where a docstring says "our choice", the paper is silent and this implementation
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from dataclasses import dataclass
@@ -61,7 +62,9 @@ class LeMoReModelOutput(ModelOutput):
 
 
 class LeMoReConvLayer(nn.Module):
-    """Convolution without bias, batch norm and, unless `activation` is off, the activation."""
+    """Convolution without bias, batch norm and, unless `activation` is off, the activation. Fused: no batch norm."""
+
+    is_fused = False
 
     def __init__(
         self,
@@ -104,14 +107,46 @@ class LeMoReConvLayer(nn.Module):
         dtype, compute_dtype = hidden_state.dtype, torch.promote_types(hidden_state.dtype, torch.float32)
         with torch.autocast("cpu", enabled=False):
             convolution = self.convolution
-            weight = convolution.weight.to(compute_dtype)
+            bias = convolution.bias
             return F.conv2d(
                 hidden_state.to(compute_dtype),
-                weight,
+                convolution.weight.to(compute_dtype),
+                None if bias is None else bias.to(compute_dtype),
                 padding=convolution.padding,
                 dilation=convolution.dilation,
                 groups=convolution.groups,
             ).to(dtype)
+
+    def fuse_(self) -> None:
+        scale, bias = _scale_and_bias(self.normalization)
+        self.convolution = _with_weight(self.convolution, self.convolution.weight * scale[:, None, None, None], bias)
+        self.normalization = nn.Identity()
+
+
+def _scale_and_bias(normalization: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a batch norm does in evaluation: a factor and an offset for each channel, at least in single precision."""
+    dtype = torch.promote_types(normalization.weight.dtype, torch.float32)
+    variance, mean = normalization.running_var.to(dtype), normalization.running_mean.to(dtype)
+    scale = normalization.weight.to(dtype) / (variance + normalization.eps).sqrt()
+    return scale, normalization.bias.to(dtype) - mean * scale
+
+
+def _with_weight(convolution: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d:
+    """The convolution with another weight, which may have other channels, and a bias."""
+    original, groups = convolution.weight, convolution.groups
+    fused = nn.Conv2d(
+        weight.shape[1] * groups,
+        weight.shape[0],
+        weight.shape[2:],
+        convolution.stride,
+        convolution.padding,
+        convolution.dilation,
+        groups,
+        device="meta",
+    )
+    fused.weight = nn.Parameter(weight.to(original))
+    fused.bias = nn.Parameter(bias.to(original))
+    return fused
 
 
 def _batch_norm(config: LeMoReConfig, channels: int) -> nn.BatchNorm2d:
@@ -273,6 +308,8 @@ class LeMoReCartesianEncoder(nn.Module):
     Norms, activations, dilation and the residual around it are our choice.
     """
 
+    is_fused = False
+
     def __init__(self, config: LeMoReConfig, stage_index: int, drop_path_rate: float = 0.0):
         super().__init__()
         channels = config.hidden_sizes[stage_index]
@@ -308,11 +345,275 @@ class LeMoReCartesianEncoder(nn.Module):
 
     def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
         residual = hidden_state
-        hidden_state = sum(view(hidden_state) for view in self.views.values())
-        hidden_state = self.activation(self.normalization(hidden_state))
+        hidden_state = self.activation(self.mix(hidden_state))
         hidden_state = self.depthwise(hidden_state)
         hidden_state = self.channel_attention(hidden_state)
         return residual + self.drop_path(hidden_state) if self.use_residual else hidden_state
+
+    def mix(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        """The normalized sum of the views."""
+        if not self.is_fused:
+            return self.normalization(sum(view(hidden_state) for view in self.views.values()))
+        # The transverse view has its share of the norm in its weights.
+        transverse = self.views["transverse"](hidden_state) if "transverse" in self.views else self.axis_bias
+        along_axes = [view(hidden_state) for name, view in self.views.items() if name != "transverse"]
+        return torch.addcmul(transverse, sum(along_axes), self.axis_scale) if along_axes else transverse
+
+    def fuse_(self) -> None:
+        scale, bias = _scale_and_bias(self.normalization)
+        self.convolution = _with_weight(self.convolution, self.convolution.weight * scale[:, None, None, None], bias)
+        self.normalization = nn.Identity()
+
+
+def _scale_and_bias(normalization: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a batch norm does in evaluation: a factor and an offset for each channel, at least in single precision."""
+    dtype = torch.promote_types(normalization.weight.dtype, torch.float32)
+    variance, mean = normalization.running_var.to(dtype), normalization.running_mean.to(dtype)
+    scale = normalization.weight.to(dtype) / (variance + normalization.eps).sqrt()
+    return scale, normalization.bias.to(dtype) - mean * scale
+
+
+def _with_weight(convolution: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d:
+    """The convolution with another weight, which may have other channels, and a bias."""
+    original, groups = convolution.weight, convolution.groups
+    fused = nn.Conv2d(
+        weight.shape[1] * groups,
+        weight.shape[0],
+        weight.shape[2:],
+        convolution.stride,
+        convolution.padding,
+        convolution.dilation,
+        groups,
+        device="meta",
+    )
+    fused.weight = nn.Parameter(weight.to(original))
+    fused.bias = nn.Parameter(bias.to(original))
+    return fused
+
+
+def _batch_norm(config: LeMoReConfig, channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=config.batch_norm_eps, momentum=config.batch_norm_momentum)
+
+
+def _drop_path(rate: float) -> nn.Module:
+    return StochasticDepth(rate, mode="row") if rate > 0 else nn.Identity()
+
+
+def _resize(hidden_state: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return F.interpolate(hidden_state, size=size, mode="bilinear", align_corners=False)
+
+
+# Axis weights at any size
+
+
+def resample_axis_weight(weight: torch.Tensor, size: int) -> torch.Tensor:
+    r"""
+    Resample the weights of a frontal or lateral view from their native size to another (our choice).
+
+    `A' = (n₀ / n) · resize(A, n × n)`, bilinear, antialiased when shrinking: an axis of `n` positions is read down to
+    `n₀` with a tent filter, mixed there, and interpolated back.
+
+    Args:
+        weight (`torch.Tensor` of shape `(n₀, n₀)`):
+            The native weights `A`.
+        size (`int`):
+            The axis length `n`.
+
+    Returns:
+        `torch.Tensor` of shape `(n, n)`, equal to `weight` where that is its size. Differentiable.
+    """
+    native = weight.shape[0]
+    tent = _tent_filter(native, size, weight)
+    return (tent @ weight.to(tent.dtype) @ tent.t() * (native / size)).to(weight.dtype)
+
+
+def _tent_filter(native: int, size: int, like: torch.Tensor) -> torch.Tensor:
+    """
+    Linear interpolation of `native` positions at `size` of them as a `(size, native)` matrix, as `F.interpolate` does
+    it with `align_corners=False` and `antialias=True`; in single precision for half-precision weights.
+    """
+    # No branch on the sizes, which may be symbols of an exported graph. Half precision could not count positions.
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    # In units of 1 / (2 · size) of a native position the centres of both axes are whole numbers: no rounding yet.
+    centres = (2 * torch.arange(size, device=like.device, dtype=dtype) + 1) * native
+    native_centres = (2 * torch.arange(native, device=like.device, dtype=dtype) + 1) * size
+    distances = (centres[:, None] - native_centres).abs()
+    weights = (1 - distances / (2 * torch.sym_max(size, native))).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
+
+
+class LeMoReAxisView(nn.Module):
+    """
+    A spatial view of the feature volume: the 1×1 convolution along one axis, whose weights all channels share.
+
+    The frontal view permutes the volume so that height is the convolved axis, the lateral view width. A matrix product
+    along that axis is the same without the permutation.
+
+    Args:
+        size (`int`): Native length of the axis.
+        axis (`int`): The axis in `(B, C, H, W)`: 2 for the frontal view, 3 for the lateral one.
+    """
+
+    def __init__(self, size: int, axis: int):
+        super().__init__()
+        self.axis = axis
+        self.weight = nn.Parameter(torch.empty(size, size))
+
+    def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        native, size = self.weight.shape[0], hidden_state.shape[self.axis]
+        # A graph exported for any size (there the size is a symbol) cannot choose by it: it always resamples.
+        if isinstance(size, int):
+            if size == native:
+                return self._along_axis(self.weight, hidden_state)
+            # From about 2.4 n₀ up, reading down, mixing and interpolating back (2 n n₀ + n₀²) costs less than the
+            # resampled weights (n²): the cost of a pixel stays flat as images grow.
+            if size > 2.5 * native:
+                return self.mix_at_native_size(hidden_state)
+        return self._along_axis(resample_axis_weight(self.weight, size), hidden_state)
+
+    def mix_at_native_size(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        """The product with the resampled weights from right to left: read down, mix, interpolate back."""
+        native, size = self.weight.shape[0], hidden_state.shape[self.axis]
+        tent = _tent_filter(native, size, self.weight).to(self.weight.dtype)
+        native_state = self._along_axis(self.weight @ tent.t() * (native / size), hidden_state)
+        return self._along_axis(tent, native_state)
+
+    def _along_axis(self, weight: torch.Tensor, hidden_state: torch.Tensor) -> torch.Tensor:
+        if self.axis == 2:
+            return torch.matmul(weight, hidden_state)
+        return F.linear(hidden_state, weight)
+
+
+class ResampleAxisWeights(ConversionOps):
+    """
+    Loading step that resamples a checkpoint's axis weights to the native size of the model they are loaded into.
+
+    So that a checkpoint can be fine-tuned at another `image_size` through the ordinary `from_pretrained`.
+    """
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, list[torch.Tensor]], full_layer_name: str, model: PreTrainedModel, **kwargs
+    ) -> dict[str, torch.Tensor]:
+        ((pattern, tensors),) = input_dict.items()
+        weight = tensors[0] if isinstance(tensors, list) else tensors
+        size = model.get_parameter(full_layer_name).shape[-1]
+        if size != weight.shape[-1]:
+            if not model.axis_weights_were_resampled:
+                logger.info(
+                    "The checkpoint's axis weights were made for another image size: they are resampled to "
+                    f"`image_size`={model.config.image_size}."
+                )
+                model.axis_weights_were_resampled = True
+            weight = resample_axis_weight(weight, size)
+        return {pattern: weight}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        # Saving writes the weights at the size they have, which `convert` leaves alone.
+        return ResampleAxisWeights()
+
+
+register_checkpoint_conversion_mapping(
+    LeMoReConfig.model_type,
+    [
+        WeightConverter(f"views.{view}.weight", f"views.{view}.weight", operations=[ResampleAxisWeights()])
+        for view in ("frontal", "lateral")
+    ],
+    # A second copy of this file, loaded as remote code, registers the same again.
+    overwrite=True,
+)
+
+
+# Encoder
+
+
+class LeMoReChannelAttention(nn.Module):
+    """Channel attention as squeeze-and-excitation (our choice; its parameters match the paper's table)."""
+
+    def __init__(self, config: LeMoReConfig, channels: int):
+        super().__init__()
+        hidden_channels = channels // config.channel_attention_reduction
+        self.squeeze = nn.Conv2d(channels, hidden_channels, 1)
+        self.excite = nn.Conv2d(hidden_channels, channels, 1)
+
+    def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        weights = hidden_state.mean((2, 3), keepdim=True)  # (B, C, H, W) → (B, C, 1, 1)
+        weights = self.excite(F.relu(self.squeeze(weights)))
+        return hidden_state * weights.sigmoid()
+
+
+class LeMoReCartesianEncoder(nn.Module):
+    """
+    Cartesian encoder: sum of the views → depthwise 3×1, 1×3 → dilated depthwise 3×1, 1×3 → channel attention.
+
+    Norms, activations, dilation and the residual around it are our choice.
+    """
+
+    is_fused = False
+
+    def __init__(self, config: LeMoReConfig, stage_index: int, drop_path_rate: float = 0.0):
+        super().__init__()
+        channels = config.hidden_sizes[stage_index]
+        height, width = config.native_grids[stage_index]
+        views = {
+            "transverse": lambda: nn.Conv2d(channels, channels, 1, bias=False),
+            "frontal": lambda: LeMoReAxisView(height, axis=2),
+            "lateral": lambda: LeMoReAxisView(width, axis=3),
+        }
+        self.views = nn.ModuleDict({name: views[name]() for name in config.views})
+        self.normalization = _batch_norm(config, channels)
+        self.activation = ACT2FN[config.hidden_act]
+        self.depthwise = nn.Sequential(
+            *(
+                LeMoReConvLayer(
+                    config,
+                    channels,
+                    channels,
+                    kernel_size,
+                    dilation=dilation,
+                    groups=channels,
+                    activation=kernel_size == (1, 3),
+                )
+                for dilation in (1, config.dilation)
+                for kernel_size in ((3, 1), (1, 3))
+            )
+        )
+        self.channel_attention = (
+            LeMoReChannelAttention(config, channels) if config.use_channel_attention else nn.Identity()
+        )
+        self.use_residual = config.use_residual
+        self.drop_path = _drop_path(drop_path_rate)
+
+    def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        residual = hidden_state
+        hidden_state = self.activation(self.mix(hidden_state))
+        hidden_state = self.depthwise(hidden_state)
+        hidden_state = self.channel_attention(hidden_state)
+        return residual + self.drop_path(hidden_state) if self.use_residual else hidden_state
+
+    def mix(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        """The normalized sum of the views."""
+        if not self.is_fused:
+            return self.normalization(sum(view(hidden_state) for view in self.views.values()))
+        # The transverse view has its share of the norm in its weights.
+        views = dict(self.views)
+        transverse = views.pop("transverse")(hidden_state) if "transverse" in views else self.axis_bias
+        if not views:
+            return transverse
+        return torch.addcmul(transverse, sum(view(hidden_state) for view in views.values()), self.axis_scale)
+
+    def fuse_(self) -> None:
+        scale, bias = _scale_and_bias(self.normalization)
+        dtype, device = self.normalization.weight.dtype, self.normalization.weight.device
+        if "transverse" in self.views:
+            weight = self.views["transverse"].weight * scale[:, None, None, None]
+            self.views["transverse"] = _with_weight(self.views["transverse"], weight, bias)
+        else:
+            self.axis_bias = nn.Parameter(bias[:, None, None].to(device, dtype))
+        if len(self.views) > ("transverse" in self.views):
+            self.axis_scale = nn.Parameter(scale[:, None, None].to(device, dtype))
+        self.normalization = nn.Identity()
 
 
 class LeMoReStage(GradientCheckpointingLayer):
@@ -333,6 +634,8 @@ class LeMoReStage(GradientCheckpointingLayer):
 class LeMoReEncoder(nn.Module):
     """Stem of stride 2 → four stages at strides 4, 8, 16 and 32."""
 
+    is_fused = False
+
     def __init__(self, config: LeMoReConfig):
         super().__init__()
         self.num_channels = config.num_channels
@@ -350,6 +653,11 @@ class LeMoReEncoder(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The stem's output, then the local features ξ₁..ξ₄."""
+        if self.is_fused and self.training:
+            raise RuntimeError(
+                "This model is fused, for inference only: switch it to evaluation with `model.eval()`, or train the "
+                "model that it was made of and call its `fuse()` again."
+            )
         self.check_pixel_values(pixel_values)
         hidden_state = self.stem(pixel_values)
         features = [hidden_state]
@@ -357,6 +665,9 @@ class LeMoReEncoder(nn.Module):
             hidden_state = stage(hidden_state)
             features.append(hidden_state)
         return tuple(features)
+
+    def fuse_(self) -> None:
+        """Nothing of its own; `is_fused` refuses to train it."""
 
     def check_pixel_values(self, pixel_values: torch.Tensor) -> None:
         if pixel_values.ndim != 4:
@@ -412,6 +723,8 @@ class LeMoReNestedAttention(nn.Module):
     with ΣQᵢ and ΣKⱼ.
     """
 
+    is_fused = False
+
     def __init__(self, config: LeMoReConfig):
         super().__init__()
         self.num_projections = config.num_nested_projections
@@ -432,7 +745,7 @@ class LeMoReNestedAttention(nn.Module):
         """The attended tokens `(B, S, H, W)`, and ψ `(B, heads, H·W, H·W)`."""
         attention = self.combined_map(tokens)
         # ψV₁ + ψV₂ + ψV₃ = ψ(V₁ + V₂ + V₃)
-        value = self.value(tokens).unflatten(1, (self.num_projections, self.num_heads, self.value_dim)).sum(1)
+        value = self.value(tokens).unflatten(1, (-1, self.num_heads, self.value_dim)).sum(1)
         context = value.flatten(3) @ attention.transpose(-2, -1)  # (B, heads, value_dim, H·W)
         context = context.reshape(tokens.shape[0], -1, *tokens.shape[2:])
         return self.projection(self.activation(context)), attention
@@ -453,8 +766,17 @@ class LeMoReNestedAttention(nn.Module):
 
     def _per_head(self, hidden_state: torch.Tensor) -> torch.Tensor:
         # (B, i·heads·key_dim, H, W) → (B, heads, i, H·W, key_dim)
-        hidden_state = hidden_state.flatten(2).unflatten(1, (self.num_projections, self.num_heads, self.key_dim))
+        hidden_state = hidden_state.flatten(2).unflatten(1, (-1, self.num_heads, self.key_dim))
         return hidden_state.permute(0, 2, 1, 4, 3)
+
+    def fuse_(self) -> None:
+        """Add the values' projections up, and where the maps are summed those of the queries and of the keys."""
+        for layer in (self.value,) if self.softmax_per_map else (self.query, self.key, self.value):
+            weight, bias = (
+                parameter.unflatten(0, (self.num_projections, -1)).sum(0)
+                for parameter in layer.convolution.parameters()
+            )
+            layer.convolution = _with_weight(layer.convolution, weight, bias)
 
 
 class LeMoReFeedForward(nn.Module):
@@ -505,6 +827,36 @@ class LeMoRePreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(LeMoReNestedAttention, index=1),
     }
 
+    def fuse(self) -> LeMoRePreTrainedModel:
+        """
+        A copy for inference, faster and with the same outputs up to rounding; the model itself is left as it is.
+
+        Batch norms are folded into convolutions, and products of the same factor are made at once. The copy is in
+        evaluation mode and refuses to be trained. It is saved, loaded and exported as any model: `config.is_fused`
+        says what its weights are.
+
+        Returns:
+            [`LeMoRePreTrainedModel`] of the same class; of a fused model an equal copy.
+        """
+        fused = copy.deepcopy(self)
+        fused.config.is_fused = True
+        fused._fuse_parts()
+        return fused
+
+    def post_init(self) -> None:
+        if self.config.is_fused:
+            self._fuse_parts()
+        super().post_init()
+
+    def _fuse_parts(self) -> None:
+        # From the inside out: what a part fuses are convolutions that already hold their norms. In a model within this
+        # one the parts are fused already.
+        for module in reversed(list(self.modules())):
+            if hasattr(module, "fuse_") and not module.is_fused:
+                module.fuse_()
+                module.is_fused = True
+        self.eval()
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         # Any class of the family loads what another one saved, also as remote code.
         self.config.auto_map = {
@@ -520,8 +872,8 @@ class LeMoRePreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, LeMoReConvLayer):
             self._init_convolution(module.convolution)
-        elif isinstance(module, LeMoReCartesianEncoder) and "transverse" in module.views:
-            self._init_convolution(module.views["transverse"])
+        elif isinstance(module, LeMoReCartesianEncoder):
+            self._init_cartesian_encoder(module)
         elif isinstance(module, LeMoReChannelAttention):
             self._init_convolution(module.squeeze)
             self._init_convolution(module.excite)
@@ -534,6 +886,14 @@ class LeMoRePreTrainedModel(PreTrainedModel):
         """Kaiming initialization by fan-out, with the fan of one group, as mobile networks are trained from."""
         fan_out = convolution.out_channels // convolution.groups * math.prod(convolution.kernel_size)
         init.normal_(convolution.weight, std=math.sqrt(2 / fan_out))
+
+    def _init_cartesian_encoder(self, encoder: LeMoReCartesianEncoder) -> None:
+        if "transverse" in encoder.views:
+            self._init_convolution(encoder.views["transverse"])
+        if hasattr(encoder, "axis_scale"):
+            init.ones_(encoder.axis_scale)
+        if hasattr(encoder, "axis_bias"):
+            init.zeros_(encoder.axis_bias)
 
     def _init_axis_view(self, view: LeMoReAxisView) -> None:
         if self.config.axis_initialization == "normal":
@@ -637,15 +997,20 @@ class LeMoReGatedFusion(nn.Module):
         self.gate = LeMoReConvLayer(config, config.hidden_size, channels, activation=False)
         self.value = LeMoReConvLayer(config, config.hidden_size, channels, activation=False)
 
-    def forward(self, local_feature: torch.Tensor, global_features: torch.Tensor) -> torch.Tensor:
-        local = self.local(local_feature)
-        gate = _resize(self.gate(global_features).sigmoid(), local.shape[-2:])
-        value = _resize(self.value(global_features), local.shape[-2:])
-        return local * gate + value
+    def forward(
+        self, local_feature: torch.Tensor, gate: torch.Tensor, value: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Local features, and what `gate` (after its sigmoid) and `value` make of the global ones, at their size."""
+        fused = self.local(local_feature)
+        size = fused.shape[-2:]
+        fused = fused * _resize(gate, size)
+        return fused if value is None else fused + _resize(value, size)
 
 
 class LeMoReDecodeHead(nn.Module):
     """Four gated fusion modules → sum at the output stride → classifier."""
+
+    is_fused = False
 
     def __init__(self, config: LeMoReConfig):
         super().__init__()
@@ -657,15 +1022,46 @@ class LeMoReDecodeHead(nn.Module):
 
     def forward(self, local_features: tuple[torch.Tensor, ...], global_features: torch.Tensor) -> torch.Tensor:
         size = local_features[self.output_stage].shape[-2:]
+        gates, values = self.gates_and_values(global_features)
         hidden_state = 0
         for index, (fusion, local_feature) in enumerate(zip(self.fusions, local_features, strict=True)):
             if index < self.output_stage:
                 # Finer scales come to the output stride before they are fused, not after: fusing the decoder's many
                 # channels at stride 4 would take half of the network's time (our choice).
                 local_feature = _resize(local_feature, size)
-            fused = fusion(local_feature, global_features)
+            fused = fusion(local_feature, gates[index], values[index])
             hidden_state = hidden_state + (_resize(fused, size) if index > self.output_stage else fused)
         return self.classifier(self.dropout(self.activation(hidden_state)))
+
+    def gates_and_values(
+        self, global_features: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...]]:
+        """The gates and the values of all scales, at the tokens' size."""
+        if not self.is_fused:
+            gates = tuple(fusion.gate(global_features).sigmoid() for fusion in self.fusions)
+            return gates, tuple(fusion.value(global_features) for fusion in self.fusions)
+        projected = self.projection(global_features).split(self.classifier.in_channels, dim=1)
+        gates, values = projected[: len(self.fusions)], projected[len(self.fusions) :]
+        return tuple(gate.sigmoid() for gate in gates), (None,) * self.output_stage + values
+
+    def fuse_(self) -> None:
+        """One product for all gates and values. Values that go to the same size, the output's, are added up before."""
+        gates = [fusion.gate.convolution for fusion in self.fusions]
+        values = [fusion.value.convolution for fusion in self.fusions]
+        same_size = self.output_stage + 1
+        weight, bias = (
+            torch.cat(
+                [
+                    *(getattr(gate, name) for gate in gates),
+                    sum(getattr(value, name) for value in values[:same_size]),
+                    *(getattr(value, name) for value in values[same_size:]),
+                ]
+            )
+            for name in ("weight", "bias")
+        )
+        self.projection = _with_weight(gates[0], weight, bias)
+        for fusion in self.fusions:
+            del fusion.gate, fusion.value
 
 
 class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
