@@ -1,6 +1,6 @@
 # Copyright 2026 The LeMoRe-HF contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of results: masks over their images, grids, training curves and confusion matrices, all as PIL images."""
+"""Pictures of results: masks over their images, grids, training curves, confusion matrices and speed, all as PIL images."""
 
 import math
 import os
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.functional import to_pil_image
 from transformers import PreTrainedConfig
@@ -497,3 +498,52 @@ def _rendered(figure: Figure) -> Image.Image:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def plot_speed(points: Mapping[str, Sequence[Mapping[str, Any]]], title: str | None = None) -> Image.Image:
+    """Speed against parameters, a panel for each runtime; the area of a bubble is its multiply-accumulates.
+
+    Args:
+        points: By the runtime's name, models as `name`, `seconds` (for an image), `parameters` and
+            `multiply_accumulates`. The first model of a runtime is the one whose speed is 1.
+        title: Written above.
+
+    Returns:
+        The picture, RGB.
+
+    Raises:
+        ValueError: There are no points.
+    """
+    panels = {name: models for name, models in points.items() if models}
+    if not panels:
+        raise ValueError("There is nothing to plot: no model was measured.")
+    colors = {}
+    for model in (model for models in panels.values() for model in models):
+        colors.setdefault(model["name"], len(colors))
+    palette = [tuple(level / 255 for level in color) for color in default_palette(len(colors))]
+    columns = min(len(panels), 4)
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(1 + 3.6 * columns, 1.2 + 3 * rows), dpi=120, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    for axes, (runtime, models) in zip(grid, panels.items(), strict=False):
+        for model in models:
+            color = palette[colors[model["name"]]]
+            area = 90 * model["multiply_accumulates"] / 1e9
+            speed = models[0]["seconds"] / model["seconds"]
+            axes.scatter(model["parameters"] / 1e6, speed, s=area, color=color, alpha=0.7, linewidths=0)
+            axes.plot(model["parameters"] / 1e6, speed, "+", color="black", markersize=4)
+        axes.set_title(runtime, fontsize="medium")
+        axes.set_yscale("log")
+        axes.margins(0.25)
+        axes.grid(alpha=0.3, which="both")
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    figure.supxlabel("parameters, M")
+    figure.supylabel(f"speed ({next(iter(panels.values()))[0]['name']} = 1)")
+    handles = [
+        Line2D([], [], marker="o", linestyle="", color=palette[index], label=name) for name, index in colors.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize="small", frameon=False)
+    heading = "area: multiply-accumulates" if title is None else f"{title}; area: multiply-accumulates"
+    figure.suptitle(heading, fontsize="medium")
+    return _rendered(figure)

@@ -1,0 +1,224 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""The models that are benchmarked: LeMoRe and its peers with random weights, their sizes and their graphs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from transformers import PreTrainedModel, SegformerImageProcessor
+
+from ..complexity import count_multiply_accumulates
+from ..configuration_lemore import LeMoReConfig
+from ..data.scenes import CLASS_NAMES, draw_scene
+from ..export import _quantize_onnx, _quantize_openvino, _quiet, export_model
+from ..image_processing_lemore import LeMoReImageProcessor
+from ..modeling_lemore import LeMoReForSemanticSegmentation
+from ..peers import build_peer
+from .cell import Cell
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+NAMES = {
+    "lemore": "LeMoRe",
+    "lemore-not-fused": "LeMoRe, not fused",
+    "segformer-b0": "SegFormer-B0",
+    "mobilenetv2-deeplabv3": "MobileNetV2-DeepLabV3",
+    "mobilevitv2-deeplabv3": "MobileViTV2-DeepLabV3",
+    "lraspp-mobilenet-v3-large": "LR-ASPP MobileNetV3-Large",
+}
+NUM_LABELS = 150
+PICTURE_SIZE = (1080, 1920)
+
+_IMAGE_PROCESSORS = {"lemore": LeMoReImageProcessor, "segformer-b0": SegformerImageProcessor}
+
+
+def build_model(name: str, for_training: bool = False) -> PreTrainedModel:
+    """A model of `NAMES` with the same random weights in every process; `"lemore"` fused, unless it is to be trained."""
+    model = _random_model(name)
+    if for_training:
+        return model.train()
+    return _fused(model.eval()) if name == "lemore" else model.eval()
+
+
+def _random_model(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    if name.startswith("lemore"):
+        return LeMoReForSemanticSegmentation(LeMoReConfig(num_labels=NUM_LABELS))
+    return build_peer(name, NUM_LABELS)
+
+
+def _fused(model: LeMoReForSemanticSegmentation) -> PreTrainedModel:
+    return model.fuse() if hasattr(model, "fuse") else model
+
+
+# Sizes
+
+
+def count(name: str, size: tuple[int, int], batch_sizes: list[int]) -> dict[str, Any]:
+    """Parameters, multiply-accumulates of an image, and the traffic of a batch by its size (see `count_traffic`)."""
+    model = _random_model(name).eval().to("meta")
+    images = {batch_size: torch.empty(batch_size, 3, *size, device="meta") for batch_size in {1, *batch_sizes}}
+    return {
+        "parameters": model.num_parameters(),
+        "multiply_accumulates": count_multiply_accumulates(model, images[1]),
+        "traffic": {str(batch_size): count_traffic(model, images[batch_size]) for batch_size in batch_sizes},
+    }
+
+
+def count_traffic(model: nn.Module, pixel_values: torch.Tensor) -> int:
+    """
+    Bytes that the convolutions and matrix products of a forward pass read and write, in the precision of the weights.
+
+    Each reads its inputs and weights once and writes its output once. What lies between them is taken as fused into
+    them, so that this is about the least that a runtime can move.
+    """
+    with torch.no_grad(), _TrafficCounter() as counter:
+        model(pixel_values)
+    return counter.num_bytes
+
+
+class _TrafficCounter(TorchDispatchMode):
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.num_bytes += sum(leaf.nbytes for leaf in tree_leaves((args, result)) if torch.is_tensor(leaf))
+        return result
+
+
+# Graphs for ONNX Runtime and OpenVINO
+
+
+def prepare(cell: Cell) -> dict[str, Any]:
+    """
+    Write what the other cells read, below `cell.folder`: the picture, and the graphs that `cell.runtime` names
+    (separated by commas), unless they are there.
+
+    Returns:
+        What `count` counts, and under `failed` by runtime why its graph could not be made.
+    """
+    folder = Path(cell.folder)
+    failed: dict[str, dict[str, str]] = {}
+    for runtime in filter(None, cell.runtime.split(",")):
+        target = folder / cell.model / runtime
+        if target.is_dir() and any(target.iterdir()):
+            continue
+        try:
+            _export(cell, runtime, target)
+        except ModuleNotFoundError as error:
+            failed[runtime] = {"not_installed": error.name or str(error)}
+        except Exception as error:
+            failed[runtime] = {"error": f"{type(error).__name__}: {error}"}
+    return {**count(cell.model, cell.size, [1, cell.batch_size]), "failed": failed}
+
+
+def draw_picture(path: Path) -> None:
+    """Write the picture of the second table: a street scene of 1920×1080 pixels as a JPEG file."""
+    image, _ = draw_scene(0, PICTURE_SIZE)
+    image.save(path, quality=90)
+
+
+def _export(cell: Cell, runtime: str, target: Path) -> None:
+    export_format, _, precision = runtime.partition("-")
+    images = _calibration_images(cell) if precision == "int8" else []
+    model = _random_model(cell.model).eval()
+    if cell.model == "lemore":
+        size = {"height": cell.height, "width": cell.width}
+        export_model(
+            model,
+            LeMoReImageProcessor(size=size),
+            target,
+            export_format,
+            precision=precision or "float32",
+            calibration_images=images,
+        )
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    with _quiet():
+        _export_peer(model, cell, target, export_format, images)
+
+
+def _export_peer(
+    model: PreTrainedModel, cell: Cell, target: Path, export_format: str, images: list[Image.Image]
+) -> None:
+    """As LeMoRe's own export goes: through ONNX, and with the same quantizers. Only the batch size is left free."""
+    import onnx_ir
+
+    processor = LeMoReImageProcessor(size={"height": cell.height, "width": cell.width})
+    feeds = [{"pixel_values": processor(image, return_tensors="np")["pixel_values"]} for image in images]
+    graph = _onnx_graph(model, cell.size)
+    if export_format == "onnx":
+        onnx_ir.save(_quantize_onnx(graph, feeds) if feeds else graph, target / "model.onnx")
+        return
+    import openvino
+
+    onnx_ir.save(graph, target / "model.onnx")
+    network = openvino.convert_model(target / "model.onnx")
+    (target / "model.onnx").unlink()
+    network = _quantize_openvino(network, feeds) if feeds else network
+    openvino.save_model(network, target / "openvino_model.xml", compress_to_fp16=False)
+
+
+def _onnx_graph(model: PreTrainedModel, size: tuple[int, int]) -> "onnx_ir.Model":
+    program = torch.onnx.export(
+        model,
+        kwargs={"pixel_values": torch.zeros(2, 3, *size)},
+        dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
+        dynamo=True,
+        verbose=False,
+    )
+    return program.model
+
+
+def _calibration_images(cell: Cell) -> list[Image.Image]:
+    return [draw_scene(seed, cell.size)[0] for seed in range(cell.calibration_images)]
+
+
+# From picture to label map
+
+
+def load_segmenter(name: str, folder: Path, layout: str) -> tuple[PreTrainedModel, Any]:
+    """
+    A model and its image processor, with a classifier fitted to the picture in `folder`.
+
+    Random weights would give label maps of noise with dozens of classes, which no picture has and on which later steps
+    take longer than on any real one.
+    """
+    image_processor = _IMAGE_PROCESSORS[name]()
+    model = _random_model(name).eval()
+    with Image.open(folder / "picture.jpg") as image:
+        fit_classifier(model, image_processor(image, return_tensors="pt")["pixel_values"])
+    model = _fused(model) if name == "lemore" else model
+    memory_format = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[layout]
+    return model.to(memory_format=memory_format), image_processor
+
+
+@torch.no_grad()
+def fit_classifier(model: PreTrainedModel, pixel_values: torch.Tensor) -> None:
+    """Fit `model.decode_head.classifier` to the labels of the picture by least squares; absent classes score -1."""
+    inputs: list[torch.Tensor] = []
+    classifier = model.decode_head.classifier
+    hook = classifier.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+    model(pixel_values)
+    hook.remove()
+    features = inputs[0][0].flatten(1).t().double()  # (positions, channels)
+    features = torch.cat([features, torch.ones(len(features), 1)], dim=1)
+
+    _, label_map = draw_scene(0, PICTURE_SIZE)
+    height, width = inputs[0].shape[-2:]
+    labels = torch.from_numpy(np.array(label_map.resize((width, height), Image.Resampling.NEAREST))).flatten().long()
+    known = labels < len(CLASS_NAMES)
+    targets = torch.full((len(labels), NUM_LABELS), -1.0, dtype=torch.double)
+    targets[known, labels[known]] = 1
+    solution = torch.linalg.lstsq(features[known], targets[known], driver="gelsd").solution
+    classifier.weight.copy_(solution[:-1].t()[:, :, None, None])
+    classifier.bias.copy_(solution[-1])

@@ -1,0 +1,296 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmark LeMoRe beside the models that one would use instead: 150 classes, random weights, the same runtime for all.
+
+    python scripts/benchmark.py --quick                          # about two minutes on two cores
+    python scripts/benchmark.py --json benchmark.json --chart benchmark.png
+    python scripts/benchmark.py --json benchmark.json --update --tables 1 --runtimes onnx openvino
+
+Three tables: the network in every runtime; from a picture's file to its label map; time and memory by the image's size.
+Every figure comes from processes of its own, in interleaved rounds. `--update` keeps what the JSON file has from the
+same machine and replaces only what is measured now, so that a long benchmark can be run in pieces.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from lemore_hf.benchmarking.cell import GRAPH_RUNTIMES, LAYOUTS, Cell
+from lemore_hf.benchmarking.models import NAMES, draw_picture
+from lemore_hf.benchmarking.report import (
+    RUNTIME_NAMES,
+    best_layouts,
+    merge_rounds,
+    model_table,
+    picture_table,
+    ratio_table,
+    reason,
+    size_table,
+)
+from lemore_hf.benchmarking.rounds import prepare_models, run_cell, run_rounds
+from lemore_hf.visualization import plot_speed
+
+RUNTIMES = ("eager", "compile", "bf16", *GRAPH_RUNTIMES, "training")
+CUDA_RUNTIMES = ("cuda-float32", "cuda-bfloat16")
+SIZES = ((256, 256), (384, 384), (512, 512), (768, 768), (1024, 1024), (1024, 2048), (1536, 1536), (2048, 2048))
+PICTURE_MODELS = ("lemore", "segformer-b0")
+TRAINING_BATCH_SIZE = 8
+# What glibc gives back to the system it must ask for again, page by page; so it keeps everything.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+
+TITLES = {
+    1: "The network",
+    2: "From a 1920×1080 JPEG file to its label map",
+    3: "LeMoRe by the size of the image",
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer models, runtimes, sizes and rounds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for all figures and settings")
+    parser.add_argument("--update", action="store_true", help="keep what FILE has and replace what is measured now")
+    parser.add_argument("--chart", type=Path, metavar="PNG", help="picture of speed against parameters")
+    parser.add_argument("--tables", type=int, nargs="+", choices=TITLES, default=list(TITLES))
+    parser.add_argument("--models", nargs="+", choices=NAMES, help="LeMoRe is always one of them")
+    parser.add_argument("--runtimes", nargs="+", choices=(*RUNTIMES, *CUDA_RUNTIMES))
+    parser.add_argument("--batch-sizes", type=_positive, nargs="+")
+    parser.add_argument("--threads", type=_positive, nargs="+")
+    parser.add_argument("--size", type=_positive, nargs=2, metavar=("HEIGHT", "WIDTH"), default=(512, 512))
+    parser.add_argument("--rounds", type=_positive, help="how often each process is started (default: 3; quick: 1)")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="how long each process repeats, at least five times"
+    )
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="let glibc keep freed memory, in every process: " + str(KEEP_MEMORY)
+    )
+    parser.add_argument("--work-dir", type=Path, help="folder that keeps exported graphs for the next time")
+    arguments = parser.parse_args()
+    if min(arguments.size) < 32:
+        parser.error(f"--size must be at least 32 × 32, the smallest image of LeMoRe, got {arguments.size}")
+    if arguments.update and not arguments.json:
+        parser.error("--update needs --json FILE, the file to update")
+    if arguments.seconds <= 0:
+        parser.error(f"--seconds must be positive, got {arguments.seconds}")
+    return _with_defaults(arguments)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
+    two = min(2, os.cpu_count() or 1)
+    quick_models = ["lemore", "segformer-b0", "mobilenetv2-deeplabv3", "lraspp-mobilenet-v3-large"]
+    defaults = {
+        "models": (list(NAMES), quick_models),
+        "runtimes": (None, ["eager", "onnx", "openvino"]),
+        "batch_sizes": ([1, 8], [1]),
+        "threads": (sorted({1, two}), [two]),
+        "rounds": (3, 1),
+    }
+    for name, values in defaults.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, values[arguments.quick])
+    arguments.models = [name for name in NAMES if name in {"lemore", *arguments.models}]
+    arguments.sizes = ((256, 256), (512, 512), (1024, 1024)) if arguments.quick else SIZES
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    machine = run_cell(Cell("machine"))
+    if "versions" not in machine:
+        sys.exit(f"The machine cannot be described: {reason(machine)}")
+    if arguments.runtimes is None:
+        arguments.runtimes = [*RUNTIMES, *(CUDA_RUNTIMES if machine["gpu"] else ())]
+    report = new_report(arguments, machine)
+
+    with TemporaryDirectory() as scratch:
+        folder = (arguments.work_dir or Path(scratch)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        measure_all(report, arguments, folder)
+
+    print_report(report)
+    if arguments.chart:
+        arguments.chart.parent.mkdir(parents=True, exist_ok=True)
+        plot_speed(speed_points(report), chart_title(report)).save(arguments.chart)
+    failures = {reason(result) for result in report["results"] if "error" in result}
+    if failures:
+        sys.exit(f"Some measurements failed: {'; '.join(sorted(failures))}")
+
+
+# What is measured
+
+
+def new_report(arguments: argparse.Namespace, machine: dict[str, Any]) -> dict[str, Any]:
+    settings = {
+        "num_labels": 150,
+        "size": list(arguments.size),
+        "rounds": arguments.rounds,
+        "seconds": arguments.seconds,
+        "environment": KEEP_MEMORY if arguments.keep_memory else {},
+    }
+    report = {"machine": machine, "settings": settings, "models": {}, "results": []}
+    if not (arguments.update and arguments.json.is_file()):
+        return report
+    old = json.loads(arguments.json.read_text(encoding="utf-8"))
+    if old["machine"] != machine or any(old["settings"][name] != settings[name] for name in ("size", "environment")):
+        sys.exit(f"{arguments.json} is of another machine, other versions or settings: leave out --update.")
+    return {**report, "models": old["models"], "results": old["results"]}
+
+
+def measure_all(report: dict[str, Any], arguments: argparse.Namespace, folder: Path) -> None:
+    draw_picture(folder / "picture.jpg")
+    preparations = list(plan_preparations(arguments, folder))
+    with tqdm(total=len(preparations), desc="Exporting", unit="model") as bar:
+        models = prepare_models(preparations, lambda: bar.update())
+    failed = {}
+    for cell in preparations:
+        result = models[cell.model]
+        # A process that failed altogether has made no graph at all.
+        reasons = dict.fromkeys(cell.runtime.split(","), result) if "failed" not in result else result["failed"]
+        failed |= {(cell.model, runtime): why for runtime, why in reasons.items()}
+    counts = {name: result for name, result in models.items() if "parameters" in result}
+    for name, result in counts.items():
+        result.pop("failed")
+        traffic = report["models"].get(name, {}).get("traffic", {}) | result["traffic"]
+        report["models"][name] = {**result, "traffic": traffic}
+
+    cells = [replace(cell, folder=str(folder)) for cell in plan_cells(arguments)]
+    environment = report["settings"]["environment"]
+    with tqdm(total=arguments.rounds * len(cells), unit="cell") as bar:
+
+        def show(cell: Cell | None) -> None:
+            bar.update((bar.n < bar.total and cell is not cells[0]) or cell is None)
+            bar.set_description(f"{cell.model} {cell.runtime}".strip() if cell else "done")
+
+        results = run_rounds(cells, arguments.rounds, environment, failed, show)
+    measured = [merge_rounds(cell, rounds) for cell, rounds in results.items()]
+    keys = {identity(result) for result in measured}
+    report["results"] = [result for result in report["results"] if identity(result) not in keys] + measured
+    report["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def identity(result: dict[str, Any]) -> tuple:
+    names = ("table", "kind", "model", "runtime", "layout", "batch_size", "threads", "height", "width")
+    return tuple(result[name] for name in names)
+
+
+def plan_preparations(arguments: argparse.Namespace, folder: Path) -> Iterator[Cell]:
+    graphs = ",".join(runtime for runtime in arguments.runtimes if runtime in GRAPH_RUNTIMES)
+    height, width = arguments.size
+    for model in arguments.models:
+        if model == "lemore-not-fused" or (1 not in arguments.tables and model != "lemore"):
+            continue
+        batch_size = max(arguments.batch_sizes)
+        yield Cell(
+            "prepare", model, graphs, batch_size=batch_size, height=height, width=width, threads=1, folder=str(folder)
+        )
+
+
+def plan_cells(arguments: argparse.Namespace) -> Iterator[Cell]:
+    planned = {1: plan_models, 2: plan_pictures, 3: plan_sizes}
+    for table in arguments.tables:
+        for cell in planned[table](arguments):
+            yield replace(cell, table=table, seconds=arguments.seconds)
+
+
+def plan_models(arguments: argparse.Namespace) -> Iterator[Cell]:
+    height, width = arguments.size
+    for threads in arguments.threads:
+        yield Cell("peaks", threads=threads)
+    for runtime in CUDA_RUNTIMES:
+        if runtime in arguments.runtimes:
+            yield Cell("peaks", runtime=runtime)
+    for runtime in arguments.runtimes:
+        on_gpu = runtime in CUDA_RUNTIMES
+        for threads in [1] if on_gpu else arguments.threads:
+            for batch_size in [TRAINING_BATCH_SIZE] if runtime == "training" else arguments.batch_sizes:
+                for model in arguments.models:
+                    if model == "lemore-not-fused" and runtime != "eager":
+                        continue
+                    for layout in layouts(runtime):
+                        kind, name = ("training", "") if runtime == "training" else ("inference", runtime)
+                        yield Cell(kind, model, name, layout, batch_size, threads, height, width)
+
+
+def plan_pictures(arguments: argparse.Namespace) -> Iterator[Cell]:
+    for runtime in ("pipeline", "calls"):
+        for model in PICTURE_MODELS:
+            if model in arguments.models:
+                for layout in LAYOUTS:
+                    yield Cell("picture", model, runtime, layout, threads=max(arguments.threads))
+
+
+def plan_sizes(arguments: argparse.Namespace) -> Iterator[Cell]:
+    for runtime in ("eager", "onnx", "openvino"):
+        if runtime in arguments.runtimes:
+            for height, width in arguments.sizes:
+                for layout in layouts(runtime):
+                    threads = max(arguments.threads)
+                    yield Cell("inference", "lemore", runtime, layout, 1, threads, height, width)
+
+
+def layouts(runtime: str) -> tuple[str, ...]:
+    """PyTorch is measured in both; the others lay memory out as they like."""
+    return LAYOUTS[:1] if runtime in GRAPH_RUNTIMES else LAYOUTS
+
+
+# What is shown
+
+
+def print_report(report: dict[str, Any]) -> None:
+    machine = report["machine"]
+    versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
+    print(f"{machine['processor']}, {machine['cores']} cores, {machine['cpu_capability']}; {versions}")
+    for peaks in report["results"]:
+        if peaks["kind"] == "peaks" and "macs_per_second" in peaks:
+            what = peaks["runtime"] or f"{peaks['threads']} threads"
+            print(
+                f"{what}: {peaks['macs_per_second'] / 1e9:.0f} G multiply-accumulates/s in a matrix product, "
+                f"{peaks['bytes_per_second'] / 1e9:.1f} GB/s read and written in a copy"
+            )
+    tables = {result["table"] for result in report["results"]}
+    shown = {1: (ratio_table, model_table), 2: (picture_table,), 3: (size_table,)}
+    for table in sorted(tables):
+        print(f"\n{TITLES[table]}")
+        for draw in shown[table]:
+            print(f"\n{draw(report, NAMES)}")
+
+
+def speed_points(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What the chart shows: single images on the most threads, by runtime."""
+    results = [result for result in report["results"] if result["table"] == 1 and result["kind"] == "inference"]
+    threads = max((result["threads"] for result in results), default=1)
+    points: dict[str, list[dict[str, Any]]] = {}
+    for result in best_layouts(results):
+        counts = report["models"].get(result["model"])
+        if counts and "median" in result and (result["batch_size"], result["threads"]) == (1, threads):
+            point = {"name": NAMES[result["model"]], "seconds": result["median"], **counts}
+            points.setdefault(RUNTIME_NAMES[result["runtime"]], []).append(point)
+    return points
+
+
+def chart_title(report: dict[str, Any]) -> str:
+    height, width = report["settings"]["size"]
+    return f"{height}×{width}, single images, {report['machine']['processor']}"
+
+
+if __name__ == "__main__":
+    main()

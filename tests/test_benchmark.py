@@ -1,0 +1,319 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark: rounds and statistics, cells in processes of their own, tables, chart and command line."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers.pipelines import image_segmentation
+
+from lemore_hf.benchmarking import cell as cell_module
+from lemore_hf.benchmarking import models, rounds
+from lemore_hf.benchmarking.cell import Cell, measure, peak_memory, summary
+from lemore_hf.benchmarking.report import (
+    best_layouts,
+    merge_rounds,
+    model_table,
+    picture_table,
+    ratio,
+    ratio_table,
+    size_table,
+)
+from lemore_hf.visualization import plot_speed
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
+EAGER = Cell("inference", "lemore", "eager")
+
+
+def result(cell: Cell, median: float, **figures) -> dict:
+    return merge_rounds(cell, [{"median": median, "quartiles": [median * 0.9, median * 1.2], "runs": 5, **figures}])
+
+
+# Statistics
+
+
+def test_summary_is_the_median_and_the_quartiles():
+    values = [5.0, 1.0, 2.0, 4.0, 3.0, 100.0]
+    figures = summary(values)
+    assert figures["median"] == np.median(values)
+    assert figures["quartiles"] == list(np.quantile(values, [0.25, 0.75]))
+    assert figures["runs"] == 6
+
+
+def test_each_round_weighs_the_same():
+    figures = [
+        {"median": 3.0, "quartiles": [2.0, 4.0], "runs": 500, "peak_memory": 10},
+        {"median": 1.0, "quartiles": [0.5, 9.0], "runs": 5, "peak_memory": None},
+        {"median": 2.0, "quartiles": [1.0, 3.0], "runs": 5, "peak_memory": 30},
+    ]
+    merged = merge_rounds(EAGER, figures)
+    assert (merged["median"], merged["quartiles"], merged["peak_memory"]) == (2.0, [1.0, 4.0], 20)
+    assert merged["rounds"] == figures
+    assert merged["model"] == "lemore"
+    assert "folder" not in merged
+
+
+def test_stages_are_merged_by_name():
+    cell = Cell("picture", "lemore", "calls", table=2)
+    stages = [{"decode": value, "rest": 1.0} for value in (1.0, 5.0, 2.0)]
+    figures = [{"median": 4.0, "quartiles": [4.0, 4.0], "runs": 5, "stages": item} for item in stages]
+    assert merge_rounds(cell, figures)["stages"] == {"decode": 2.0, "rest": 1.0}
+
+
+def test_a_failure_in_any_round_is_the_result():
+    good = {"median": 1.0, "quartiles": [1.0, 1.0], "runs": 5}
+    merged = merge_rounds(EAGER, [good, {"error": "out of memory"}])
+    assert merged["error"] == "out of memory"
+    assert "median" not in merged
+
+
+def test_the_faster_layout_is_shown_and_compared():
+    other = replace(EAGER, model="segformer-b0")
+    results = [
+        result(EAGER, 2.0),
+        result(replace(EAGER, layout="channels_last"), 1.0),
+        result(other, 12.0),
+        merge_rounds(replace(other, layout="channels_last"), [{"error": "no memory"}]),
+        result(replace(other, threads=2), 5.0),  # nothing to compare it with
+    ]
+    best = best_layouts(results)
+    assert [(item["model"], item["layout"], item["threads"]) for item in best] == [
+        ("lemore", "channels_last", 1),
+        ("segformer-b0", "contiguous", 1),
+        ("segformer-b0", "contiguous", 2),
+    ]
+    assert [ratio(item, best) for item in best] == [1.0, 12.0, None]
+
+
+# Rounds
+
+
+def test_rounds_are_interleaved_and_drop_slow_layouts_and_failures(monkeypatch):
+    slow = replace(EAGER, layout="channels_last")
+    broken = replace(EAGER, model="segformer-b0")
+    unexported = replace(EAGER, runtime="onnx")
+    seconds = {EAGER: 1.0, slow: 1.2}
+    started = []
+
+    def fake_run_cell(cell, environment):
+        started.append(cell)
+        return {"error": "broken"} if cell == broken else {"median": seconds[cell]}
+
+    monkeypatch.setattr(rounds, "run_cell", fake_run_cell)
+    failed = {("lemore", "onnx"): {"not_installed": "onnxscript"}}
+    results = rounds.run_rounds([EAGER, slow, broken, unexported], 3, failed=failed)
+    assert started == [EAGER, slow, broken, EAGER, EAGER]
+    assert [len(results[cell]) for cell in (EAGER, slow, broken)] == [3, 1, 1]
+    assert results[unexported] == [{"not_installed": "onnxscript"}]
+
+
+def test_a_close_layout_stays(monkeypatch):
+    close = replace(EAGER, layout="channels_last")
+    monkeypatch.setattr(rounds, "run_cell", lambda cell, environment: {"median": 1.05 if cell == close else 1.0})
+    results = rounds.run_rounds([EAGER, close], 2)
+    assert [len(results[cell]) for cell in (EAGER, close)] == [2, 2]
+
+
+# Processes
+
+
+def test_a_failing_process_is_reported(tmp_path):
+    pytest.importorskip("onnxruntime")
+    outcome = rounds.run_cell(Cell("inference", "lemore", "onnx", folder=str(tmp_path)))
+    assert "model.onnx" in outcome["error"]
+
+
+def test_a_missing_package_is_reported(tmp_path):
+    (tmp_path / "onnxruntime.py").write_text("raise ModuleNotFoundError(name='onnxruntime')")
+    cell = Cell("inference", "lemore", "onnx", folder=str(tmp_path))
+    assert rounds.run_cell(cell, {"PYTHONPATH": str(tmp_path)}) == {"not_installed": "onnxruntime"}
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"), [("import os; os.abort()", "SIGABRT"), ("import time; time.sleep(60)", "1 seconds")]
+)
+def test_a_process_that_dies_or_hangs_is_reported(program, reason, tmp_path, monkeypatch):
+    (tmp_path / "cell.py").write_text(program)
+    monkeypatch.setattr(cell_module, "__file__", str(tmp_path / "cell.py"))
+    assert reason in rounds.run_cell(EAGER, timeout=1)["error"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+def test_peak_memory_is_what_a_run_needs_at_most():
+    def run() -> None:
+        for _ in range(2):  # the second array takes the place of the first
+            np.ones(2**24, dtype=np.uint8)
+
+    assert peak_memory(run) == pytest.approx(2**24, rel=0.1)
+
+
+# Models
+
+
+def test_traffic_is_that_of_convolutions_and_products():
+    network = nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Flatten(2), nn.Linear(12, 7, bias=False))
+    numbers = (3 * 12 + 3 * 5 + 5 + 5 * 12) + (5 * 12 + 12 * 7 + 5 * 7)
+    assert models.count_traffic(network, torch.ones(1, 3, 3, 4)) == 4 * numbers
+
+
+def test_fitted_classifiers_draw_the_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "PICTURE_SIZE", (192, 256))
+    models.draw_picture(tmp_path / "picture.jpg")
+    model, processor = models.load_segmenter("lemore", tmp_path, "channels_last")
+    with models.Image.open(tmp_path / "picture.jpg") as image, torch.inference_mode():
+        outputs = model(**processor(image, return_tensors="pt"))
+    (labels,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[(192, 256)])
+    truth = torch.from_numpy(np.array(models.draw_scene(0, (192, 256))[1]))
+    assert (labels == truth)[truth != 255].float().mean() > 0.7
+    assert labels.max() < 9  # no class that the picture does not have
+
+
+@pytest.mark.parametrize("runtime", ["calls", "pipeline"])
+def test_stages_from_file_to_label_map(runtime, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "PICTURE_SIZE", (96, 128))
+    monkeypatch.setattr(image_segmentation, "load_image", image_segmentation.load_image)  # to be put back
+    models.draw_picture(tmp_path / "picture.jpg")
+    cell = Cell("picture", "lemore", runtime, seconds=0.01, folder=str(tmp_path))
+    figures = measure(replace(cell, threads=torch.get_num_threads()))
+    assert set(figures["stages"]) == {"decode", "processor", "network", "post-processing", "rest"}
+    assert all(figures["stages"][stage] > 0 for stage in ("decode", "processor", "network", "post-processing"))
+    assert sum(figures["stages"].values()) == pytest.approx(figures["median"])
+
+
+def test_training_step():
+    cell = Cell("training", "lemore", batch_size=2, height=64, width=64, seconds=0.01)
+    assert measure(replace(cell, threads=torch.get_num_threads()))["median"] > 0
+
+
+# Tables
+
+
+@pytest.fixture
+def report() -> dict:
+    segformer = replace(EAGER, model="segformer-b0", batch_size=1)
+    peaks = {"macs_per_second": 100e9, "bytes_per_second": 10e9}
+    picture = {"stages": {"decode": 0.01, "network": 0.02, "rest": 0.01}}
+    large = replace(EAGER, table=3, height=1024, width=1024)
+    return {
+        "models": {
+            "lemore": {"parameters": 1_591_374, "multiply_accumulates": 800_000_000, "traffic": {"1": 40_000_000}},
+            "segformer-b0": {"parameters": 3_750_000, "multiply_accumulates": 8e9, "traffic": {"1": 4e8}},
+        },
+        "results": [
+            merge_rounds(Cell("peaks"), [peaks]),
+            result(EAGER, 0.016, peak_memory=50_000_000),
+            result(segformer, 0.2),
+            merge_rounds(replace(EAGER, runtime="onnx"), [{"not_installed": "onnxruntime"}]),
+            merge_rounds(replace(segformer, runtime="onnx"), [{"error": "no such file"}]),
+            result(Cell("picture", "lemore", "calls", table=2), 0.04, **picture),
+            result(replace(EAGER, table=3), 0.016, peak_memory=50_000_000),
+            result(large, 0.08, peak_memory=200_000_000),
+        ],
+    }
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+
+
+def test_model_table(report):
+    header, _, *rows = cells(model_table(report, models.NAMES))
+    lemore, segformer, missing, broken = (dict(zip(header, row, strict=True)) for row in rows)
+    assert (lemore["parameters"], lemore["G MACs"], lemore["ms"], lemore["quartiles"]) == (
+        "1.59 M",
+        "0.80",
+        "16",
+        "14.4 to 19.2",
+    )
+    # 0.8 G in 16 ms are 50 G/s; 40 MB in 16 ms are 2.5 GB/s
+    assert (lemore["% of products"], lemore["% of copying"], lemore["peak MB"]) == ("50", "25", "50")
+    assert (lemore["× LeMoRe"], segformer["× LeMoRe"]) == ("1.00", "12.50")
+    assert missing["ms"] == "onnxruntime is not installed"
+    assert broken["ms"] == "failed: no such file"
+
+
+def test_other_tables(report):
+    assert cells(ratio_table(report, models.NAMES))[2:] == [["LeMoRe", "1.0", "–"], ["SegFormer-B0", "12.5", "–"]]
+    header, _, row = cells(picture_table(report, models.NAMES))
+    picture = dict(zip(header, row, strict=True))
+    assert [picture[f"{stage}, %"] for stage in ("decode", "network", "rest")] == ["25", "50", "25"]
+    header, _, *rows = cells(size_table(report, models.NAMES))
+    native, large = (dict(zip(header, row, strict=True)) for row in rows)
+    assert (native["against 512×512"], large["against 512×512"]) == ("1.00", "1.25")
+    assert (native["MB/megapixel"], large["MB/megapixel"]) == ("191", "191")
+
+
+def test_chart():
+    small = {"name": "small", "seconds": 0.01, "parameters": 1.6e6, "multiply_accumulates": 0.8e9}
+    large = {"name": "large", "seconds": 0.1, "parameters": 3.8e6, "multiply_accumulates": 8e9}
+    chart = plot_speed({"one runtime": [small, large]}, "title")
+    wider = plot_speed({"one runtime": [small, large], "another": [small]}, "title")
+    assert chart.mode == "RGB"
+    assert wider.width > chart.width
+    lighter = plot_speed({"one runtime": [small, {**large, "multiply_accumulates": 1e9}]}, "title")
+    assert (np.asarray(chart).min(axis=2) < 250).sum() > (np.asarray(lighter).min(axis=2) < 250).sum()  # bubbles
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot_speed({})
+
+
+# The command line
+
+
+def run_script(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--update"], "--json FILE"),
+        (["--size", "16", "64"], "32 × 32"),
+        (["--rounds", "0"], "at least 1, got 0"),
+        (["--runtimes", "abacus"], "abacus"),
+    ],
+)
+def test_bad_options(arguments, message, monkeypatch, capsys):
+    specification = importlib.util.spec_from_file_location("benchmark", SCRIPT)
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+    with pytest.raises(SystemExit):
+        script.parse_arguments()
+    assert message in capsys.readouterr().err
+
+
+def test_command_line(tmp_path):
+    file, chart = tmp_path / "results" / "benchmark.json", tmp_path / "chart.png"
+    options = ["--tables", "1", "--models", "lemore", "--batch-sizes", "1", "--threads", "1", "--rounds", "1"]
+    options += ["--size", "64", "96", "--seconds", "0.01", "--json", str(file)]
+    process = run_script(*options, "--runtimes", "eager", "--chart", str(chart))
+    assert process.returncode == 0, process.stderr
+    assert "eager float32" in process.stdout
+    report = json.loads(file.read_text())
+    assert report["settings"]["size"] == [64, 96]
+    assert report["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert report["models"]["lemore"]["parameters"] == 1_591_374
+    measured = [result for result in report["results"] if result["kind"] == "inference"]
+    assert {result["layout"] for result in measured} == {"contiguous", "channels_last"}
+    assert all(result["quartiles"][0] <= result["median"] <= result["quartiles"][1] for result in measured)
+    assert chart.stat().st_size > 0
+
+    # Without graphs the other runtime fails, says why, and leaves what was measured before.
+    broken = tmp_path / "work" / "lemore" / "onnx"
+    broken.mkdir(parents=True)
+    (broken / "model.onnx").write_text("not a graph")
+    process = run_script(*options, "--runtimes", "onnx", "--update", "--work-dir", str(tmp_path / "work"))
+    assert process.returncode == 1
+    assert "Some measurements failed" in process.stderr
+    assert "eager float32" in process.stdout
+    kept = json.loads(file.read_text())["results"]
+    assert [result for result in kept if result["kind"] == "inference"][:2] == measured
+    assert "error" in kept[-1]
