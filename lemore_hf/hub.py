@@ -34,7 +34,9 @@ from .modeling_lemore import LeMoReForImageClassification, LeMoReForSemanticSegm
 
 WEIGHTS, CONFIG, PROCESSOR, CARD = "model.safetensors", "config.json", "preprocessor_config.json", "README.md"
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".svg", ".gif")
-CARD_TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"
+# In the repository it lies beside the package, in an installed wheel inside.
+_CARD_FOLDERS = [folder / "model_cards" for folder in Path(__file__).parents[:2]]
+CARD_TEMPLATE = next((folder for folder in _CARD_FOLDERS if folder.is_dir()), _CARD_FOLDERS[0]) / "template.md"
 
 _MODEL_CLASSES = {cls.__name__: cls for cls in (LeMoReForSemanticSegmentation, LeMoReForImageClassification)}
 _PIPELINE_TAGS = {

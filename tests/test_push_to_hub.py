@@ -5,7 +5,10 @@
 import json
 import runpy
 import shutil
+import subprocess
+import sys
 import textwrap
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -220,6 +223,28 @@ def test_results_that_cannot_be_reported_are_refused_and_the_old_card_stays(fold
     with pytest.raises(PublishingError, match=message):
         write_card(folder, "someone/lemore-test", results)
     assert (folder / "README.md").read_text() == "old"
+
+
+def test_an_installed_wheel_is_whole_and_renders_cards(folder, tmp_path):
+    source, site = tmp_path / "source", tmp_path / "site"
+    for name in ("lemore_hf", "model_cards"):
+        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path)]
+    subprocess.run([sys.executable, *build, str(source)], check=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(site)
+    for path in (REPOSITORY / "lemore_hf").rglob("*"):
+        if path.suffix in (".py", ".yaml"):
+            assert (site / path.relative_to(REPOSITORY)).is_file()
+
+    render = "import sys, lemore_hf.hub as hub; hub.write_card(sys.argv[1], 'someone/x'); print(hub.__file__)"
+    result = subprocess.run(
+        [sys.executable, "-c", render, str(folder)], cwd=site, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert result.stdout.strip() == str(site / "lemore_hf" / "hub.py"), result.stderr
+    assert "have not been evaluated" in (folder / "README.md").read_text()
 
 
 # The Hub
