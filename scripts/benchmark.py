@@ -153,7 +153,8 @@ def new_report(arguments: argparse.Namespace, machine: dict[str, Any]) -> dict[s
 
 
 def measure_all(report: dict[str, Any], arguments: argparse.Namespace, folder: Path) -> None:
-    draw_picture(folder / "picture.jpg")
+    if 2 in arguments.tables and not (folder / "labels.png").is_file():
+        draw_picture(folder)
     preparations = list(plan_preparations(arguments, folder))
     with tqdm(total=len(preparations), desc="Exporting", unit="model") as bar:
         models = prepare_models(preparations, lambda: bar.update())

@@ -166,12 +166,13 @@ def test_traffic_is_that_of_convolutions_and_products():
 
 def test_fitted_classifiers_draw_the_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "PICTURE_SIZE", (192, 256))
-    models.draw_picture(tmp_path / "picture.jpg")
+    models.draw_picture(tmp_path)
     model, processor = models.load_segmenter("lemore", tmp_path, "channels_last")
     with models.Image.open(tmp_path / "picture.jpg") as image, torch.inference_mode():
         outputs = model(**processor(image, return_tensors="pt"))
     (labels,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[(192, 256)])
-    truth = torch.from_numpy(np.array(models.draw_scene(0, (192, 256))[1]))
+    with models.Image.open(tmp_path / "labels.png") as label_map:
+        truth = torch.from_numpy(np.array(label_map.resize((256, 192), models.Image.Resampling.NEAREST)))
     assert (labels == truth)[truth != 255].float().mean() > 0.7
     assert labels.max() < 9  # no class that the picture does not have
 
@@ -180,7 +181,7 @@ def test_fitted_classifiers_draw_the_picture(tmp_path, monkeypatch):
 def test_stages_from_file_to_label_map(runtime, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "PICTURE_SIZE", (96, 128))
     monkeypatch.setattr(image_segmentation, "load_image", image_segmentation.load_image)  # to be put back
-    models.draw_picture(tmp_path / "picture.jpg")
+    models.draw_picture(tmp_path)
     cell = Cell("picture", "lemore", runtime, seconds=0.01, folder=str(tmp_path))
     figures = measure(replace(cell, threads=torch.get_num_threads()))
     assert set(figures["stages"]) == {"decode", "processor", "network", "post-processing", "rest"}
@@ -267,8 +268,12 @@ def test_chart():
 # The command line
 
 
-def run_script(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
+@pytest.fixture
+def script():
+    specification = importlib.util.spec_from_file_location("benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize(
@@ -280,10 +285,7 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess:
         (["--runtimes", "abacus"], "abacus"),
     ],
 )
-def test_bad_options(arguments, message, monkeypatch, capsys):
-    specification = importlib.util.spec_from_file_location("benchmark", SCRIPT)
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
+def test_bad_options(arguments, message, script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
     with pytest.raises(SystemExit):
         script.parse_arguments()
@@ -292,28 +294,58 @@ def test_bad_options(arguments, message, monkeypatch, capsys):
 
 def test_command_line(tmp_path):
     file, chart = tmp_path / "results" / "benchmark.json", tmp_path / "chart.png"
-    options = ["--tables", "1", "--models", "lemore", "--batch-sizes", "1", "--threads", "1", "--rounds", "1"]
-    options += ["--size", "64", "96", "--seconds", "0.01", "--json", str(file)]
-    process = run_script(*options, "--runtimes", "eager", "--chart", str(chart))
-    assert process.returncode == 0, process.stderr
+    broken = tmp_path / "work" / "lemore" / "onnx"
+    broken.mkdir(parents=True)
+    (broken / "model.onnx").write_text("not a graph")
+    options = ["--tables", "1", "--models", "lemore", "--runtimes", "eager", "onnx", "--batch-sizes", "1"]
+    options += ["--threads", "1", "--rounds", "1", "--size", "64", "96", "--seconds", "0.01"]
+    options += ["--json", str(file), "--chart", str(chart), "--work-dir", str(tmp_path / "work")]
+    process = subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True)
+
+    # The script goes on after what fails, and says so at its end.
+    assert process.returncode == 1
+    assert "Some measurements failed" in process.stderr
     assert "eager float32" in process.stdout
+    assert "failed: " in process.stdout
     report = json.loads(file.read_text())
     assert report["settings"]["size"] == [64, 96]
     assert report["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
     assert report["models"]["lemore"]["parameters"] == 1_591_374
-    measured = [result for result in report["results"] if result["kind"] == "inference"]
+    measured = [result for result in report["results"] if "median" in result]
     assert {result["layout"] for result in measured} == {"contiguous", "channels_last"}
-    assert all(result["quartiles"][0] <= result["median"] <= result["quartiles"][1] for result in measured)
+    assert all(0 < result["quartiles"][0] <= result["median"] <= result["quartiles"][1] for result in measured)
+    assert "error" in report["results"][-1]
     assert chart.stat().st_size > 0
 
-    # Without graphs the other runtime fails, says why, and leaves what was measured before.
-    broken = tmp_path / "work" / "lemore" / "onnx"
-    broken.mkdir(parents=True)
-    (broken / "model.onnx").write_text("not a graph")
-    process = run_script(*options, "--runtimes", "onnx", "--update", "--work-dir", str(tmp_path / "work"))
-    assert process.returncode == 1
-    assert "Some measurements failed" in process.stderr
-    assert "eager float32" in process.stdout
-    kept = json.loads(file.read_text())["results"]
-    assert [result for result in kept if result["kind"] == "inference"][:2] == measured
-    assert "error" in kept[-1]
+
+def test_update_keeps_what_is_not_measured_anew(monkeypatch, tmp_path, script, capsys):
+    seconds = {"eager": 0.02, "compile": 0.01}
+
+    def fake_run_cell(cell, environment=None):
+        if cell.kind == "machine":
+            return {"versions": {}, "gpu": None, "processor": "any", "cores": 2, "cpu_capability": "any"}
+        if cell.kind == "prepare":
+            counts = {"parameters": 1, "multiply_accumulates": 1, "traffic": {str(cell.batch_size): 1}}
+            return {**counts, "failed": {}}
+        if cell.kind == "peaks":
+            return {"macs_per_second": 1, "bytes_per_second": 1}
+        return {"median": seconds[cell.runtime], "quartiles": [0.01, 0.02], "runs": 5, "peak_memory": 1}
+
+    monkeypatch.setattr(script, "run_cell", fake_run_cell)
+    monkeypatch.setattr(rounds, "run_cell", fake_run_cell)
+
+    def measured(*options: str) -> dict[str, tuple[float, int]]:
+        file = tmp_path / "benchmark.json"
+        fixed = ["benchmark.py", "--quick", "--tables", "1", "--json", str(file), "--models", "lemore"]
+        monkeypatch.setattr(sys, "argv", [*fixed, *options])
+        script.main()
+        results = [item for item in json.loads(file.read_text())["results"] if item["kind"] == "inference"]
+        return {item["runtime"]: (item["median"], len(item["rounds"])) for item in results}
+
+    assert measured("--runtimes", "eager", "compile") == {"eager": (0.02, 1), "compile": (0.01, 1)}
+    seconds["eager"] = 0.5
+    both = measured("--runtimes", "eager", "--update", "--rounds", "2")
+    assert both == {"eager": (0.5, 2), "compile": (0.01, 1)}
+    assert measured("--runtimes", "eager") == {"eager": (0.5, 1)}
+    with pytest.raises(SystemExit, match="settings"):
+        measured("--runtimes", "eager", "--update", "--size", "64", "64")

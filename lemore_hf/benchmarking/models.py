@@ -121,10 +121,15 @@ def prepare(cell: Cell) -> dict[str, Any]:
     return {**count(cell.model, cell.size, [1, cell.batch_size]), "failed": failed}
 
 
-def draw_picture(path: Path) -> None:
-    """Write the picture of the second table: a street scene of 1920×1080 pixels as a JPEG file."""
-    image, _ = draw_scene(0, PICTURE_SIZE)
-    image.save(path, quality=90)
+def draw_picture(folder: Path) -> None:
+    """Write the picture of the second table, `picture.jpg`: a street scene of 1920×1080 pixels with the grain of a
+    photograph; and its label map, `labels.png`."""
+    height, width = PICTURE_SIZE
+    image, label_map = draw_scene(0, (height // 2, width // 2))
+    grain = np.random.default_rng(0).normal(0, 4, (height, width, 3))
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)) + grain
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / "picture.jpg", quality=90)
+    label_map.save(folder / "labels.png")
 
 
 def _export(cell: Cell, runtime: str, target: Path) -> None:
@@ -196,15 +201,15 @@ def load_segmenter(name: str, folder: Path, layout: str) -> tuple[PreTrainedMode
     image_processor = _IMAGE_PROCESSORS[name]()
     model = _random_model(name).eval()
     with Image.open(folder / "picture.jpg") as image:
-        fit_classifier(model, image_processor(image, return_tensors="pt")["pixel_values"])
+        fit_classifier(model, image_processor(image, return_tensors="pt")["pixel_values"], folder / "labels.png")
     model = _fused(model) if name == "lemore" else model
     memory_format = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[layout]
     return model.to(memory_format=memory_format), image_processor
 
 
 @torch.no_grad()
-def fit_classifier(model: PreTrainedModel, pixel_values: torch.Tensor) -> None:
-    """Fit `model.decode_head.classifier` to the labels of the picture by least squares; absent classes score -1."""
+def fit_classifier(model: PreTrainedModel, pixel_values: torch.Tensor, label_file: Path) -> None:
+    """Fit `model.decode_head.classifier` to a label map by least squares; classes that it does not have score -1."""
     inputs: list[torch.Tensor] = []
     classifier = model.decode_head.classifier
     hook = classifier.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
@@ -213,9 +218,10 @@ def fit_classifier(model: PreTrainedModel, pixel_values: torch.Tensor) -> None:
     features = inputs[0][0].flatten(1).t().double()  # (positions, channels)
     features = torch.cat([features, torch.ones(len(features), 1)], dim=1)
 
-    _, label_map = draw_scene(0, PICTURE_SIZE)
     height, width = inputs[0].shape[-2:]
-    labels = torch.from_numpy(np.array(label_map.resize((width, height), Image.Resampling.NEAREST))).flatten().long()
+    with Image.open(label_file) as label_map:
+        label_map = label_map.resize((width, height), Image.Resampling.NEAREST)
+    labels = torch.from_numpy(np.array(label_map)).flatten().long()
     known = labels < len(CLASS_NAMES)
     targets = torch.full((len(labels), NUM_LABELS), -1.0, dtype=torch.double)
     targets[known, labels[known]] = 1
