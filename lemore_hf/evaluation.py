@@ -33,7 +33,7 @@ from transformers.modeling_outputs import SemanticSegmenterOutput
 from . import peers  # noqa: F401  Registers them, so that their folders load as any other.
 from .checkpointing import PICKLED_SUFFIXES, CheckpointError
 from .data.augmentation import normalize
-from .data.loading import RecipeDataset, StreamedRecipeDataset, collate
+from .data.loading import BadSampleError, RecipeDataset, StreamedRecipeDataset, collate, raise_together
 from .data.recipes import IGNORE_INDEX, Recipe
 from .image_processing_lemore import LeMoReImageProcessor
 from .metrics import BoundaryIoU, ConfusionMatrix
@@ -144,7 +144,7 @@ def evaluate_segmentation(
     Raises:
         ValueError: for options out of range, a model with another number of classes than the recipe, images of
             different sizes in a batch, or logits that are NaN.
-        BadSampleError: for a sample that cannot be used; names it.
+        BadSampleError: for a sample that cannot be used; names it, on every process.
     """
     _check_options(scales, window, window_stride, num_worst)
     _check_classes(model, recipe)
@@ -361,7 +361,15 @@ def _batches(
         **shares,
     )
     total = None if isinstance(dataset, IterableDataset) else len(loader)
-    return tqdm(loader, "Evaluating", total, unit="batch", leave=False, disable=not progress or rank != 0)
+    error = None
+    try:
+        yield from tqdm(loader, "Evaluating", total, unit="batch", leave=False, disable=not progress or rank != 0)
+    except BadSampleError as bad_sample:
+        if accelerator is None:
+            raise
+        error = bad_sample
+    if accelerator is not None:
+        raise_together(error)
 
 
 def _view_logits(
@@ -436,7 +444,8 @@ def _evaluated_images(batch: dict[str, Any], predictions: Tensor, num_labels: in
         matrix.update(prediction, labels)
         mean_iou = matrix.compute()["mean_iou"]
         if not math.isnan(mean_iou):
-            yield EvaluatedImage(mean_iou, name, image, labels, prediction.to(torch.uint8))
+            # Copied: a slice would keep its whole batch in memory.
+            yield EvaluatedImage(mean_iou, name, image.clone(), labels.clone(), prediction.to(torch.uint8))
 
 
 def _worst(images: list[EvaluatedImage], number: int) -> list[EvaluatedImage]:

@@ -373,8 +373,7 @@ def push_folder(
     folder = Path(folder)
     loadable = _loadable_files(folder)
     api = HfApi(token=token)
-    with _explained(f"sign in to {api.endpoint}"):
-        user = api.whoami()["name"]
+    user = signed_in_user(token)
     repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
     ensure_card(folder, repo_id, results, recipe, license)
     files = [*loadable, *_card_files(folder)]
@@ -403,6 +402,17 @@ def push_folder(
             repo_id, operations, commit_message=f"Publish {repo_id.split('/')[-1]}", parent_commit=revision
         )
     return str(address)
+
+
+def signed_in_user(token: str | None = None) -> str:
+    """Name of the Hub's user, to be asked for before long work that ends with `push_folder`.
+
+    Raises:
+        PublishingError: if there is no token, or the Hub does not take it.
+    """
+    api = HfApi(token=token)
+    with _explained(f"sign in to {api.endpoint}"):
+        return api.whoami()["name"]
 
 
 def _is_same(entry: RepoFile, path: Path) -> bool:

@@ -12,8 +12,8 @@ moment; the same command with `--resume` goes on from its last checkpoint. The t
 import argparse
 import hashlib
 import json
-import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,13 @@ from lemore_hf.data.loading import (
     StreamedRecipeDataset,
     collate,
     load_split,
+    raise_together,
     with_classes_of,
 )
 from lemore_hf.data.recipes import Recipe, add_recipe_arguments, load_recipe, recipe_overrides
 from lemore_hf.evaluation import evaluate
-from lemore_hf.hub import push_folder
+from lemore_hf.hardware import hardware_name
+from lemore_hf.hub import PublishingError, push_folder, signed_in_user
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 from lemore_hf.losses import SegmentationCriterion, count_for_median_frequency, median_frequency_weights
 from lemore_hf.optimization import ExponentialMovingAverage, freeze_batch_norm_statistics, parameter_groups
@@ -72,15 +74,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--cache", choices=["memory", "device"], help="keep the decoded images in memory or on the GPU"
     )
-    parser.add_argument("--num_workers", type=int, default=2, help="processes that load data for each GPU")
+    parser.add_argument("--num_workers", type=at_least(0), default=2, help="processes that load data for each GPU")
     parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
-    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    parser.add_argument("--gradient_accumulation_steps", type=at_least(1), default=1)
     parser.add_argument("--channels_last", action="store_true", help="use the channels-last memory format")
     parser.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
-    parser.add_argument("--eval_every", type=int, default=1000, help="steps between validations; 0 for none")
-    parser.add_argument("--save_every", type=int, default=1000, help="steps between checkpoints")
-    parser.add_argument("--keep_checkpoints", type=int, default=2, help="last checkpoints to keep, besides the best")
-    parser.add_argument("--log_every", type=int, default=50, help="steps between log entries")
+    parser.add_argument("--eval_every", type=at_least(0), default=1000, help="steps between validations; 0 for none")
+    parser.add_argument("--save_every", type=at_least(0), default=1000, help="steps between checkpoints; 0 for none")
+    parser.add_argument("--keep_checkpoints", type=at_least(1), default=2, help="last ones to keep, besides the best")
+    parser.add_argument("--log_every", type=at_least(1), default=50, help="steps between log entries")
     parser.add_argument("--push_to_hub", metavar="REPO_ID", help="publish the final model as this Hub repository")
     add_recipe_arguments(parser)
     args = parser.parse_args()
@@ -90,7 +92,21 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--cache device augments where the images are, on the GPU: it needs --num_workers 0.")
     if args.streaming and args.cache:
         parser.error("--streaming and --cache exclude each other: a stream is not kept.")
+    for option in ("init_from", "model_config", "push_to_hub"):
+        if args.peer and getattr(args, option, None):
+            parser.error(f"--{option} is for LeMoRe: it excludes --peer.")
     return args
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """The type of an option that takes whole numbers from `minimum` on."""
+
+    def integer(text: str) -> int:
+        if int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {text}")
+        return int(text)
+
+    return integer
 
 
 def main() -> None:
@@ -103,6 +119,8 @@ def main() -> None:
     )
     prepare_output_folder(args, accelerator)
     recipe = load_recipe(args.recipe, recipe_overrides(args), args.data_dir)
+    if args.push_to_hub and accelerator.is_main_process:
+        signed_in_user()  # Rather now than after the training.
     set_seed(args.seed)
 
     # Data
@@ -142,9 +160,10 @@ def main() -> None:
         model.compile()
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
     averaged_model = ema.module if ema is not None else model
+    eval_workers = 0 if args.cache else args.num_workers
 
     log = RunLog(args.output_dir, accelerator, state.step)
-    batches = training_batches(args, recipe, accelerator, samples, dataset, micro_batch_size, state.step)
+    steps = training_steps(args, recipe, accelerator, samples, dataset, micro_batch_size, state.step)
     progress = tqdm(
         total=recipe.max_steps,
         initial=state.step,
@@ -153,28 +172,27 @@ def main() -> None:
         disable=not accelerator.is_main_process,
     )
     pending: list[tuple[int, list[str], torch.Tensor]] = []  # Losses that have not been looked at yet.
+    scores: dict[str, float] = {}
     try:
         while state.step < recipe.max_steps:
             prepared_model.train()
             if recipe.freeze_batch_norm:
                 freeze_batch_norm_statistics(model)
-            batch = next(batches)
-            with accelerator.accumulate(prepared_model):
-                pixel_values = normalize(batch["pixel_values"], recipe, accelerator.device)
-                labels = batch["labels"].to(accelerator.device, non_blocking=True).long()
-                if args.channels_last:
-                    pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-                if mix is not None:
-                    pixel_values, labels = mix(pixel_values, labels)
-                loss = criterion(prepared_model(pixel_values).logits, labels)
-                accelerator.backward(loss)
-                if recipe.max_grad_norm is not None and accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-                prepared_optimizer.step()
-                prepared_optimizer.zero_grad()
-            pending.append((state.step, batch["name"], loss.detach()))
-            if not accelerator.sync_gradients:
-                continue
+            for batch in next(steps):
+                with accelerator.accumulate(prepared_model):
+                    pixel_values = normalize(batch["pixel_values"], recipe, accelerator.device)
+                    labels = batch["labels"].to(accelerator.device, non_blocking=True).long()
+                    if args.channels_last:
+                        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+                    if mix is not None:
+                        pixel_values, labels = mix(pixel_values, labels)
+                    loss = criterion(prepared_model(pixel_values).logits, labels)
+                    accelerator.backward(loss)
+                    if recipe.max_grad_norm is not None and accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+                    prepared_optimizer.step()
+                    prepared_optimizer.zero_grad()
+                pending.append((state.step, batch["name"], loss.detach()))
 
             state.step += 1
             scheduler.step()
@@ -188,7 +206,7 @@ def main() -> None:
             }
             # Reading a loss waits for a GPU, so there it is done for many steps at once.
             if any(is_due.values()) or accelerator.device.type == "cpu":
-                mean_loss = check_losses(pending, accelerator)
+                mean_loss = check_losses(pending)
                 pending.clear()
             if is_due["log"]:
                 rate = progress.format_dict["rate"] or 0.0
@@ -202,7 +220,9 @@ def main() -> None:
                     f"loss {mean_loss:.3f}, lr {scheduler.get_last_lr()[0]:.1e}, {rate * recipe.batch_size:.0f} images/s"
                 )
             if is_due["eval"]:
-                scores = evaluate(averaged_model, validation, recipe, accelerator, num_workers=0, progress=False)
+                scores = evaluate(
+                    averaged_model, validation, recipe, accelerator, num_workers=eval_workers, progress=False
+                )
                 log.write(step=state.step, **scores)
                 score = next(iter(scores.values()))
                 if state.best is None or score > state.best["score"]:
@@ -210,9 +230,10 @@ def main() -> None:
                     is_due["save"] = bool(args.save_every)  # The best is kept, whenever it comes.
             if is_due["save"]:
                 save(state, args)
-    except BadSampleError:
-        if accelerator.num_processes == 1:
-            save(state, args)
+    except BadSampleError:  # Raised on all processes, between two steps.
+        if pending:
+            check_losses(pending)
+        save(state, args)
         raise
     progress.close()
 
@@ -220,16 +241,18 @@ def main() -> None:
     if accelerator.is_main_process:
         export_model(averaged_model, recipe, args.output_dir / "final")
         log.plot()
-        write_summary(args, recipe, accelerator, state, dataset)
+        summary = write_summary(args, recipe, accelerator, state, dataset)
         if args.push_to_hub:
-            push_folder(args.output_dir / "final", args.push_to_hub, recipe=recipe)
+            # What the last validation has found; without one the card says that there is no evaluation.
+            results = {**scores, "split": recipe.validate_on, "run": summary} if scores else None
+            push_folder(args.output_dir / "final", args.push_to_hub, results=results, recipe=recipe)
     accelerator.end_training()
 
 
 def prepare_output_folder(args: argparse.Namespace, accelerator: Accelerator) -> None:
     """Refuse to overwrite a run, or to resume none."""
     if args.resume and not list_checkpoints(args.output_dir):
-        print(f"There is no checkpoint in {args.output_dir} yet: starting from the beginning.")
+        accelerator.print(f"There is no checkpoint in {args.output_dir} yet: starting from the beginning.")
         args.resume = False
     if not args.resume and list_checkpoints(args.output_dir):
         raise CheckpointError(
@@ -254,9 +277,11 @@ def divide_batch(batch_size: int, num_processes: int, accumulation_steps: int) -
 
 def build_model(args: argparse.Namespace, recipe: Recipe) -> PreTrainedModel:
     """The network with random weights, or with those of `--init_from` wherever they fit."""
-    if args.peer:
-        return build_peer(args.peer, recipe.num_classes, recipe.id2label)
     is_classification = recipe.task == "image-classification"
+    if args.peer:
+        if is_classification:
+            raise ValueError(f"The peers are segmentation networks: --peer cannot train the recipe {recipe.name}.")
+        return build_peer(args.peer, recipe.num_classes, recipe.id2label)
     model_class = LeMoReForImageClassification if is_classification else LeMoReForSemanticSegmentation
     fields = {
         "id2label": recipe.id2label,
@@ -300,7 +325,7 @@ def build_criterion(recipe: Recipe, dataset: RecipeDataset | None) -> nn.Module:
     )
 
 
-def training_batches(
+def training_steps(
     args: argparse.Namespace,
     recipe: Recipe,
     accelerator: Accelerator,
@@ -308,8 +333,13 @@ def training_batches(
     dataset: RecipeDataset | None,
     micro_batch_size: int,
     step: int,
-) -> Iterator[dict[str, Any]]:
-    """Batches of this process, from optimizer step `step` on."""
+) -> Iterator[list[dict[str, Any]]]:
+    """The batches of each optimizer step in this process, from step `step` on.
+
+    Raises:
+        BadSampleError: on all processes, as soon as one of them meets a bad sample; nothing of that step has been
+            computed then.
+    """
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     if dataset is None:
         start = step * args.gradient_accumulation_steps
@@ -326,11 +356,29 @@ def training_batches(
         sampler=sampler,
         collate_fn=collate,
         num_workers=num_workers,
+        # Enough for a whole step, whose batches are asked for at once.
+        prefetch_factor=max(2, args.gradient_accumulation_steps) if num_workers else None,
         pin_memory=accelerator.device.type == "cuda" and args.cache != "device",
         # A generator of its own, so that making the loader leaves the one of dropout alone.
         generator=torch.Generator(),
     )
-    return (batch for batch in loader if batch is not None)
+    batches = (batch for batch in loader if batch is not None)
+    # A group of its own on the CPU, so that asking the others never waits for a GPU.
+    group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+    while True:
+        error, batches_of_step = None, []
+        try:
+            batches_of_step = list(islice(batches, args.gradient_accumulation_steps))
+        except BadSampleError as bad_sample:
+            error = bad_sample
+        num_errors = torch.tensor(int(error is not None))
+        if group is not None:
+            torch.distributed.all_reduce(num_errors, group=group)
+        if num_errors:
+            raise_together(error)
+        if len(batches_of_step) < args.gradient_accumulation_steps:
+            raise ValueError("The stream has no sample for one of the processes: start fewer of them.")
+        yield batches_of_step
 
 
 def fingerprint(args: argparse.Namespace, recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
@@ -354,7 +402,7 @@ def resume(state: TrainingState, output_dir: Path) -> None:
     raise CheckpointError(f"None of the checkpoints in {output_dir} can be read: start again without --resume.")
 
 
-def check_losses(pending: list[tuple[int, list[str], torch.Tensor]], accelerator: Accelerator) -> float:
+def check_losses(pending: list[tuple[int, list[str], torch.Tensor]]) -> float:
     """Mean of the losses since the last check; an error that names the samples if one is not finite."""
     values = torch.stack([loss for _, _, loss in pending]).float().tolist()
     for (step, names, _), value in zip(pending, values, strict=True):
@@ -429,10 +477,9 @@ def write_summary(
     accelerator: Accelerator,
     state: TrainingState,
     dataset: RecipeDataset | None,
-) -> None:
+) -> dict[str, Any]:
     """`run.json`: what was run, for how long and on what; `scripts/evaluate.py` adds the test score to it."""
     settings = json.dumps(state.fingerprint, sort_keys=True)
-    device = accelerator.device
     summary = {
         "recipe": recipe.name,
         "network": args.peer or "lemore",
@@ -444,15 +491,16 @@ def write_summary(
         "train_on": recipe.train_on,
         "best_validation": state.best,
         "hours": round(state.seconds / 3600, 3),
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "hardware": hardware_name(accelerator.device),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "settings": state.fingerprint,
     }
     (args.output_dir / "run.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    return summary
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (BadSampleError, CheckpointError, FileNotFoundError, FloatingPointError, ValueError) as error:
+    except (CheckpointError, FileNotFoundError, FloatingPointError, PublishingError, ValueError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error

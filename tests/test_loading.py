@@ -4,6 +4,7 @@
 
 import functools
 import io
+import itertools
 from pathlib import Path
 
 import datasets
@@ -502,6 +503,24 @@ def test_same_batches_whatever_the_workers_the_cache_and_the_start(set_of_ten):
     assert run(cache="memory") == reference
     assert run(num_workers=2, cache="memory", start=12) == reference[3:]
     assert run(seed=1) != reference
+
+
+def test_samples_cached_on_a_device_are_those_that_are_not(set_of_ten):
+    recipe = folder_recipe()
+    samples = load_split(recipe, "train", set_of_ten)
+    plain = RecipeDataset(samples, recipe, training=True, seed=5)
+    cached = RecipeDataset(samples, recipe, training=True, seed=5, cache="device", device=torch.device("cpu"))
+    looks = set()
+    for epoch, index in itertools.product(range(3), range(10)):
+        expected, sample = plain[epoch, index], cached[epoch, index]
+        assert torch.equal(sample["labels"], expected["labels"])
+        assert (sample["index"], sample["name"]) == (expected["index"], expected["name"])
+        # Resizing may round otherwise, since the cache has another memory layout.
+        difference = (sample["pixel_values"].int() - expected["pixel_values"].int()).abs()
+        assert difference.max() <= 1
+        assert difference.float().mean() < 0.01
+        looks.add(sample["pixel_values"].numpy().tobytes())
+    assert len(looks) == 30
 
 
 def test_sampler_visits_everything_once_an_epoch_anew():

@@ -164,6 +164,12 @@ def test_every_field_has_an_option_with_its_documentation():
         ({"max_longest_edge": 2048}, ValueError, "max_longest_edge needs resize"),
         ({"split_file": "train.txt"}, ValueError, "split_file must hold"),
         ({"class_names": [f"class {i}" for i in range(256)]}, ValueError, "at most 255"),
+        ({"mixup_alpha": 0.2}, ValueError, "mixup_alpha has no effect in semantic-segmentation"),
+        (
+            {"task": "image-classification", "scale_range": [0.1, 1.0]},
+            ValueError,
+            "class_weights has no effect in image-classification",
+        ),
         (["max_steps"], ValueError, '"field=value"'),
     ],
 )

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from transformers import AutoModelForSemanticSegmentation
 
 from lemore_hf import LeMoReForSemanticSegmentation
 from lemore_hf.checkpointing import list_checkpoints, load_checkpoint
+from lemore_hf.data.loading import EpochSampler
 from lemore_hf.data.scenes import load_scenes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +63,9 @@ def recipe(tmp_path_factory) -> Path:
     return path
 
 
-def command(recipe: Path, data_dir: Path, output_dir: Path, *options: str, processes: int = 1) -> list[str]:
+def command(
+    recipe: Path, data_dir: Path, output_dir: Path, *options: str, processes: int = 1, cached: bool = True
+) -> list[str]:
     launcher = [sys.executable]
     if processes > 1:
         launcher += [
@@ -76,7 +80,7 @@ def command(recipe: Path, data_dir: Path, output_dir: Path, *options: str, proce
         launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     places = ["--recipe", str(recipe), "--data_dir", str(data_dir), "--output_dir", str(output_dir)]
     every = ["--save_every", "3", "--eval_every", "8", "--log_every", "2", "--num_workers", "1"]
-    cache = [] if "--streaming" in options else ["--cache", "memory"]
+    cache = ["--cache", "memory"] if cached else []
     return [*launcher, str(ROOT / "scripts" / "train.py"), *places, *every, *cache, *options]
 
 
@@ -181,26 +185,49 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     assert not (tmp_path / "final").exists()
 
 
-def test_a_bad_sample_is_named_and_nothing_is_lost(tmp_path, recipe):
-    for folder in ("train/images", "train/masks"):
-        (tmp_path / "data" / folder).mkdir(parents=True)
-    for index, value in enumerate([0, 1, 77]):
-        Image.new("RGB", (64, 64), (index * 50, 0, 0)).save(tmp_path / f"data/train/images/street{index}.png")
-        Image.new("L", (64, 64), value).save(tmp_path / f"data/train/masks/street{index}.png")
-    output = run(recipe, tmp_path / "data", tmp_path / "out", "--eval_every", "0", "--class_weights", "none", expect=1)
-    assert "street2" in output
-    assert "77" in output
-    assert "check_dataset.py" in output
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_bad_sample_is_named_and_nothing_is_lost(tmp_path, recipe, processes):
+    data = tmp_path / "data"
+
+    def write_mask(split: str, index: int, label: int) -> None:
+        Image.new("L", (64, 64), label).save(data / split / f"masks/street{index:02}.png")
+
+    for split, count in (("train", 12), ("validation", 4)):
+        for kind in ("images", "masks"):
+            (data / split / kind).mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (64, 64), (index * 20, 0, 99)).save(data / split / f"images/street{index:02}.png")
+            write_mask(split, index, index % 3)
+    options = ["--class_weights", "none", "--max_steps", "4", "--save_every", "100", "--eval_every", "2"]
+    options += ["--gradient_accumulation_steps", "2"] if processes == 1 else []
+    how = {"processes": processes, "cached": False}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(recipe, data, whole, *options, **how)
+
+    # In the middle of the third step, in the last batch or process; and in the validation before it.
+    third_step = [index for _, index in islice(EpochSampler(12, seed=0), 8, 12)]
+    bad = [("validation", 3)] * (processes > 1) + [("train", third_step[3])]
+    for split, index in bad:
+        write_mask(split, index, 77)
+    for split, index in bad:
+        output = run(recipe, data, stopped, *options, "--resume", **how, expect=1)
+        assert f"BadSampleError: Sample {index} ('street{index:02}') cannot be used" in output
+        assert "77" in output
+        assert "check_dataset.py" in output
+        assert load_checkpoint(list_checkpoints(stopped)[-1])[1]["step"] == 2
+        write_mask(split, index, index % 3)
+    run(recipe, data, stopped, *options, "--resume", **how)
+    assert weights_of(stopped) == weights_of(whole)
 
 
 def test_a_stream_is_trained_on_and_resumed_to_the_same_weights(tmp_path, recipe, data_dir):
     options = ("--streaming", "--class_weights", "none", "--max_steps", "6", "--eval_every", "0")
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    run(recipe, data_dir, whole, *options)
+    run(recipe, data_dir, whole, *options, cached=False)
     shutil.copytree(whole, halves)
     shutil.rmtree(halves / "final")
     shutil.rmtree(halves / "checkpoint-0000006")
-    run(recipe, data_dir, halves, *options, "--resume")
+    run(recipe, data_dir, halves, *options, "--resume", cached=False)
     assert weights_of(halves) == weights_of(whole)
 
 

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets.distributed import split_dataset_by_node
 from PIL import Image, ImageOps
 from torch.utils.data import IterableDataset, Sampler, get_worker_info
@@ -50,13 +51,26 @@ class BadSampleError(ValueError):
     """A sample that cannot be trained or evaluated on. Its message names the sample, the reason and the way out.
 
     Attributes:
-        sample: name of the sample, `None` once the error has crossed a worker process.
+        sample: name of the sample, `None` once the error has crossed a process.
         reason: what is wrong with it, likewise.
     """
 
     def __init__(self, message: str, sample: str | None = None, reason: str | None = None):
-        super().__init__(message)
+        # A worker process of a DataLoader puts its traceback before the message.
+        super().__init__(message.rpartition("BadSampleError: ")[-1].strip())
         self.sample, self.reason = sample, reason
+
+
+def raise_together(error: BadSampleError | None) -> None:
+    """Raise the error of any process on all of them, so that they stop at the same step.
+
+    Collective: every process of Accelerate's calls it, with its own error or `None`.
+    """
+    messages = gather_object([None if error is None else str(error)])
+    if error is not None:
+        raise error
+    if any(messages):
+        raise BadSampleError("\n".join(message for message in messages if message))
 
 
 # -------------------------------------------------------------------------------------------------------------------
@@ -504,7 +518,8 @@ class RecipeDataset(torch.utils.data.Dataset):
 
     `dataset[index]`, or `dataset[epoch, index]` as `EpochSampler` asks, is a dictionary of `pixel_values` (uint8,
     (3, H, W); see `normalize`), `labels` (uint8, (H, W), 255 is void; or the class id), `index` and `name`. In
-    evaluation the labels keep the stored size. It depends on nothing but seed, epoch and index.
+    evaluation the labels keep the stored size. It depends on nothing but seed, epoch and index; only the rounding of
+    `pixel_values` may depend on the device that augments them.
 
     Raises:
         BadSampleError: when asked for a sample that cannot be used; with a cache, when the data set is made.

@@ -263,6 +263,9 @@ class Recipe:
                 raise ValueError("max_longest_edge needs resize to be the length of the shortest edge.")
             if self.max_longest_edge < self.resize:
                 raise ValueError(f"max_longest_edge is {self.max_longest_edge}, shorter than resize ({self.resize}).")
+        for field in _FIELDS_OF_THE_OTHER_TASK[self.task]:
+            if getattr(self, field):
+                raise ValueError(f"{field} has no effect in {self.task}: leave it out.")
         low, high = self.scale_range
         if not 0 < low <= high:
             raise ValueError(f"scale_range must be (low, high) with 0 < low <= high, got {self.scale_range}.")
@@ -300,6 +303,13 @@ class Recipe:
         return {field: _plain(getattr(self, field)) for field in _field_types()}
 
 
+_FIELDS_OF_THE_OTHER_TASK = {
+    "semantic-segmentation": ("mixup_alpha", "cutmix_alpha"),
+    "image-classification": (
+        *("class_weights", "ohem_threshold", "dice_weight", "lovasz_weight"),
+        *("label_map", "reduce_labels", "allow_all_void"),
+    ),
+}
 # (fields, smallest, largest) of the plain numbers.
 _RANGES = (
     (("validation_fraction",), 0.01, 0.5),
