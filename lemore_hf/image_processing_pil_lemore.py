@@ -7,6 +7,7 @@ The torchvision backend imports the shared half from here, so that this file wor
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
@@ -394,7 +395,8 @@ def _read_image(
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
+            if image.mode != "RGB":  # or it would be copied
+                image = image.convert("RGB")
         image, input_data_format = np.array(image), ChannelDimension.LAST
     return _eight_bit(_to_numpy(image)), input_data_format
 
@@ -588,7 +590,7 @@ def _upsampled_argmax(scores: "torch.Tensor", size: tuple[int, int]) -> "torch.T
 
     The pixels between four neighbouring scores form a cell, in which a class lies between the least and the greatest of
     its four corners. A class whose greatest corner is below another's least one cannot win there, which leaves one
-    class in most cells and a few at borders. Only those few are interpolated, a block of cell rows at a time.
+    class in most cells: theirs, for all their pixels. In the others, at borders, the few that can win are interpolated.
 
     Args:
         scores: finite, `(C, h, w)`.
@@ -597,112 +599,135 @@ def _upsampled_argmax(scores: "torch.Tensor", size: tuple[int, int]) -> "torch.T
     Returns:
         int64 labels, `(H, W)`.
     """
-    device = scores.device
-    row_cells, row_offsets, row_weights = _cells(scores.shape[1], size[0], device)
-    column_cells, column_offsets, column_weights = _cells(scores.shape[2], size[1], device)
-    column_index = column_cells * column_weights.shape[1] + column_offsets
-
-    labels = torch.empty(size, dtype=torch.int64, device=device)
-    num_cell_rows, cell_height = row_weights.shape
-    row_elements = max(len(scores) * len(column_weights), column_weights.numel() * cell_height)
+    rows, columns = (
+        _Axis.of(length, target, scores.device) for length, target in zip(scores.shape[1:], size, strict=True)
+    )
+    # (C, h, w) → (h + 2, w + 2, C): the classes of a place side by side, the border repeated around
+    scores = scores.permute(1, 2, 0).float()
+    scores = scores[rows.corners][:, columns.corners].contiguous()
+    labels = torch.empty(size, dtype=torch.int64, device=scores.device)
+    row_elements = max(scores[0].numel(), columns.weights.numel() * rows.weights.shape[1])
     step = max(1, _BLOCK_ELEMENTS // row_elements)
-    ends = torch.bincount(row_cells, minlength=num_cell_rows).cumsum(0).tolist()
-    for start in range(0, num_cell_rows, step):
-        stop = min(start + step, num_cell_rows)
-        first, last = ends[start - 1] if start else 0, ends[stop - 1]
-        if first == last:
-            continue
-        rows = scores[None, :, max(start - 1, 0) : stop].float()
-        border = (1, 1, int(start == 0), int(stop == num_cell_rows))
-        corners = F.pad(rows, border, mode="replicate")[0]  # (C, cell rows + 1, cell columns + 1)
-        block = _label_cells(corners, row_weights[start:stop], column_weights)
-        # (cell rows, cell columns, cell height, cell width) → (rows, columns), without the pixels that pad the cells
-        block = block.transpose(1, 2).flatten(2).flatten(0, 1)
-        row_index = (row_cells[first:last] - start) * cell_height + row_offsets[first:last]
-        labels[first:last] = block.index_select(1, column_index).index_select(0, row_index)
+    for start in range(0, len(rows.weights), step):
+        _label_cell_rows(scores, rows, columns, range(start, min(start + step, len(rows.weights))), labels)
     return labels
 
 
-def _cells(length: int, target: int, device: "torch.device") -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
-    """Where each of `target` pixels lies along one axis of `length` scores: its cell, and its place in the cell.
+@dataclass(frozen=True)
+class _Axis:
+    """Where each of `target` pixels lies along one axis of `length` scores.
 
-    A cell spans two neighbouring scores; the first and the last repeat the border. Positions and rounding are those of
-    `torch.nn.functional.interpolate`.
-
-    Returns:
-        cells `(target,)`, places in the cell `(target,)`, and the weights of the second neighbour at each place of each
-        cell, `(length + 1, most pixels in a cell)`, 0 where a cell has fewer pixels.
-    """
-    scale = torch.tensor(length, dtype=torch.float32) / target
-    position = (torch.arange(target, dtype=torch.float32) + 0.5) * scale - 0.5
-    below = position.floor()
-    cells = below.long() + 1
-    counts = torch.bincount(cells, minlength=length + 1)
-    offsets = torch.arange(target) - (counts.cumsum(0) - counts)[cells]
-    weights = torch.zeros(length + 1, int(counts.max()))
-    weights[cells, offsets] = position - below
-    return cells.to(device), offsets.to(device), weights.to(device)
-
-
-def _label_cells(
-    corners: "torch.Tensor", row_weights: "torch.Tensor", column_weights: "torch.Tensor"
-) -> "torch.Tensor":
-    """Labels of all pixels of a block of cells.
+    A cell spans two neighbouring scores; the first and the last of the `length + 1` cells repeat the border. Positions
+    and rounding are those of `torch.nn.functional.interpolate`.
 
     Args:
-        corners: scores `(C, n + 1, m + 1)` around `n × m` cells.
-        row_weights: `(n, R)`, of the lower corners for each pixel row of each cell.
-        column_weights: `(m, Q)`, of the right corners for each pixel column.
-
-    Returns:
-        labels `(n, m, R, Q)`, int32.
+        corners: the scores that the cells lie between, with the border repeated, `(length + 2,)`.
+        cells: the cell of each pixel, rising, `(target,)`.
+        has_pixels: whether a cell has any, which not every one does when shrinking, `(length + 1,)`.
+        ends: for each cell, how many pixels it and those before it have.
+        pixels: the pixels in each cell, `(length + 1, most pixels in a cell)`; the last one again where a cell has
+            fewer, and meaningless where it has none.
+        weights: of the second corner at each of these pixels, of the same shape.
     """
-    num_classes, (n, rows), (m, columns) = len(corners), row_weights.shape, column_weights.shape
-    lowest = torch.minimum(corners[:, :-1], corners[:, 1:])
-    lowest = torch.minimum(lowest[..., :-1], lowest[..., 1:])
-    highest = torch.maximum(corners[:, :-1], corners[:, 1:])
-    highest = torch.maximum(highest[..., :-1], highest[..., 1:])
-    candidate = (highest >= lowest.amax(dim=0)).flatten(1).t().contiguous()  # (cells, C)
 
-    # The candidates of each cell in rising order, one cell after another.
-    cells, classes = candidate.nonzero(as_tuple=True)
-    counts = torch.bincount(cells, minlength=n * m)
-    starts = counts.cumsum(0) - counts
-    labels = classes[starts].int()[:, None].expand(-1, rows * columns).contiguous()
+    corners: "torch.Tensor"
+    cells: "torch.Tensor"
+    has_pixels: "torch.Tensor"
+    ends: list[int]
+    pixels: "torch.Tensor"
+    weights: "torch.Tensor"
 
+    @classmethod
+    def of(cls, length: int, target: int, device: "torch.device") -> "_Axis":
+        scale = torch.tensor(length, dtype=torch.float32) / target
+        position = (torch.arange(target, dtype=torch.float32) + 0.5) * scale - 0.5
+        below = position.floor()
+        cells = below.long() + 1
+        counts = torch.bincount(cells, minlength=length + 1)
+        ends = counts.cumsum(0)
+        pixels = (ends - counts)[:, None] + torch.arange(int(counts.max()))
+        pixels = pixels.minimum(ends[:, None] - 1).clamp(min=0)
+        corners = torch.arange(-1, length + 1).clamp(0, length - 1)
+        weights = (position - below)[pixels]
+        return cls(
+            corners.to(device),
+            cells.to(device),
+            (counts > 0).to(device),
+            ends.tolist(),
+            pixels.to(device),
+            weights.to(device),
+        )
+
+
+def _label_cell_rows(
+    scores: "torch.Tensor", rows: _Axis, columns: _Axis, block: range, labels: "torch.Tensor"
+) -> None:
+    """Writes the labels of a block of cell rows into `labels` `(H, W)`, from the scores `(h + 2, w + 2, C)`."""
+    first, last = rows.ends[block.start - 1] if block.start else 0, rows.ends[block.stop - 1]
+    if first == last:
+        return
+    corners = scores[block.start : block.stop + 1]
+    lowest = torch.minimum(corners[:-1], corners[1:])
+    lowest = torch.minimum(lowest[:, :-1], lowest[:, 1:])
+    highest = torch.maximum(corners[:-1], corners[1:])
+    highest = torch.maximum(highest[:, :-1], highest[:, 1:])
+    bound, winner = lowest.max(dim=2)  # (cell rows, cell columns)
+    can_win = highest >= bound[..., None]
+
+    row_index = rows.cells[first:last] - block.start
+    torch.index_select(winner[:, columns.cells], 0, row_index, out=labels[first:last])
+    contested = (can_win.sum(dim=2) > 1) & rows.has_pixels[block.start : block.stop, None] & columns.has_pixels
+    _label_contested(scores, rows, columns, contested, can_win[contested], block.start, labels)
+
+
+def _label_contested(
+    scores: "torch.Tensor",
+    rows: _Axis,
+    columns: _Axis,
+    contested: "torch.Tensor",
+    can_win: "torch.Tensor",
+    first_row: int,
+    labels: "torch.Tensor",
+) -> None:
+    """Writes the labels of the cells where several classes can win.
+
+    Args:
+        contested: which cells these are, `(cell rows, cell columns)`, the first of row `first_row`.
+        can_win: which classes can win there, `(cells, C)`.
+    """
+    counts = can_win.sum(dim=1)
     # Cells with the most candidates first, so that those with a k-th candidate are a prefix.
-    order = counts.argsort(descending=True)
-    fewer = torch.bincount(counts, minlength=num_classes + 1).cumsum(0).tolist()
-    contested = order[: n * m - fewer[1]]
-    if len(contested) == 0:
-        return labels.view(n, m, rows, columns)
-    flat = corners.flatten()
-    row_stride, class_stride = m + 1, (n + 1) * (m + 1)
-    top_left = contested // m * row_stride + contested % m
-    right, down = column_weights[contested % m], row_weights[contested // m][:, :, None]
+    counts, order = counts.sort(descending=True)
+    classes = can_win[order].nonzero()[:, 1]  # the candidates of each cell in rising order, one cell after another
+    starts = counts.cumsum(0) - counts
+    cell_rows, cell_columns = (index[order] for index in contested.nonzero(as_tuple=True))
+    cell_rows = cell_rows + first_row
+    num_columns, num_classes = scores.shape[1:]
+    flat, top_left = scores.flatten(), (cell_rows * num_columns + cell_columns) * num_classes
+    down, right = rows.weights[cell_rows][:, :, None], columns.weights[cell_columns]
 
     def interpolate(chosen: "torch.Tensor") -> "torch.Tensor":
         """The scores `(cells, R, Q)` of one class a cell, of the first cells."""
-        count = len(chosen)
-        index = chosen * class_stride + top_left[:count]
-        upper = torch.lerp(flat[index][:, None], flat[index + 1][:, None], right[:count])
-        index = index + row_stride
-        lower = torch.lerp(flat[index][:, None], flat[index + 1][:, None], right[:count])
-        return torch.lerp(upper[:, None], lower[:, None], down[:count])
+        index, n = top_left[: len(chosen)] + chosen, len(chosen)
+        upper = torch.lerp(flat[index][:, None], flat[index + num_classes][:, None], right[:n])
+        index = index + num_columns * num_classes
+        lower = torch.lerp(flat[index][:, None], flat[index + num_classes][:, None], right[:n])
+        return torch.lerp(upper[:, None], lower[:, None], down[:n])
 
-    best = interpolate(classes[starts[contested]])
-    winner = labels[contested].view(-1, rows, columns)
+    chosen = classes[starts]
+    best, winner = interpolate(chosen), chosen[:, None, None].expand(-1, down.shape[1], right.shape[1]).contiguous()
+    fewer = torch.bincount(counts, minlength=num_classes + 1).cumsum(0).tolist()
     for k in range(1, num_classes):
-        count = n * m - fewer[k]
-        if count == 0:
+        remaining = len(counts) - fewer[k]
+        if remaining == 0:
             break
-        chosen = classes[starts[contested[:count]] + k]
+        chosen = classes[starts[:remaining] + k]
         score = interpolate(chosen)
-        better = score > best[:count]
-        winner[:count] = torch.where(better, chosen.int()[:, None, None], winner[:count])
-        torch.maximum(best[:count], score, out=best[:count])
-    labels[contested] = winner.flatten(1)
-    return labels.view(n, m, rows, columns)
+        better = score > best[:remaining]
+        winner[:remaining] = torch.where(better, chosen[:, None, None], winner[:remaining])
+        torch.maximum(best[:remaining], score, out=best[:remaining])
+    # Where a cell has fewer pixels its last one is written again, with the same label.
+    labels[rows.pixels[cell_rows][:, :, None], columns.pixels[cell_columns][:, None]] = winner
 
 
 __all__ = ["LeMoReImageProcessorPil"]
