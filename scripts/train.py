@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import is_tensorboard_available, set_seed
+from accelerate.utils import broadcast, is_tensorboard_available, set_seed
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
@@ -220,6 +220,8 @@ def main() -> None:
                     f"loss {mean_loss:.3f}, lr {scheduler.get_last_lr()[0]:.1e}, {rate * recipe.batch_size:.0f} images/s"
                 )
             if is_due["eval"]:
+                # Batch-norm statistics differ between processes; those of the main one are saved.
+                broadcast(list(averaged_model.buffers()))
                 scores = evaluate(
                     averaged_model, validation, recipe, accelerator, num_workers=eval_workers, progress=False
                 )
@@ -308,13 +310,15 @@ def build_criterion(recipe: Recipe, dataset: RecipeDataset | None) -> nn.Module:
     if recipe.task == "image-classification":
         return nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
     class_weights = recipe.class_weights
-    if class_weights == "median_frequency":
+    if isinstance(class_weights, str):
         if dataset is None:
             raise ValueError(
-                "class_weights='median_frequency' needs the whole set: give a list of weights to a stream."
+                f"class_weights={class_weights!r} needs the whole set: give a list of weights to a stream."
             )
         labels = (dataset.decoded(index).labels for index in tqdm(range(len(dataset)), "Class weights", leave=False))
         class_weights = median_frequency_weights(*count_for_median_frequency(labels, recipe.num_classes))
+        if recipe.class_weights == "sqrt_median_frequency":
+            class_weights = [weight**0.5 for weight in class_weights]
     return SegmentationCriterion(
         class_weights,
         recipe.label_smoothing,

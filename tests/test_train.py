@@ -5,6 +5,7 @@
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -20,8 +21,10 @@ from transformers import AutoModelForSemanticSegmentation
 
 from lemore_hf import LeMoReForSemanticSegmentation
 from lemore_hf.checkpointing import list_checkpoints, load_checkpoint
-from lemore_hf.data.loading import EpochSampler
+from lemore_hf.data.loading import EpochSampler, RecipeDataset, load_split
+from lemore_hf.data.recipes import load_recipe
 from lemore_hf.data.scenes import load_scenes
+from lemore_hf.evaluation import evaluate, load_trained_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_MODEL = {
@@ -156,7 +159,8 @@ def log_of(output_dir: Path) -> list[dict]:
 
 
 def test_two_processes_train_and_resume_to_the_same_weights(tmp_path, recipe, data_dir):
-    options = ("--max_steps", "12", "--save_every", "6", "--eval_every", "6")
+    # With single images to validate, both processes have some.
+    options = ("--max_steps", "12", "--save_every", "6", "--eval_every", "6", "--eval_batch_size", "1")
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     run(recipe, data_dir, whole, *options, processes=2)
     assert [record["step"] for record in log_of(whole) if "mean_iou" in record] == [6, 12]
@@ -167,6 +171,11 @@ def test_two_processes_train_and_resume_to_the_same_weights(tmp_path, recipe, da
     run(recipe, data_dir, halves, *options, "--resume", processes=2)
     assert weights_of(halves) == weights_of(whole)
     assert log_of(halves) == log_of(whole)
+    # What both measured together is what the saved model scores.
+    settings = load_recipe(recipe)
+    validation = RecipeDataset(load_split(settings, "validation", data_dir), settings)
+    scores = evaluate(load_trained_model(whole / "final"), validation, settings, batch_size=1, progress=False)
+    assert log_of(whole)[-1]["mean_iou"] == pytest.approx(scores["mean_iou"], abs=1e-4)
 
 
 def test_resuming_with_other_settings_is_refused(recipe, data_dir, uninterrupted):
@@ -231,6 +240,25 @@ def test_a_stream_is_trained_on_and_resumed_to_the_same_weights(tmp_path, recipe
     assert weights_of(halves) == weights_of(whole)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--keep_checkpoints", "0"], "--keep_checkpoints: must be at least 1, got 0"),
+        (["--save_every", "-1"], "--save_every: must be at least 0"),
+        (["--cache", "device"], "--num_workers 0"),
+        (["--streaming", "--cache", "memory"], "exclude each other"),
+        (["--peer", "segformer-b0", "--init_from", "x"], "--init_from is for LeMoRe"),
+        (["--peer", "segformer-b0", "--push_to_hub", "x"], "--push_to_hub is for LeMoRe"),
+    ],
+)
+def test_options_without_effect_are_refused(options, message, monkeypatch, capsys):
+    script = str(ROOT / "scripts" / "train.py")
+    monkeypatch.setattr(sys, "argv", [script, "--recipe", "camvid", "--output_dir", "out", *options])
+    with pytest.raises(SystemExit):
+        runpy.run_path(script)["parse_arguments"]()
+    assert message in capsys.readouterr().err
+
+
 def test_weights_that_are_damaged_are_refused(tmp_path, recipe, data_dir, uninterrupted):
     damaged = Path(shutil.copytree(uninterrupted / "final", tmp_path / "damaged"))
     weights = damaged / "model.safetensors"
@@ -240,3 +268,18 @@ def test_weights_that_are_damaged_are_refused(tmp_path, recipe, data_dir, uninte
     weights.rename(damaged / "pytorch_model.bin")
     output = run(recipe, data_dir, tmp_path / "out", "--init_from", str(damaged), expect=1)
     assert "pytorch_model.bin" in output
+
+
+def test_class_weights_are_counted_in_the_training_set(recipe, data_dir):
+    build_criterion = runpy.run_path(str(ROOT / "scripts" / "train.py"))["build_criterion"]
+    weights = {}
+    for kind in ("median_frequency", "sqrt_median_frequency"):
+        loaded = load_recipe(recipe, {"class_weights": kind}, data_dir)
+        dataset = RecipeDataset(load_split(loaded, "train", data_dir), loaded)
+        weights[kind] = build_criterion(loaded, dataset).class_weights
+    labels = np.stack([np.asarray(sample["label"]) for sample in load_scenes(10, 0, 0, size=(64, 96))["train"]])
+    counts = np.bincount(labels.ravel(), minlength=256)[:9]
+    assert weights["median_frequency"].argmax() == counts.argmin()
+    assert np.allclose(weights["sqrt_median_frequency"] ** 2, weights["median_frequency"])
+    with pytest.raises(ValueError, match="'sqrt_median_frequency' needs the whole set"):
+        build_criterion(loaded, None)

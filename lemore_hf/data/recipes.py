@@ -183,8 +183,9 @@ class Recipe:
     """Further fields of `LeMoReConfig`."""
 
     # Loss
-    class_weights: Literal["median_frequency"] | tuple[float, ...] | None = None
-    """Weights of the classes in the cross entropy: median frequency balancing over the training split, or a list."""
+    class_weights: Literal["median_frequency", "sqrt_median_frequency"] | tuple[float, ...] | None = None
+    """Weights of the classes in the cross entropy: median frequency balancing over the training split, the square roots
+    of its weights, or a list."""
     label_smoothing: float = 0.0
     """Of the cross entropy."""
     ohem_threshold: float | None = None
