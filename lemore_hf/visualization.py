@@ -13,6 +13,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.functional import to_pil_image
 from transformers import PreTrainedConfig
@@ -524,7 +525,7 @@ def plot_speed(points: Mapping[str, Sequence[Mapping[str, Any]]], title: str | N
     columns = min(len(panels), 4)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(1 + 3.6 * columns, 1.2 + 3 * rows), dpi=120, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    grid = figure.subplots(rows, columns, squeeze=False, sharex="col", sharey=True).flatten()
     for axes, (runtime, models) in zip(grid, panels.items(), strict=False):
         for model in models:
             color = palette[colors[model["name"]]]
@@ -534,12 +535,16 @@ def plot_speed(points: Mapping[str, Sequence[Mapping[str, Any]]], title: str | N
             axes.plot(model["parameters"] / 1e6, speed, "+", color="black", markersize=4)
         axes.set_title(runtime, fontsize="medium")
         axes.set_yscale("log")
-        axes.margins(0.25)
-        axes.grid(alpha=0.3, which="both")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.margins(0.2)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("parameters, M")
+        axes.grid(alpha=0.3)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    figure.supxlabel("parameters, M")
-    figure.supylabel(f"speed ({next(iter(panels.values()))[0]['name']} = 1)")
+    figure.supylabel(f"speed ({next(iter(panels.values()))[0]['name']} = 1)", fontsize="medium")
     handles = [
         Line2D([], [], marker="o", linestyle="", color=palette[index], label=name) for name, index in colors.items()
     ]

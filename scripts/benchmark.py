@@ -22,8 +22,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from lemore_hf.benchmarking.cell import GRAPH_RUNTIMES, LAYOUTS, Cell
 from lemore_hf.benchmarking.models import NAMES, draw_picture
 from lemore_hf.benchmarking.report import (
@@ -153,39 +151,29 @@ def new_report(arguments: argparse.Namespace, machine: dict[str, Any]) -> dict[s
 
 
 def measure_all(report: dict[str, Any], arguments: argparse.Namespace, folder: Path) -> None:
+    """Fill the report, and write it after every round."""
     if 2 in arguments.tables and not (folder / "labels.png").is_file():
         draw_picture(folder)
     preparations = list(plan_preparations(arguments, folder))
-    with tqdm(total=len(preparations), desc="Exporting", unit="model") as bar:
-        models = prepare_models(preparations, lambda: bar.update())
     failed = {}
-    for cell in preparations:
-        result = models[cell.model]
+    for model, result in prepare_models(preparations).items():
         # A process that failed altogether has made no graph at all.
-        reasons = dict.fromkeys(cell.runtime.split(","), result) if "failed" not in result else result["failed"]
-        failed |= {(cell.model, runtime): why for runtime, why in reasons.items()}
-    counts = {name: result for name, result in models.items() if "parameters" in result}
-    for name, result in counts.items():
-        result.pop("failed")
-        traffic = report["models"].get(name, {}).get("traffic", {}) | result["traffic"]
-        report["models"][name] = {**result, "traffic": traffic}
+        reasons = result.pop("failed", dict.fromkeys(arguments.runtimes, result))
+        failed |= {(model, runtime): why for runtime, why in reasons.items()}
+        if "parameters" in result:
+            traffic = report["models"].get(model, {}).get("traffic", {}) | result["traffic"]
+            report["models"][model] = {**result, "traffic": traffic}
 
     cells = [replace(cell, folder=str(folder)) for cell in plan_cells(arguments)]
-    environment = report["settings"]["environment"]
-    with tqdm(total=arguments.rounds * len(cells), unit="cell") as bar:
-
-        def show(cell: Cell | None) -> None:
-            bar.update((bar.n < bar.total and cell is not cells[0]) or cell is None)
-            bar.set_description(f"{cell.model} {cell.runtime}".strip() if cell else "done")
-
-        results = run_rounds(cells, arguments.rounds, environment, failed, show)
-    measured = [merge_rounds(cell, rounds) for cell, rounds in results.items()]
-    keys = {identity(result) for result in measured}
-    report["results"] = [result for result in report["results"] if identity(result) not in keys] + measured
-    report["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    before = report["results"]
+    for results in run_rounds(cells, arguments.rounds, report["settings"]["environment"], failed):
+        measured = [merge_rounds(cell, rounds) for cell, rounds in results.items()]
+        keys = {identity(result) for result in measured}
+        report["results"] = [result for result in before if identity(result) not in keys] + measured
+        report["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def identity(result: dict[str, Any]) -> tuple:
@@ -276,13 +264,16 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def speed_points(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """What the chart shows: single images on the most threads, by runtime."""
-    results = [result for result in report["results"] if result["table"] == 1 and result["kind"] == "inference"]
+    """What the chart shows: single images on the most threads, in the runtimes that keep single precision."""
+    shown = ("eager", "onnx", "openvino", "cuda-float32")
+    results = [result for result in report["results"] if result["table"] == 1 and result["runtime"] in shown]
+    results = [result for result in results if result["kind"] == "inference"]
     threads = max((result["threads"] for result in results), default=1)
     points: dict[str, list[dict[str, Any]]] = {}
-    for result in best_layouts(results):
+    for result in sorted(best_layouts(results), key=lambda result: list(NAMES).index(result["model"])):
         counts = report["models"].get(result["model"])
-        if counts and "median" in result and (result["batch_size"], result["threads"]) == (1, threads):
+        on_all_threads = result["threads"] == threads or result["runtime"].startswith("cuda")
+        if counts and "median" in result and result["batch_size"] == 1 and on_all_threads:
             point = {"name": NAMES[result["model"]], "seconds": result["median"], **counts}
             points.setdefault(RUNTIME_NAMES[result["runtime"]], []).append(point)
     return points

@@ -109,7 +109,7 @@ def test_rounds_are_interleaved_and_drop_slow_layouts_and_failures(monkeypatch):
 
     monkeypatch.setattr(rounds, "run_cell", fake_run_cell)
     failed = {("lemore", "onnx"): {"not_installed": "onnxscript"}}
-    results = rounds.run_rounds([EAGER, slow, broken, unexported], 3, failed=failed)
+    *_, results = rounds.run_rounds([EAGER, slow, broken, unexported], 3, failed=failed)
     assert started == [EAGER, slow, broken, EAGER, EAGER]
     assert [len(results[cell]) for cell in (EAGER, slow, broken)] == [3, 1, 1]
     assert results[unexported] == [{"not_installed": "onnxscript"}]
@@ -118,7 +118,7 @@ def test_rounds_are_interleaved_and_drop_slow_layouts_and_failures(monkeypatch):
 def test_a_close_layout_stays(monkeypatch):
     close = replace(EAGER, layout="channels_last")
     monkeypatch.setattr(rounds, "run_cell", lambda cell, environment: {"median": 1.05 if cell == close else 1.0})
-    results = rounds.run_rounds([EAGER, close], 2)
+    *_, results = rounds.run_rounds([EAGER, close], 2)
     assert [len(results[cell]) for cell in (EAGER, close)] == [2, 2]
 
 

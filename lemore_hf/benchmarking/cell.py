@@ -143,10 +143,10 @@ def _open_torch(cell: Cell) -> Callable[[], Any]:
 
     torch.set_num_threads(cell.threads)
     dtype = torch.bfloat16 if cell.runtime == "bf16" else torch.float32
-    memory_format = _memory_format(cell.layout)
-    model = build_model(cell.model).to(dtype=dtype, memory_format=memory_format)
+    layout = memory_format(cell.layout)
+    model = build_model(cell.model).to(dtype=dtype, memory_format=layout)
     shape = (cell.batch_size, 3, *cell.size)
-    pixel_values = torch.randn(shape, dtype=dtype).contiguous(memory_format=memory_format)
+    pixel_values = torch.randn(shape, dtype=dtype).contiguous(memory_format=layout)
     network = torch.compile(model, dynamic=False) if cell.runtime == "compile" else model
 
     def run() -> torch.Tensor:
@@ -156,7 +156,8 @@ def _open_torch(cell: Cell) -> Callable[[], Any]:
     return run
 
 
-def _memory_format(layout: str) -> Any:
+def memory_format(layout: str) -> Any:
+    """PyTorch's name for one of `LAYOUTS`."""
     import torch
 
     return {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[layout]
@@ -168,17 +169,19 @@ def _measure_cuda_graph(cell: Cell) -> dict[str, Any]:
 
     from lemore_hf.benchmarking.models import build_model
 
+    _use_tensor_cores()
     dtype = torch.bfloat16 if cell.runtime == "cuda-bfloat16" else torch.float32
-    memory_format = _memory_format(cell.layout)
-    model = build_model(cell.model).to("cuda", dtype, memory_format=memory_format)
+    layout = memory_format(cell.layout)
+    model = build_model(cell.model).to("cuda", dtype, memory_format=layout)
     pixel_values = torch.randn(cell.batch_size, 3, *cell.size, device="cuda", dtype=dtype)
-    pixel_values = pixel_values.contiguous(memory_format=memory_format)
+    pixel_values = pixel_values.contiguous(memory_format=layout)
 
     with torch.inference_mode():
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
             for _ in range(_WARM_UP_RUNS):  # cuDNN and cuBLAS choose and allocate, which a capture must not
                 model(pixel_values)
             memory = torch.cuda.max_memory_allocated() - before
@@ -192,6 +195,14 @@ def _measure_cuda_graph(cell: Cell) -> dict[str, Any]:
         torch.cuda.synchronize()
 
     return {**timed(replay, cell.seconds), "peak_memory": memory}
+
+
+def _use_tensor_cores() -> None:
+    """TF32 for products of single precision too, as for convolutions, and the fastest algorithm for each size."""
+    import torch
+
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
 
 
 def _random_input(cell: Cell) -> Any:
@@ -240,10 +251,10 @@ def _measure_training(cell: Cell) -> dict[str, Any]:
     from lemore_hf.benchmarking.models import NUM_LABELS, build_model
 
     torch.set_num_threads(cell.threads)
-    memory_format = _memory_format(cell.layout)
-    model = build_model(cell.model, for_training=True).to(memory_format=memory_format)
+    layout = memory_format(cell.layout)
+    model = build_model(cell.model, for_training=True).to(memory_format=layout)
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad])
-    pixel_values = torch.randn(cell.batch_size, 3, *cell.size).contiguous(memory_format=memory_format)
+    pixel_values = torch.randn(cell.batch_size, 3, *cell.size).contiguous(memory_format=layout)
     labels = torch.randint(NUM_LABELS, (cell.batch_size, *cell.size))
 
     def step() -> None:
@@ -346,6 +357,8 @@ def _measure_peaks(cell: Cell) -> dict[str, Any]:
     device = "cuda" if on_gpu else "cpu"
     dtype = torch.bfloat16 if cell.runtime == "cuda-bfloat16" else torch.float32
     torch.set_num_threads(cell.threads)
+    if on_gpu:
+        _use_tensor_cores()
     side = 8192 if on_gpu else 2048
     left, right = torch.randn(2, side, side, device=device).to(dtype)
     source = torch.ones(2**28, dtype=torch.uint8, device=device)

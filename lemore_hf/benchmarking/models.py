@@ -21,7 +21,7 @@ from ..export import _quantize_onnx, _quantize_openvino, _quiet, export_model
 from ..image_processing_lemore import LeMoReImageProcessor
 from ..modeling_lemore import LeMoReForSemanticSegmentation
 from ..peers import build_peer
-from .cell import Cell
+from .cell import Cell, memory_format
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -45,7 +45,7 @@ def build_model(name: str, for_training: bool = False) -> PreTrainedModel:
     model = _random_model(name)
     if for_training:
         return model.train()
-    return _fused(model.eval()) if name == "lemore" else model.eval()
+    return model.fuse() if name == "lemore" else model.eval()
 
 
 def _random_model(name: str) -> PreTrainedModel:
@@ -53,10 +53,6 @@ def _random_model(name: str) -> PreTrainedModel:
     if name.startswith("lemore"):
         return LeMoReForSemanticSegmentation(LeMoReConfig(num_labels=NUM_LABELS))
     return build_peer(name, NUM_LABELS)
-
-
-def _fused(model: LeMoReForSemanticSegmentation) -> PreTrainedModel:
-    return model.fuse() if hasattr(model, "fuse") else model
 
 
 # Sizes
@@ -202,9 +198,8 @@ def load_segmenter(name: str, folder: Path, layout: str) -> tuple[PreTrainedMode
     model = _random_model(name).eval()
     with Image.open(folder / "picture.jpg") as image:
         fit_classifier(model, image_processor(image, return_tensors="pt")["pixel_values"], folder / "labels.png")
-    model = _fused(model) if name == "lemore" else model
-    memory_format = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[layout]
-    return model.to(memory_format=memory_format), image_processor
+    model = model.fuse() if name == "lemore" else model
+    return model.to(memory_format=memory_format(layout)), image_processor
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ RUNTIME_NAMES = {
     "openvino": "OpenVINO float32",
     "onnx-int8": "ONNX Runtime int8",
     "openvino-int8": "OpenVINO int8",
-    "cuda-float32": "CUDA graph float32",
+    "cuda-float32": "CUDA graph float32 (TF32)",
     "cuda-bfloat16": "CUDA graph bfloat16",
     "training": "training step float32",
     "pipeline": "pipeline",

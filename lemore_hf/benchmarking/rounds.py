@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from tqdm.auto import tqdm
 
 from . import cell as cell_module
 from .cell import GRAPH_RUNTIMES, Cell
@@ -51,16 +53,11 @@ def run_cell(cell: Cell, environment: Mapping[str, str] | None = None, timeout: 
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def prepare_models(cells: Sequence[Cell], on_done: Callable[[], None]) -> dict[str, dict[str, Any]]:
+def prepare_models(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
     """Prepare models side by side, one a core, since nothing is timed yet; what [`prepare`] returns by model."""
-
-    def prepare(cell: Cell) -> dict[str, Any]:
-        result = run_cell(cell)
-        on_done()
-        return result
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return {cell.model: result for cell, result in zip(cells, pool.map(prepare, cells), strict=True)}
+        results = tqdm(pool.map(run_cell, cells), total=len(cells), desc="Preparing", unit="model")
+        return {cell.model: result for cell, result in zip(cells, results, strict=True)}
 
 
 def run_rounds(
@@ -68,8 +65,7 @@ def run_rounds(
     rounds: int,
     environment: Mapping[str, str] | None = None,
     failed: Mapping[tuple[str, str], dict[str, str]] | None = None,
-    on_done: Callable[[Cell | None], None] = lambda cell: None,
-) -> dict[Cell, list[dict[str, Any]]]:
+) -> Iterator[dict[Cell, list[dict[str, Any]]]]:
     """
     Measure all cells, then all of them again, so that what disturbs the machine for a while meets every cell alike.
 
@@ -81,21 +77,21 @@ def run_rounds(
         rounds (`int`): How often.
         environment (`Mapping[str, str]`, *optional*): See [`run_cell`].
         failed (`Mapping`, *optional*): By (model, runtime) why there is no graph to measure.
-        on_done (`Callable`): Called before each cell with it, and at the end with `None`.
 
-    Returns:
-        The results of each cell's rounds.
+    Yields:
+        After each round the results of each cell's rounds so far.
     """
     results: dict[Cell, list[dict[str, Any]]] = {cell: [] for cell in cells}
-    for _ in range(rounds):
-        for cell in cells:
-            on_done(cell)
-            if cell.runtime in GRAPH_RUNTIMES and (cell.model, cell.runtime) in (failed or {}):
-                results[cell] = [dict(failed[cell.model, cell.runtime])]
-            elif not (results[cell] and _is_settled(cell, results)):
-                results[cell].append(run_cell(cell, environment))
-    on_done(None)
-    return results
+    with tqdm(total=rounds * len(cells), unit="cell") as bar:
+        for _ in range(rounds):
+            for cell in cells:
+                bar.set_description(f"{cell.model} {cell.runtime or cell.kind}".strip())
+                if cell.runtime in GRAPH_RUNTIMES and (cell.model, cell.runtime) in (failed or {}):
+                    results[cell] = [dict(failed[cell.model, cell.runtime])]
+                elif not (results[cell] and _is_settled(cell, results)):
+                    results[cell].append(run_cell(cell, environment))
+                bar.update()
+            yield results
 
 
 def _is_settled(cell: Cell, results: Mapping[Cell, Sequence[dict[str, Any]]]) -> bool:
