@@ -28,15 +28,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification, AutoModelForSemanticSegmentation, PreTrainedModel
-from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from . import peers  # noqa: F401  Registers them, so that their folders load as any other.
 from .checkpointing import PICKLED_SUFFIXES, CheckpointError
 from .data.augmentation import normalize
 from .data.loading import BadSampleError, RecipeDataset, StreamedRecipeDataset, collate, raise_together
 from .data.recipes import IGNORE_INDEX, Recipe
-from .image_processing_lemore import LeMoReImageProcessor
-from .metrics import BoundaryIoU, ConfusionMatrix
+from .metrics import BoundaryIoU, ConfusionMatrix, label_maps
 
 Size = tuple[int, int]
 
@@ -234,10 +232,10 @@ def predict_labels(
         for mirrored in ((False, True) if flip else (False,))
     ]
     if len(views) == 1:
-        return _label_maps(views[0], size)
+        return label_maps(views[0], size)
     # An image at a time: the probabilities of all classes at full size are the largest thing in memory.
     images = ([view[index : index + 1] for view in views] for index in range(len(pixel_values)))
-    return torch.cat([_label_maps(_mean_scores(image, size), size) for image in images])
+    return torch.cat([label_maps(_mean_scores(image, size), size) for image in images])
 
 
 def load_trained_model(name_or_path: str | Path, task: str = "semantic-segmentation") -> PreTrainedModel:
@@ -425,14 +423,6 @@ def _mean_scores(views: list[Tensor], size: Size) -> Tensor:
         # A single score means class 1 where it is above 0.
         mean = mean + (logits.softmax(1) if logits.shape[1] > 1 else logits.sigmoid() - 0.5) / len(views)
     return mean
-
-
-def _label_maps(scores: Tensor, size: Size) -> Tensor:
-    """The best class of scores (B, num_labels, h, w) at each pixel of `size`, as the image processor finds it."""
-    sizes = [tuple(size)] * len(scores)
-    return torch.stack(
-        LeMoReImageProcessor().post_process_semantic_segmentation(SemanticSegmenterOutput(logits=scores), sizes)
-    )
 
 
 def _evaluated_images(batch: dict[str, Any], predictions: Tensor, num_labels: int) -> Iterator[EvaluatedImage]:

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.modeling_outputs import SemanticSegmenterOutput
 
-from .image_processing_pil_lemore import _check_finite, _segment
+from .image_processing_lemore import LeMoReImageProcessor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -99,10 +100,22 @@ def scores_from_confusion_matrix(matrix: Tensor) -> dict[str, Any]:
     }
 
 
-def _predicted_labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """int64 label maps (B, H, W) of logits (B, C, h, w) at `size`, without the upsampled scores in memory."""
-    _check_finite(logits)
-    return torch.stack([_segment(scores, size) for scores in logits])
+def label_maps(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Predictions as the image processor makes them, without the upsampled scores in memory.
+
+    Args:
+        logits: (B, num_labels, h, w), in any precision.
+        size: (height, width) of the label maps.
+
+    Returns:
+        int64 (B, *size).
+
+    Raises:
+        ValueError: if the logits are not finite.
+    """
+    outputs = SemanticSegmenterOutput(logits=logits)
+    sizes = [tuple(size)] * len(logits)
+    return torch.stack(LeMoReImageProcessor().post_process_semantic_segmentation(outputs, sizes))
 
 
 class _StreamingCounts(ABC):
@@ -136,7 +149,7 @@ class _StreamingCounts(ABC):
         device = self.device or predictions.device
         labels = labels.to(predictions.device)
         if predictions.is_floating_point():
-            predictions = _predicted_labels(predictions, tuple(labels.shape[1:]))
+            predictions = label_maps(predictions, tuple(labels.shape[1:]))
         elif labels.ndim == 2:
             predictions, labels = predictions[None], labels[None]
         # An image at a time: the 64-bit temporaries of a whole batch would outweigh the batch.
@@ -364,7 +377,7 @@ def trainer_metrics(
         # The logits belong to the image above the padding.
         height = int((labels != _TRAINER_PADDING).any(-1).any(0).sum())
         size = (height or labels.shape[-2], labels.shape[-1])
-        maps = _predicted_labels(logits, size).to(torch.int32)
+        maps = label_maps(logits, size).to(torch.int32)
         return F.pad(maps, (0, 0, 0, labels.shape[-2] - size[0]), value=_TRAINER_PADDING)
 
     def compute_metrics(evaluation: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
