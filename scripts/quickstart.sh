@@ -3,4 +3,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
+# Let glibc keep large buffers: handing them back after every training step costs much of the time in page faults.
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 exec python scripts/quickstart.py "$@"
