@@ -4,7 +4,7 @@
 
     python scripts/benchmark.py --quick                          # about two minutes on two cores
     python scripts/benchmark.py --json benchmark.json --chart benchmark.png
-    python scripts/benchmark.py --json benchmark.json --update --tables 1 --runtimes onnx openvino
+    python scripts/benchmark.py --json benchmark.json --update --tables 1 --runtimes onnx openvino --work-dir DIR
 
 Three tables: the network in every runtime; from a picture's file to its label map; time and memory by the image's size.
 Every figure comes from processes of its own, in interleaved rounds. `--update` keeps what the JSON file has from the
@@ -58,7 +58,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for all figures and settings")
     parser.add_argument("--update", action="store_true", help="keep what FILE has and replace what is measured now")
     parser.add_argument("--chart", type=Path, metavar="PNG", help="picture of speed against parameters")
-    parser.add_argument("--tables", type=int, nargs="+", choices=TITLES, default=list(TITLES))
+    parser.add_argument(
+        "--tables",
+        type=int,
+        nargs="*",
+        choices=TITLES,
+        default=list(TITLES),
+        help="what to measure; with none, show again what the JSON file has",
+    )
     parser.add_argument("--models", nargs="+", choices=NAMES, help="LeMoRe is always one of them")
     parser.add_argument("--runtimes", nargs="+", choices=(*RUNTIMES, *CUDA_RUNTIMES))
     parser.add_argument("--batch-sizes", type=_positive, nargs="+")
@@ -72,9 +79,14 @@ def parse_arguments() -> argparse.Namespace:
         "--keep-memory", action="store_true", help="let glibc keep freed memory, in every process: " + str(KEEP_MEMORY)
     )
     parser.add_argument("--work-dir", type=Path, help="folder that keeps exported graphs for the next time")
+    parser.add_argument("--prepare-only", action="store_true", help="export the graphs to the work dir, and stop")
     arguments = parser.parse_args()
+    if arguments.prepare_only and not arguments.work_dir:
+        parser.error("--prepare-only needs --work-dir DIR, which keeps what is prepared")
     if min(arguments.size) < 32:
         parser.error(f"--size must be at least 32 × 32, the smallest image of LeMoRe, got {arguments.size}")
+    if not arguments.tables and not (arguments.json and arguments.json.is_file()):
+        parser.error(f"--tables without a number shows what --json FILE has, got the file {arguments.json}")
     if arguments.update and not arguments.json:
         parser.error("--update needs --json FILE, the file to update")
     if arguments.seconds <= 0:
@@ -109,18 +121,7 @@ def _with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    machine = run_cell(Cell("machine"))
-    if "versions" not in machine:
-        sys.exit(f"The machine cannot be described: {reason(machine)}")
-    if arguments.runtimes is None:
-        arguments.runtimes = [*RUNTIMES, *(CUDA_RUNTIMES if machine["gpu"] else ())]
-    report = new_report(arguments, machine)
-
-    with TemporaryDirectory() as scratch:
-        folder = (arguments.work_dir or Path(scratch)).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        measure_all(report, arguments, folder)
-
+    report = measured_report(arguments) if arguments.tables else json.loads(arguments.json.read_text(encoding="utf-8"))
     print_report(report)
     if arguments.chart:
         arguments.chart.parent.mkdir(parents=True, exist_ok=True)
@@ -131,6 +132,24 @@ def main() -> None:
 
 
 # What is measured
+
+
+def measured_report(arguments: argparse.Namespace) -> dict[str, Any]:
+    machine = run_cell(Cell("machine"))
+    if "versions" not in machine:
+        sys.exit(f"The machine cannot be described: {reason(machine)}")
+    if arguments.runtimes is None:
+        arguments.runtimes = [*RUNTIMES, *(CUDA_RUNTIMES if machine["gpu"] else ())]
+    report = new_report(arguments, machine)
+
+    with TemporaryDirectory() as scratch:
+        folder = (arguments.work_dir or Path(scratch)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        failed = prepare_all(report, arguments, folder)
+        if arguments.prepare_only:
+            sys.exit("\n".join(f"{model} {graph}: {reason(why)}" for (model, graph), why in failed.items()) or None)
+        measure_all(report, arguments, folder, failed)
+    return report
 
 
 def new_report(arguments: argparse.Namespace, machine: dict[str, Any]) -> dict[str, Any]:
@@ -150,8 +169,10 @@ def new_report(arguments: argparse.Namespace, machine: dict[str, Any]) -> dict[s
     return {**report, "models": old["models"], "results": old["results"]}
 
 
-def measure_all(report: dict[str, Any], arguments: argparse.Namespace, folder: Path) -> None:
-    """Fill the report, and write it after every round."""
+def prepare_all(
+    report: dict[str, Any], arguments: argparse.Namespace, folder: Path
+) -> dict[tuple[str, str], dict[str, str]]:
+    """Write graphs and the picture to the folder, and count the models; by (model, runtime) why there is no graph."""
     if 2 in arguments.tables and not (folder / "labels.png").is_file():
         draw_picture(folder)
     preparations = list(plan_preparations(arguments, folder))
@@ -163,7 +184,13 @@ def measure_all(report: dict[str, Any], arguments: argparse.Namespace, folder: P
         if "parameters" in result:
             traffic = report["models"].get(model, {}).get("traffic", {}) | result["traffic"]
             report["models"][model] = {**result, "traffic": traffic}
+    return failed
 
+
+def measure_all(
+    report: dict[str, Any], arguments: argparse.Namespace, folder: Path, failed: dict[tuple[str, str], dict[str, str]]
+) -> None:
+    """Fill the report, and write it after every round."""
     cells = [replace(cell, folder=str(folder)) for cell in plan_cells(arguments)]
     before = report["results"]
     for results in run_rounds(cells, arguments.rounds, report["settings"]["environment"], failed):

@@ -280,6 +280,8 @@ def script():
     ("arguments", "message"),
     [
         (["--update"], "--json FILE"),
+        (["--tables", "--json", "absent.json"], "absent.json"),
+        (["--prepare-only"], "--work-dir DIR"),
         (["--size", "16", "64"], "32 × 32"),
         (["--rounds", "0"], "at least 1, got 0"),
         (["--runtimes", "abacus"], "abacus"),
@@ -346,6 +348,8 @@ def test_update_keeps_what_is_not_measured_anew(monkeypatch, tmp_path, script, c
     seconds["eager"] = 0.5
     both = measured("--runtimes", "eager", "--update", "--rounds", "2")
     assert both == {"eager": (0.5, 2), "compile": (0.01, 1)}
+    assert measured("--tables") == both  # nothing is measured, all is shown again
+    assert capsys.readouterr().out.count("torch.compile float32") >= 3
     assert measured("--runtimes", "eager") == {"eager": (0.5, 1)}
     with pytest.raises(SystemExit, match="settings"):
         measured("--runtimes", "eager", "--update", "--size", "64", "64")

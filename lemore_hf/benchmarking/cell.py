@@ -23,7 +23,7 @@ TORCH_RUNTIMES = ("eager", "compile", "bf16", "cuda-float32", "cuda-bfloat16")
 GRAPH_RUNTIMES = ("onnx", "onnx-int8", "openvino", "openvino-int8")
 LAYOUTS = ("contiguous", "channels_last")
 
-_MIN_RUNS, _MAX_RUNS, _WARM_UP_RUNS = 5, 500, 3
+_MIN_RUNS, _MAX_RUNS, _WARM_UP_RUNS = 3, 500, 3
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Cell:
             picture.
         layout (`str`): Memory layout of PyTorch's tensors, one of `LAYOUTS`.
         batch_size, threads, height, width (`int`): Images at once, threads, and the size of the network's input.
-        seconds (`float`): How long to repeat, once warm; at least five times.
+        seconds (`float`): How long to repeat, once warm; at least three times.
         table (`int`): The table that the figure belongs to.
         folder (`str`): Where prepared graphs and pictures lie.
         calibration_images (`int`): Pictures that int8 ranges are taken from, where graphs are prepared.
@@ -84,8 +84,10 @@ def measure(cell: Cell) -> dict[str, Any]:
 
 def timed(run: Callable[[], Any], seconds: float) -> dict[str, Any]:
     """Repeat `run` for a time, once it is warm; the median and the quartiles of its latencies in seconds."""
+    start = time.perf_counter()
     for _ in range(_WARM_UP_RUNS - 1):  # measuring the memory was the first
-        run()
+        if time.perf_counter() - start < seconds:
+            run()
     return summary(_latencies(run, seconds))
 
 
