@@ -40,6 +40,7 @@ from lemore_hf.visualization import plot_speed
 RUNTIMES = ("eager", "compile", "bf16", *GRAPH_RUNTIMES, "training")
 CUDA_RUNTIMES = ("cuda-float32", "cuda-bfloat16")
 SIZES = ((256, 256), (384, 384), (512, 512), (768, 768), (1024, 1024), (1024, 2048), (1536, 1536), (2048, 2048))
+SIZE_RUNTIMES = ("eager", "onnx", "openvino")
 PICTURE_MODELS = ("lemore", "segformer-b0")
 TRAINING_BATCH_SIZE = 8
 # What glibc gives back to the system it must ask for again, page by page; so it keeps everything.
@@ -156,15 +157,13 @@ def new_report(arguments: argparse.Namespace, machine: dict[str, Any]) -> dict[s
     settings = {
         "num_labels": 150,
         "size": list(arguments.size),
-        "rounds": arguments.rounds,
-        "seconds": arguments.seconds,
         "environment": KEEP_MEMORY if arguments.keep_memory else {},
     }
     report = {"machine": machine, "settings": settings, "models": {}, "results": []}
     if not (arguments.update and arguments.json.is_file()):
         return report
     old = json.loads(arguments.json.read_text(encoding="utf-8"))
-    if old["machine"] != machine or any(old["settings"][name] != settings[name] for name in ("size", "environment")):
+    if (old["machine"], old["settings"]) != (machine, settings):
         sys.exit(f"{arguments.json} is of another machine, other versions or settings: leave out --update.")
     return {**report, "models": old["models"], "results": old["results"]}
 
@@ -209,14 +208,17 @@ def identity(result: dict[str, Any]) -> tuple:
 
 
 def plan_preparations(arguments: argparse.Namespace, folder: Path) -> Iterator[Cell]:
-    graphs = ",".join(runtime for runtime in arguments.runtimes if runtime in GRAPH_RUNTIMES)
+    models, graphs = [], []
+    if 1 in arguments.tables:
+        models = [model for model in arguments.models if model != "lemore-not-fused"]
+        graphs = [runtime for runtime in arguments.runtimes if runtime in GRAPH_RUNTIMES]
+    elif 3 in arguments.tables:
+        models, graphs = ["lemore"], [runtime for runtime in SIZE_RUNTIMES[1:] if runtime in arguments.runtimes]
     height, width = arguments.size
-    for model in arguments.models:
-        if model == "lemore-not-fused" or (1 not in arguments.tables and model != "lemore"):
-            continue
+    for model in models:
         batch_size = max(arguments.batch_sizes)
         yield Cell(
-            "prepare", model, graphs, batch_size=batch_size, height=height, width=width, threads=1, folder=str(folder)
+            "prepare", model, ",".join(graphs), batch_size=batch_size, height=height, width=width, folder=str(folder)
         )
 
 
@@ -255,7 +257,7 @@ def plan_pictures(arguments: argparse.Namespace) -> Iterator[Cell]:
 
 
 def plan_sizes(arguments: argparse.Namespace) -> Iterator[Cell]:
-    for runtime in ("eager", "onnx", "openvino"):
+    for runtime in SIZE_RUNTIMES:
         if runtime in arguments.runtimes:
             for height, width in arguments.sizes:
                 for layout in layouts(runtime):
