@@ -163,7 +163,8 @@ def main() -> None:
     eval_workers = 0 if args.cache else args.num_workers
 
     log = RunLog(args.output_dir, accelerator, state.step)
-    steps = training_steps(args, recipe, accelerator, samples, dataset, micro_batch_size, state.step)
+    batches = training_batches(args, recipe, accelerator, samples, dataset, micro_batch_size, state.step)
+    steps = batches_of_steps(batches, args.gradient_accumulation_steps, accelerator)
     progress = tqdm(
         total=recipe.max_steps,
         initial=state.step,
@@ -329,7 +330,7 @@ def build_criterion(recipe: Recipe, dataset: RecipeDataset | None) -> nn.Module:
     )
 
 
-def training_steps(
+def training_batches(
     args: argparse.Namespace,
     recipe: Recipe,
     accelerator: Accelerator,
@@ -337,13 +338,8 @@ def training_steps(
     dataset: RecipeDataset | None,
     micro_batch_size: int,
     step: int,
-) -> Iterator[list[dict[str, Any]]]:
-    """The batches of each optimizer step in this process, from step `step` on.
-
-    Raises:
-        BadSampleError: on all processes, as soon as one of them meets a bad sample; nothing of that step has been
-            computed then.
-    """
+) -> Iterator[dict[str, Any]]:
+    """Batches of this process, from optimizer step `step` on."""
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     if dataset is None:
         start = step * args.gradient_accumulation_steps
@@ -366,13 +362,24 @@ def training_steps(
         # A generator of its own, so that making the loader leaves the one of dropout alone.
         generator=torch.Generator(),
     )
-    batches = (batch for batch in loader if batch is not None)
+    return (batch for batch in loader if batch is not None)
+
+
+def batches_of_steps(
+    batches: Iterator[dict[str, Any]], number: int, accelerator: Accelerator
+) -> Iterator[list[dict[str, Any]]]:
+    """The `number` batches of each optimizer step in this process.
+
+    Raises:
+        BadSampleError: on all processes, where one of them meets a bad sample; nothing of the step has been computed
+            then, so that they can save the same state.
+    """
     # A group of its own on the CPU, so that asking the others never waits for a GPU.
     group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
     while True:
-        error, batches_of_step = None, []
+        error, step = None, []
         try:
-            batches_of_step = list(islice(batches, args.gradient_accumulation_steps))
+            step = list(islice(batches, number))
         except BadSampleError as bad_sample:
             error = bad_sample
         num_errors = torch.tensor(int(error is not None))
@@ -380,9 +387,9 @@ def training_steps(
             torch.distributed.all_reduce(num_errors, group=group)
         if num_errors:
             raise_together(error)
-        if len(batches_of_step) < args.gradient_accumulation_steps:
+        if len(step) < number:
             raise ValueError("The stream has no sample for one of the processes: start fewer of them.")
-        yield batches_of_step
+        yield step
 
 
 def fingerprint(args: argparse.Namespace, recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
