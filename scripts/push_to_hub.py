@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import lemore_hf
 from lemore_hf.checkpointing import atomic_folder
 from lemore_hf.data.recipes import load_recipe
 from lemore_hf.hub import WEIGHTS, PublishingError, ensure_card, push_folder, validate_folder
@@ -31,6 +32,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--license", help="Hub licence identifier of the weights (default: after the data's terms)")
     parser.add_argument("--overwrite", action="store_true", help="replace what an existing repository holds")
     parser.add_argument("--private", action="store_true", help="create the repository as a private one")
+    parser.add_argument("--refresh_code", action="store_true", help="first bring its code files up to this package's")
     parser.add_argument(
         "--figures", type=Path, nargs="+", default=[], help="pictures for the card, copied to figures/"
     )
@@ -45,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = json.loads(args.results.read_text(encoding="utf-8")) if args.results else None
         name = args.recipe or (results or {}).get("recipe")
         card = {"results": results, "recipe": load_recipe(name) if name else None, "license": args.license}
+        if args.refresh_code:
+            refresh_code(args.model)
         add_figures(args.model, args.figures)
         if args.dry_run or args.output:
             ensure_card(args.model, args.repo_id, **card)
@@ -57,6 +61,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"Published: {address}")
     except (PublishingError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+
+
+def refresh_code(folder: Path) -> None:
+    """A model that an older release saved keeps that release's code; here it gets this one's."""
+    for path in folder.glob("*_lemore.py"):
+        shutil.copyfile(Path(lemore_hf.__file__).with_name(path.name), path)
 
 
 def add_figures(folder: Path, figures: Sequence[Path]) -> None:

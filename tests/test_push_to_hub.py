@@ -309,6 +309,10 @@ def test_output_is_exactly_the_folder_that_would_be_uploaded(folder, tmp_path):
         )
     assert "![curves](figures/curves.png)" in (output / "README.md").read_text()
     assert AutoModelForSemanticSegmentation.from_pretrained(output).config.id2label[2] == "car"
+    current = (folder / "modeling_lemore.py").read_bytes()
+    (folder / "modeling_lemore.py").write_text("# of an older release")
+    push([*options, "--refresh_code", "--output", str(output)])
+    assert (output / "modeling_lemore.py").read_bytes() == current
     with pytest.raises(SystemExit, match="holds something else than a model"):
         push([*options, "--output", str(tmp_path)])
     assert (tmp_path / "curves.png").is_file()
