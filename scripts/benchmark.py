@@ -23,7 +23,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lemore_hf.benchmarking.cell import GRAPH_RUNTIMES, LAYOUTS, Cell
-from lemore_hf.benchmarking.models import NAMES, draw_picture
+from lemore_hf.benchmarking.models import NAMES
+from lemore_hf.benchmarking.preparation import draw_picture
 from lemore_hf.benchmarking.report import (
     RUNTIME_NAMES,
     best_layouts,
@@ -252,7 +253,7 @@ def plan_pictures(arguments: argparse.Namespace) -> Iterator[Cell]:
     for runtime in ("pipeline", "calls"):
         for model in PICTURE_MODELS:
             if model in arguments.models:
-                for layout in LAYOUTS:
+                for layout in LAYOUTS[: 1 if arguments.quick else 2]:
                     yield Cell("picture", model, runtime, layout, threads=max(arguments.threads))
 
 
@@ -260,7 +261,7 @@ def plan_sizes(arguments: argparse.Namespace) -> Iterator[Cell]:
     for runtime in SIZE_RUNTIMES:
         if runtime in arguments.runtimes:
             for height, width in arguments.sizes:
-                for layout in layouts(runtime):
+                for layout in layouts(runtime)[: 1 if arguments.quick else 2]:
                     threads = max(arguments.threads)
                     yield Cell("inference", "lemore", runtime, layout, 1, threads, height, width)
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pipelines import image_segmentation
 
 from lemore_hf.benchmarking import cell as cell_module
-from lemore_hf.benchmarking import models, rounds
+from lemore_hf.benchmarking import models, preparation, rounds
 from lemore_hf.benchmarking.cell import Cell, measure, peak_memory, summary
 from lemore_hf.benchmarking.report import (
     best_layouts,
@@ -165,8 +165,8 @@ def test_traffic_is_that_of_convolutions_and_products():
 
 
 def test_fitted_classifiers_draw_the_picture(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "PICTURE_SIZE", (192, 256))
-    models.draw_picture(tmp_path)
+    monkeypatch.setattr(preparation, "PICTURE_SIZE", (192, 256))
+    preparation.draw_picture(tmp_path)
     model, processor = models.load_segmenter("lemore", tmp_path, "channels_last")
     with models.Image.open(tmp_path / "picture.jpg") as image, torch.inference_mode():
         outputs = model(**processor(image, return_tensors="pt"))
@@ -179,9 +179,9 @@ def test_fitted_classifiers_draw_the_picture(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("runtime", ["calls", "pipeline"])
 def test_stages_from_file_to_label_map(runtime, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "PICTURE_SIZE", (96, 128))
+    monkeypatch.setattr(preparation, "PICTURE_SIZE", (96, 128))
     monkeypatch.setattr(image_segmentation, "load_image", image_segmentation.load_image)  # to be put back
-    models.draw_picture(tmp_path)
+    preparation.draw_picture(tmp_path)
     cell = Cell("picture", "lemore", runtime, seconds=0.01, folder=str(tmp_path))
     figures = measure(replace(cell, threads=torch.get_num_threads()))
     assert set(figures["stages"]) == {"decode", "processor", "network", "post-processing", "rest"}

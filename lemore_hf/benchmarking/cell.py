@@ -408,7 +408,7 @@ def _describe_machine(cell: Cell) -> dict[str, Any]:
 
 
 def _prepare(cell: Cell) -> dict[str, Any]:
-    from lemore_hf.benchmarking.models import prepare
+    from lemore_hf.benchmarking.preparation import prepare
 
     return prepare(cell)
 

@@ -1,9 +1,9 @@
 # Copyright 2026 The LeMoRe-HF contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""The models that are benchmarked: LeMoRe and its peers with random weights, their sizes and their graphs."""
+"""The models that are benchmarked: LeMoRe and its peers with random weights, and their sizes."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +16,10 @@ from transformers import PreTrainedModel, SegformerImageProcessor
 
 from ..complexity import count_multiply_accumulates
 from ..configuration_lemore import LeMoReConfig
-from ..data.scenes import CLASS_NAMES, draw_scene
-from ..export import _quantize_onnx, _quantize_openvino, _quiet, export_model
 from ..image_processing_lemore import LeMoReImageProcessor
 from ..modeling_lemore import LeMoReForSemanticSegmentation
 from ..peers import build_peer
-from .cell import Cell, memory_format
-
-if TYPE_CHECKING:
-    import onnx_ir
+from .cell import memory_format
 
 NAMES = {
     "lemore": "LeMoRe",
@@ -35,20 +30,20 @@ NAMES = {
     "lraspp-mobilenet-v3-large": "LR-ASPP MobileNetV3-Large",
 }
 NUM_LABELS = 150
-PICTURE_SIZE = (1080, 1920)
 
 _IMAGE_PROCESSORS = {"lemore": LeMoReImageProcessor, "segformer-b0": SegformerImageProcessor}
 
 
 def build_model(name: str, for_training: bool = False) -> PreTrainedModel:
     """A model of `NAMES` with the same random weights in every process; `"lemore"` fused, unless it is to be trained."""
-    model = _random_model(name)
+    model = random_model(name)
     if for_training:
         return model.train()
     return model.fuse() if name == "lemore" else model.eval()
 
 
-def _random_model(name: str) -> PreTrainedModel:
+def random_model(name: str) -> PreTrainedModel:
+    """A model of `NAMES` as it is made."""
     torch.manual_seed(0)
     if name.startswith("lemore"):
         return LeMoReForSemanticSegmentation(LeMoReConfig(num_labels=NUM_LABELS))
@@ -60,7 +55,7 @@ def _random_model(name: str) -> PreTrainedModel:
 
 def count(name: str, size: tuple[int, int], batch_sizes: list[int]) -> dict[str, Any]:
     """Parameters, multiply-accumulates of an image, and the traffic of a batch by its size (see `count_traffic`)."""
-    model = _random_model(name).eval().to("meta")
+    model = random_model(name).eval().to("meta")
     images = {batch_size: torch.empty(batch_size, 3, *size, device="meta") for batch_size in {1, *batch_sizes}}
     return {
         "parameters": model.num_parameters(),
@@ -91,99 +86,6 @@ class _TrafficCounter(TorchDispatchMode):
         return result
 
 
-# Graphs for ONNX Runtime and OpenVINO
-
-
-def prepare(cell: Cell) -> dict[str, Any]:
-    """
-    Write what the other cells read, below `cell.folder`: the picture, and the graphs that `cell.runtime` names
-    (separated by commas), unless they are there.
-
-    Returns:
-        What `count` counts, and under `failed` by runtime why its graph could not be made.
-    """
-    folder = Path(cell.folder)
-    failed: dict[str, dict[str, str]] = {}
-    for runtime in filter(None, cell.runtime.split(",")):
-        target = folder / cell.model / runtime
-        if target.is_dir() and any(target.iterdir()):
-            continue
-        try:
-            _export(cell, runtime, target)
-        except ModuleNotFoundError as error:
-            failed[runtime] = {"not_installed": error.name or str(error)}
-        except Exception as error:
-            failed[runtime] = {"error": f"{type(error).__name__}: {error}"}
-    return {**count(cell.model, cell.size, [1, cell.batch_size]), "failed": failed}
-
-
-def draw_picture(folder: Path) -> None:
-    """Write the picture of the second table, `picture.jpg`: a street scene of 1920×1080 pixels with the grain of a
-    photograph; and its label map, `labels.png`."""
-    height, width = PICTURE_SIZE
-    image, label_map = draw_scene(0, (height // 2, width // 2))
-    grain = np.random.default_rng(0).normal(0, 4, (height, width, 3))
-    pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)) + grain
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / "picture.jpg", quality=90)
-    label_map.save(folder / "labels.png")
-
-
-def _export(cell: Cell, runtime: str, target: Path) -> None:
-    export_format, _, precision = runtime.partition("-")
-    images = _calibration_images(cell) if precision == "int8" else []
-    model = _random_model(cell.model).eval()
-    if cell.model == "lemore":
-        size = {"height": cell.height, "width": cell.width}
-        export_model(
-            model,
-            LeMoReImageProcessor(size=size),
-            target,
-            export_format,
-            precision=precision or "float32",
-            calibration_images=images,
-        )
-        return
-    target.mkdir(parents=True, exist_ok=True)
-    with _quiet():
-        _export_peer(model, cell, target, export_format, images)
-
-
-def _export_peer(
-    model: PreTrainedModel, cell: Cell, target: Path, export_format: str, images: list[Image.Image]
-) -> None:
-    """As LeMoRe's own export goes: through ONNX, and with the same quantizers. Only the batch size is left free."""
-    import onnx_ir
-
-    processor = LeMoReImageProcessor(size={"height": cell.height, "width": cell.width})
-    feeds = [{"pixel_values": processor(image, return_tensors="np")["pixel_values"]} for image in images]
-    graph = _onnx_graph(model, cell.size)
-    if export_format == "onnx":
-        onnx_ir.save(_quantize_onnx(graph, feeds) if feeds else graph, target / "model.onnx")
-        return
-    import openvino
-
-    onnx_ir.save(graph, target / "model.onnx")
-    network = openvino.convert_model(target / "model.onnx")
-    (target / "model.onnx").unlink()
-    network = _quantize_openvino(network, feeds) if feeds else network
-    openvino.save_model(network, target / "openvino_model.xml", compress_to_fp16=False)
-
-
-def _onnx_graph(model: PreTrainedModel, size: tuple[int, int]) -> "onnx_ir.Model":
-    program = torch.onnx.export(
-        model,
-        kwargs={"pixel_values": torch.zeros(2, 3, *size)},
-        dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
-        dynamo=True,
-        verbose=False,
-    )
-    return program.model
-
-
-def _calibration_images(cell: Cell) -> list[Image.Image]:
-    return [draw_scene(seed, cell.size)[0] for seed in range(cell.calibration_images)]
-
-
 # From picture to label map
 
 
@@ -195,7 +97,7 @@ def load_segmenter(name: str, folder: Path, layout: str) -> tuple[PreTrainedMode
     take longer than on any real one.
     """
     image_processor = _IMAGE_PROCESSORS[name]()
-    model = _random_model(name).eval()
+    model = random_model(name).eval()
     with Image.open(folder / "picture.jpg") as image:
         fit_classifier(model, image_processor(image, return_tensors="pt")["pixel_values"], folder / "labels.png")
     model = model.fuse() if name == "lemore" else model
@@ -217,7 +119,7 @@ def fit_classifier(model: PreTrainedModel, pixel_values: torch.Tensor, label_fil
     with Image.open(label_file) as label_map:
         label_map = label_map.resize((width, height), Image.Resampling.NEAREST)
     labels = torch.from_numpy(np.array(label_map)).flatten().long()
-    known = labels < len(CLASS_NAMES)
+    known = labels != 255
     targets = torch.full((len(labels), NUM_LABELS), -1.0, dtype=torch.double)
     targets[known, labels[known]] = 1
     solution = torch.linalg.lstsq(features[known], targets[known], driver="gelsd").solution
