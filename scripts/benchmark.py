@@ -242,8 +242,11 @@ def plan_models(arguments: argparse.Namespace) -> Iterator[Cell]:
         for threads in [1] if on_gpu else arguments.threads:
             for batch_size in [TRAINING_BATCH_SIZE] if runtime == "training" else arguments.batch_sizes:
                 for model in arguments.models:
+                    # Graphs are fused when they are exported, and training runs what is not fused anyway.
                     if model == "lemore-not-fused" and runtime != "eager":
                         continue
+                    if model.endswith("-full") and runtime == "training":
+                        continue  # the loss upsamples in all models alike
                     for layout in layouts(runtime):
                         kind, name = ("training", "") if runtime == "training" else ("inference", runtime)
                         yield Cell(kind, model, name, layout, batch_size, threads, height, width)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 from transformers.pipelines import image_segmentation
 
 from lemore_hf.benchmarking import cell as cell_module
@@ -162,6 +163,15 @@ def test_traffic_is_that_of_convolutions_and_products():
     network = nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU(), nn.Flatten(2), nn.Linear(12, 7, bias=False))
     numbers = (3 * 12 + 3 * 5 + 5 + 5 * 12) + (5 * 12 + 12 * 7 + 5 * 7)
     assert models.count_traffic(network, torch.ones(1, 3, 3, 4)) == 4 * numbers
+
+
+def test_full_size_logits_are_torchvisions():
+    reference = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=models.NUM_LABELS).eval()
+    network = models.build_model("lraspp-mobilenet-v3-large-full")
+    reference.load_state_dict({name.removeprefix("model."): value for name, value in network.state_dict().items()})
+    pixel_values = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(network(pixel_values).logits, reference(pixel_values)["out"])
 
 
 def test_fitted_classifiers_draw_the_picture(tmp_path, monkeypatch):

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel, SegformerImageProcessor
+from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from ..complexity import count_multiply_accumulates
 from ..configuration_lemore import LeMoReConfig
@@ -28,13 +30,14 @@ NAMES = {
     "mobilenetv2-deeplabv3": "MobileNetV2-DeepLabV3",
     "mobilevitv2-deeplabv3": "MobileViTV2-DeepLabV3",
     "lraspp-mobilenet-v3-large": "LR-ASPP MobileNetV3-Large",
+    "lraspp-mobilenet-v3-large-full": "the same, full-size logits",
 }
 NUM_LABELS = 150
 
 _IMAGE_PROCESSORS = {"lemore": LeMoReImageProcessor, "segformer-b0": SegformerImageProcessor}
 
 
-def build_model(name: str, for_training: bool = False) -> PreTrainedModel:
+def build_model(name: str, for_training: bool = False) -> nn.Module:
     """A model of `NAMES` with the same random weights in every process; `"lemore"` fused, unless it is to be trained."""
     model = random_model(name)
     if for_training:
@@ -42,12 +45,29 @@ def build_model(name: str, for_training: bool = False) -> PreTrainedModel:
     return model.fuse() if name == "lemore" else model.eval()
 
 
-def random_model(name: str) -> PreTrainedModel:
+def random_model(name: str) -> nn.Module:
     """A model of `NAMES` as it is made."""
     torch.manual_seed(0)
     if name.startswith("lemore"):
         return LeMoReForSemanticSegmentation(LeMoReConfig(num_labels=NUM_LABELS))
+    if name.endswith("-full"):
+        return FullSizeLogits(build_peer(name.removesuffix("-full"), NUM_LABELS))
     return build_peer(name, NUM_LABELS)
+
+
+class FullSizeLogits(nn.Module):
+    """A model whose logits have the size of the image, as torchvision's LR-ASPP gives them; all others here leave it at
+    the stride of their head."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> SemanticSegmenterOutput:
+        """Logits `(B, num_labels, H, W)`."""
+        outputs = self.model(pixel_values, **kwargs)
+        logits = F.interpolate(outputs.logits, size=pixel_values.shape[2:], mode="bilinear", align_corners=False)
+        return SemanticSegmenterOutput(loss=outputs.loss, logits=logits)
 
 
 # Sizes
@@ -58,7 +78,7 @@ def count(name: str, size: tuple[int, int], batch_sizes: list[int]) -> dict[str,
     model = random_model(name).eval().to("meta")
     images = {batch_size: torch.empty(batch_size, 3, *size, device="meta") for batch_size in {1, *batch_sizes}}
     return {
-        "parameters": model.num_parameters(),
+        "parameters": sum(weight.numel() for weight in model.parameters()),
         "multiply_accumulates": count_multiply_accumulates(model, images[1]),
         "traffic": {str(batch_size): count_traffic(model, images[batch_size]) for batch_size in batch_sizes},
     }

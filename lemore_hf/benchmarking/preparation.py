@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import PreTrainedModel
+from torch import nn
 
 from ..data.scenes import draw_scene
 from ..export import _quantize_onnx, _quantize_openvino, _quiet, export_model
@@ -76,9 +76,7 @@ def _export(cell: Cell, runtime: str, target: Path) -> None:
         _export_peer(model, cell, target, export_format, images)
 
 
-def _export_peer(
-    model: PreTrainedModel, cell: Cell, target: Path, export_format: str, images: list[Image.Image]
-) -> None:
+def _export_peer(model: nn.Module, cell: Cell, target: Path, export_format: str, images: list[Image.Image]) -> None:
     """As LeMoRe's own export goes: through ONNX, and with the same quantizers. Only the batch size is left free."""
     import onnx_ir
 
@@ -97,7 +95,7 @@ def _export_peer(
     openvino.save_model(network, target / "openvino_model.xml", compress_to_fp16=False)
 
 
-def _onnx_graph(model: PreTrainedModel, size: tuple[int, int]) -> "onnx_ir.Model":
+def _onnx_graph(model: nn.Module, size: tuple[int, int]) -> "onnx_ir.Model":
     program = torch.onnx.export(
         model,
         kwargs={"pixel_values": torch.zeros(2, 3, *size)},
