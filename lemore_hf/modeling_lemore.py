@@ -8,6 +8,7 @@ Where a docstring says "our choice", the paper is silent and this implementation
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import os
 from dataclasses import dataclass
@@ -121,6 +122,13 @@ class LeMoReConvLayer(nn.Module):
         scale, bias = _scale_and_bias(self.normalization)
         self.convolution = _with_weight(self.convolution, self.convolution.weight * scale[:, None, None, None], bias)
         self.normalization = nn.Identity()
+        _activate_in_place(self.activation)
+
+
+def _activate_in_place(activation: nn.Module) -> None:
+    """Save the memory of an activation's output, where it can do without. Only for what nobody else needs."""
+    if hasattr(activation, "inplace"):
+        activation.inplace = True
 
 
 def _scale_and_bias(normalization: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,6 +163,13 @@ def _batch_norm(config: LeMoReConfig, channels: int) -> nn.BatchNorm2d:
 
 def _drop_path(rate: float) -> nn.Module:
     return StochasticDepth(rate, mode="row") if rate > 0 else nn.Identity()
+
+
+def _is_channels_last(hidden_state: torch.Tensor) -> bool:
+    """Whether products along the axes can take the memory as it lies; graphs for other runtimes are all contiguous."""
+    if torch.compiler.is_exporting():
+        return False
+    return hidden_state.is_contiguous(memory_format=torch.channels_last) and not hidden_state.is_contiguous()
 
 
 def _resize(hidden_state: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -193,10 +208,11 @@ def _tent_filter(native: int, size: int, like: torch.Tensor) -> torch.Tensor:
     # No branch on the sizes, which may be symbols of an exported graph. Half precision could not count positions.
     dtype = torch.promote_types(like.dtype, torch.float32)
     # In units of 1 / (2 · size) of a native position the centres of both axes are whole numbers: no rounding yet.
-    centres = (2 * torch.arange(size, device=like.device, dtype=dtype) + 1) * native
+    centres = (2 * torch.arange(size, device=like.device, dtype=dtype) + 1)[:, None] * native
     native_centres = (2 * torch.arange(native, device=like.device, dtype=dtype) + 1) * size
-    distances = (centres[:, None] - native_centres).abs()
-    weights = (1 - distances / (2 * torch.sym_max(size, native))).clamp(min=0)
+    # They begin with `native` and `size`. A maximum of plain numbers would be frozen in ExecuTorch.
+    reach = 2 * torch.maximum(centres[0], native_centres[0])
+    weights = (reach - (centres - native_centres).abs()).clamp(min=0)
     return weights / weights.sum(1, keepdim=True)
 
 
@@ -212,34 +228,66 @@ class LeMoReAxisView(nn.Module):
         axis (`int`): The axis in `(B, C, H, W)`: 2 for the frontal view, 3 for the lateral one.
     """
 
+    is_fused = False
+    MAX_SIZES = 8  # that a fused view remembers its factors for
+
     def __init__(self, size: int, axis: int):
         super().__init__()
         self.axis = axis
+        self._factors = {}
         self.weight = nn.Parameter(torch.empty(size, size))
 
     def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
-        native, size = self.weight.shape[0], hidden_state.shape[self.axis]
-        # A graph exported for any size (there the size is a symbol) cannot choose by it: it always resamples.
-        if isinstance(size, int):
-            if size == native:
-                return self._along_axis(self.weight, hidden_state)
-            # From about 2.4 n₀ up, reading down, mixing and interpolating back (2 n n₀ + n₀²) costs less than the
-            # resampled weights (n²): the cost of a pixel stays flat as images grow.
-            if size > 2.5 * native:
-                return self.mix_at_native_size(hidden_state)
-        return self._along_axis(resample_axis_weight(self.weight, size), hidden_state)
+        for factor in self.factors(hidden_state.shape[self.axis]):
+            hidden_state = self._along_axis(factor, hidden_state)
+        return hidden_state
 
-    def mix_at_native_size(self, hidden_state: torch.Tensor) -> torch.Tensor:
-        """The product with the resampled weights from right to left: read down, mix, interpolate back."""
-        native, size = self.weight.shape[0], hidden_state.shape[self.axis]
+    def factors(self, size: int) -> tuple[torch.Tensor, ...]:
+        """Matrices whose products with an axis of `size` positions, one after another, are the view."""
+        # A graph exported for any size (there the size is a symbol) cannot choose by it: it always resamples.
+        if not isinstance(size, int):
+            return (resample_axis_weight(self.weight, size),)
+        if size == self.weight.shape[0]:
+            return (self.weight,)
+        weight = self.weight
+        needs_gradient = torch.is_grad_enabled() and weight.requires_grad
+        if not self.is_fused or torch.compiler.is_compiling() or needs_gradient or weight.is_inference():
+            return self._make_factors(size)
+        key = (size, weight.dtype, weight.device, weight.data_ptr(), weight._version)
+        if key not in self._factors:
+            while len(self._factors) >= self.MAX_SIZES:
+                self._factors.pop(next(iter(self._factors)), None)
+            # What inference mode makes could not be used outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                self._factors[key] = self._make_factors(size)
+        return self._factors[key]
+
+    def _make_factors(self, size: int) -> tuple[torch.Tensor, ...]:
+        # From about 2.4 n₀ up, reading down, mixing and interpolating back (2 n n₀ + n₀²) costs less than the
+        # resampled weights (n²): the cost of a pixel stays flat as images grow.
+        if size > 2.5 * self.weight.shape[0]:
+            return self.native_factors(size)
+        return (resample_axis_weight(self.weight, size),)
+
+    def native_factors(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The resampled weights in two steps: read down to the native size and mix, then interpolate back."""
+        native = self.weight.shape[0]
         tent = _tent_filter(native, size, self.weight).to(self.weight.dtype)
-        native_state = self._along_axis(self.weight @ tent.t() * (native / size), hidden_state)
-        return self._along_axis(tent, native_state)
+        return self.weight @ tent.t() * (native / size), tent
 
     def _along_axis(self, weight: torch.Tensor, hidden_state: torch.Tensor) -> torch.Tensor:
-        if self.axis == 2:
-            return torch.matmul(weight, hidden_state)
-        return F.linear(hidden_state, weight)
+        if self.is_fused and _is_channels_last(hidden_state):
+            batch_size, _, height, width = hidden_state.shape
+            volume = hidden_state.permute(0, 2, 3, 1)  # (B, H, W, C) as it lies in memory
+            if self.axis == 2:
+                mixed = torch.bmm(weight.expand(batch_size, -1, -1), volume.flatten(2)).unflatten(2, (width, -1))
+            else:
+                mixed = torch.bmm(weight.expand(batch_size * height, -1, -1), volume.flatten(0, 1))
+            return mixed.view(batch_size, -1, *mixed.shape[-2:]).permute(0, 3, 1, 2)
+        return torch.matmul(weight, hidden_state) if self.axis == 2 else F.linear(hidden_state, weight)
+
+    def fuse_(self) -> None:
+        """Remember the weights that were resampled to the sizes met last."""
 
 
 class ResampleAxisWeights(ConversionOps):
@@ -296,9 +344,12 @@ class LeMoReChannelAttention(nn.Module):
         self.excite = nn.Conv2d(hidden_channels, channels, 1)
 
     def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
-        weights = hidden_state.mean((2, 3), keepdim=True)  # (B, C, H, W) → (B, C, 1, 1)
-        weights = self.excite(F.relu(self.squeeze(weights)))
-        return hidden_state * weights.sigmoid()
+        return hidden_state * self.weights(hidden_state)
+
+    def weights(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        """The factor of each channel: (B, C, H, W) → (B, C, 1, 1)."""
+        mean = hidden_state.mean((2, 3), keepdim=True)
+        return self.excite(F.relu(self.squeeze(mean))).sigmoid()
 
 
 class LeMoReCartesianEncoder(nn.Module):
@@ -340,6 +391,7 @@ class LeMoReCartesianEncoder(nn.Module):
         self.channel_attention = (
             LeMoReChannelAttention(config, channels) if config.use_channel_attention else nn.Identity()
         )
+        self.use_channel_attention = config.use_channel_attention
         self.use_residual = config.use_residual
         self.drop_path = _drop_path(drop_path_rate)
 
@@ -347,6 +399,8 @@ class LeMoReCartesianEncoder(nn.Module):
         residual = hidden_state
         hidden_state = self.activation(self.mix(hidden_state))
         hidden_state = self.depthwise(hidden_state)
+        if self.is_fused and self.use_channel_attention and self.use_residual:
+            return torch.addcmul(residual, hidden_state, self.channel_attention.weights(hidden_state))
         hidden_state = self.channel_attention(hidden_state)
         return residual + self.drop_path(hidden_state) if self.use_residual else hidden_state
 
@@ -357,7 +411,9 @@ class LeMoReCartesianEncoder(nn.Module):
         # The transverse view has its share of the norm in its weights.
         transverse = self.views["transverse"](hidden_state) if "transverse" in self.views else self.axis_bias
         along_axes = [view(hidden_state) for name, view in self.views.items() if name != "transverse"]
-        return torch.addcmul(transverse, sum(along_axes), self.axis_scale) if along_axes else transverse
+        if not along_axes:
+            return transverse
+        return torch.addcmul(transverse, functools.reduce(torch.add, along_axes), self.axis_scale)
 
     def fuse_(self) -> None:
         scale, bias = _scale_and_bias(self.normalization)
@@ -370,6 +426,7 @@ class LeMoReCartesianEncoder(nn.Module):
         if len(self.views) > ("transverse" in self.views):
             self.axis_scale = nn.Parameter(scale[:, None, None].to(device, dtype))
         self.normalization = nn.Identity()
+        _activate_in_place(self.activation)
 
 
 class LeMoReStage(GradientCheckpointingLayer):
@@ -415,6 +472,9 @@ class LeMoReEncoder(nn.Module):
                 "model that it was made of and call its `fuse()` again."
             )
         self.check_pixel_values(pixel_values)
+        if self.is_fused and not torch.compiler.is_exporting():
+            # On CPUs and GPUs the faster layout of every convolution, interpolation and product along an axis.
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         hidden_state = self.stem(pixel_values)
         features = [hidden_state]
         for stage in self.stages:
@@ -512,13 +572,13 @@ class LeMoReNestedAttention(nn.Module):
         scale = self.key_dim**-0.5
         if not self.softmax_per_map:
             return (query.sum(2) @ key.sum(2).transpose(-2, -1) * scale).softmax(-1)
-        return self.nested_maps(query * scale, key).mean((2, 4))
+        maps = self.nested_maps(query * scale, key)
+        return maps.mean(3).unflatten(2, (self.num_projections, query.shape[3])).mean(2)
 
     def nested_maps(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """The maps of all pairs (i, j), each with its own softmax: `(B, heads, i, H·W, j, H·W)`."""
+        """The maps of all pairs (i, j), each with its own softmax: `(B, heads, i·H·W, j, H·W)`."""
         products = query.flatten(2, 3) @ key.flatten(2, 3).transpose(-2, -1)
-        pairs = (self.num_projections, query.shape[3])
-        return products.unflatten(3, pairs).unflatten(2, pairs).softmax(-1)
+        return products.unflatten(3, (self.num_projections, query.shape[3])).softmax(-1)
 
     def _per_head(self, hidden_state: torch.Tensor) -> torch.Tensor:
         # (B, i·heads·key_dim, H, W) → (B, heads, i, H·W, key_dim)
@@ -565,6 +625,17 @@ class LeMoReGlobalBlock(GradientCheckpointingLayer):
         return tokens + self.drop_path(self.feed_forward(tokens))
 
 
+def _keep_freed_memory() -> None:
+    """
+    Let the C library keep the buffers that a forward pass frees, for the next one.
+
+    Without it most of a pass on a CPU may go by with fresh pages from the system. glibc gives back what is larger than
+    the largest block freed so far (see "dynamic mmap threshold" in mallopt(3)), up to 32 MiB: one such block, which
+    nobody writes to, costs nothing.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
+
+
 class LeMoRePreTrainedModel(PreTrainedModel):
     """Weights initialization, and what the LeMoRe models have in common with all of Transformers."""
 
@@ -591,6 +662,10 @@ class LeMoRePreTrainedModel(PreTrainedModel):
         evaluation mode and refuses to be trained. It is saved, loaded and exported as any model: `config.is_fused`
         says what its weights are.
 
+        On a CPU the copy works in channels-last layout, whatever the layout of the images. It also lets the process
+        keep freed buffers of up to 32 MiB, those of images up to about 1400×1400 pixels; for larger ones set
+        `MALLOC_MMAP_MAX_=0` and `MALLOC_TRIM_THRESHOLD_=17179869184` in the environment (glibc).
+
         Returns:
             [`LeMoRePreTrainedModel`] of the same class; of a fused model an equal copy.
         """
@@ -612,6 +687,7 @@ class LeMoRePreTrainedModel(PreTrainedModel):
                 module.fuse_()
                 module.is_fused = True
         self.eval()
+        _keep_freed_memory()
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         # Any class of the family loads what another one saved, also as remote code.
@@ -759,8 +835,8 @@ class LeMoReGatedFusion(nn.Module):
         """Local features, and what `gate` (after its sigmoid) and `value` make of the global ones, at their size."""
         fused = self.local(local_feature)
         size = fused.shape[-2:]
-        fused = fused * _resize(gate, size)
-        return fused if value is None else fused + _resize(value, size)
+        gate = _resize(gate, size)
+        return fused * gate if value is None else torch.addcmul(_resize(value, size), fused, gate)
 
 
 class LeMoReDecodeHead(nn.Module):
@@ -779,15 +855,16 @@ class LeMoReDecodeHead(nn.Module):
     def forward(self, local_features: tuple[torch.Tensor, ...], global_features: torch.Tensor) -> torch.Tensor:
         size = local_features[self.output_stage].shape[-2:]
         gates, values = self.gates_and_values(global_features)
-        hidden_state = 0
+        fused_maps = []
         for index, (fusion, local_feature) in enumerate(zip(self.fusions, local_features, strict=True)):
             if index < self.output_stage:
                 # Finer scales come to the output stride before they are fused, not after: fusing the decoder's many
                 # channels at stride 4 would take half of the network's time (our choice).
                 local_feature = _resize(local_feature, size)
             fused = fusion(local_feature, gates[index], values[index])
-            hidden_state = hidden_state + (_resize(fused, size) if index > self.output_stage else fused)
-        return self.classifier(self.dropout(self.activation(hidden_state)))
+            fused_maps.append(_resize(fused, size) if index > self.output_stage else fused)
+        hidden_state = self.activation(functools.reduce(torch.add, fused_maps))
+        return self.classifier(self.dropout(hidden_state))
 
     def gates_and_values(
         self, global_features: torch.Tensor

@@ -3,13 +3,18 @@
 """Fused models: the outputs of the original, on every way to and from them."""
 
 import copy
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
 from test_modeling_lemore import MODEL_CLASSES, main_output, random_images, random_labels, tiny
 from torch import nn
 
-from lemore_hf import LeMoReBackbone, LeMoReConfig, LeMoReForSemanticSegmentation
+from lemore_hf import LeMoReBackbone, LeMoReConfig, LeMoReForSemanticSegmentation, LeMoReImageProcessor
+from lemore_hf.modeling_lemore import LeMoReAxisView
 
 SIZES = [(64, 96), (33, 47), (90, 300)]  # native, odd, and beyond 2.5 times the native width
 OPTIONS = [
@@ -163,11 +168,44 @@ def test_a_configuration_builds_a_fused_model():
     )
 
 
+REMOTE_PROGRAM = """
+import sys
+sys.modules["lemore_hf"] = None  # importing it fails
+import torch
+from transformers import AutoModelForSemanticSegmentation, pipeline
+
+folder, pixel_values, results = sys.argv[1:]
+model = AutoModelForSemanticSegmentation.from_pretrained(folder, trust_remote_code=True)
+assert "transformers_modules" in type(model).__module__ and model.config.is_fused
+with torch.no_grad():
+    logits = model(torch.load(pixel_values)).logits
+segmenter = pipeline("image-segmentation", model=folder, trust_remote_code=True)
+assert segmenter.model.config.is_fused
+torch.save([logits, model.fuse()(torch.load(pixel_values)).logits.detach()], results)
+"""
+
+
+def test_serves_as_remote_code_and_in_pipelines(tmp_path):
+    fused = trained().fuse()
+    fused.save_pretrained(tmp_path / "model")
+    LeMoReImageProcessor(size={"height": 64, "width": 96}).save_pretrained(tmp_path / "model")
+    torch.save(random_images(), tmp_path / "images.pt")
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    paths = [str(tmp_path / name) for name in ("model", "images.pt", "results.pt")]
+    command = [sys.executable, "-c", REMOTE_PROGRAM, *paths]
+    # Not in the checkout, where the package could be imported from.
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for logits in torch.load(tmp_path / "results.pt"):
+        torch.testing.assert_close(logits, main_output(fused, random_images()))
+
+
 def test_compiles_to_one_graph():
     torch._dynamo.reset()
     fused = trained().fuse()
     compiled = torch.compile(fused, fullgraph=True, backend="eager")
-    torch.testing.assert_close(main_output(compiled, random_images()), main_output(fused, random_images()))
+    images = random_images(2, 64, 130)  # native in one axis
+    torch.testing.assert_close(main_output(compiled, images), main_output(fused, images))
 
 
 # Inference only
@@ -188,3 +226,85 @@ def test_gradients_of_the_images_are_the_originals():
         network(pixel_values).logits.square().sum().backward()
         gradients.append(pixel_values.grad)
     torch.testing.assert_close(*gradients)
+
+
+# Axis weights remembered by size
+
+
+def factors_of(model: nn.Module) -> list[dict]:
+    return [module._factors for module in model.modules() if isinstance(module, LeMoReAxisView)]
+
+
+def test_resampled_axis_weights_are_made_once_for_a_size():
+    fused = trained().fuse()
+    first = main_output(fused, random_images(1, 90, 300))
+    kept = [dict(factors) for factors in factors_of(fused)]
+    assert all(len(factors) == 1 for factors in kept)
+    assert torch.equal(main_output(fused, random_images(1, 90, 300)), first)
+    for before, factors in zip(kept, factors_of(fused), strict=True):
+        assert all(factors[key] is made for key, made in before.items())
+
+
+def test_only_some_sizes_are_remembered_and_none_is_saved():
+    fused = trained().fuse()
+    names = fused.state_dict().keys()
+    for width in range(100, 400, 32):
+        main_output(fused, random_images(1, 40, width))
+    assert max(map(len, factors_of(fused))) == LeMoReAxisView.MAX_SIZES
+    assert fused.state_dict().keys() == names
+
+
+def test_axis_weights_are_made_again_for_new_weights_types_and_layouts():
+    fused, other, images = trained().fuse(), trained(), random_images(1, 90, 120)
+    main_output(fused, images)
+    for name, parameter in other.named_parameters():
+        if "views" in name:
+            nn.init.normal_(parameter, std=0.2)
+    expected = main_output(other, images)
+    fused.load_state_dict(other.fuse().state_dict())
+    assert relative_error(main_output(fused, images), expected) < 2e-5
+    assert relative_error(main_output(fused.double(), images.double()), expected) < 2e-5
+    assert relative_error(main_output(copy.deepcopy(fused).float(), images), expected) < 2e-5
+
+
+def test_what_inference_mode_remembers_serves_outside_of_it():
+    fused = trained().fuse().requires_grad_(False)
+    pixel_values = random_images(1, 90, 120)
+    with torch.inference_mode():
+        expected = fused(pixel_values).logits.clone()
+    logits = fused(pixel_values.clone().requires_grad_()).logits
+    logits.sum().backward()
+    torch.testing.assert_close(logits.detach(), expected.clone())
+
+
+# Memory
+
+COUNT_PAGE_FAULTS = """
+import resource
+import torch
+from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation
+
+model = LeMoReForSemanticSegmentation(LeMoReConfig(num_labels=150)).fuse()
+pixel_values = torch.randn(1, 3, 512, 512)
+
+
+def page_faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+with torch.inference_mode():
+    for _ in range(3):
+        model(pixel_values)
+    before = page_faults()
+    model(pixel_values)
+print(page_faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_a_fresh_process_reuses_its_buffers():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    result = subprocess.run(
+        [sys.executable, "-c", COUNT_PAGE_FAULTS], capture_output=True, text=True, check=True, env=environment
+    )
+    assert int(result.stdout) < 500  # of 4 KiB; several thousand where each buffer is new

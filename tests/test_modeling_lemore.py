@@ -4,6 +4,7 @@
 
 import copy
 import doctest
+import functools
 import importlib.util
 import math
 import sys
@@ -30,6 +31,7 @@ from lemore_hf.modeling_lemore import (
     LeMoReCartesianEncoder,
     LeMoReConvLayer,
     LeMoReNestedAttention,
+    _tent_filter,
     check_label_values,
     resample_axis_weight,
     segmentation_loss,
@@ -187,6 +189,15 @@ def test_resampled_axis_weights_are_antialiased_bilinear_interpolation(size):
     torch.testing.assert_close(resample_axis_weight(weight, size), expected)
 
 
+@pytest.mark.parametrize(("native", "size"), [(12, 12), (12, 40), (90, 23), (64, 129), (128, 127), (16, 1)])
+def test_tent_filter_is_bilinear_resizing(native, size):
+    signal = torch.randn(1, 5, 1, native, dtype=torch.float64)
+    expected = F.interpolate(signal, size=(1, size), mode="bilinear", align_corners=False, antialias=size < native)
+    torch.testing.assert_close(signal @ _tent_filter(native, size, signal).t(), expected)
+    if size == native:
+        assert torch.equal(_tent_filter(native, size, signal), torch.eye(native, dtype=torch.float64))
+
+
 def test_axis_weights_are_exact_at_the_native_size():
     weight = torch.randn(37, 37)
     assert torch.equal(resample_axis_weight(weight, 37), weight)
@@ -200,8 +211,12 @@ def test_axis_weights_agree_in_whichever_order_they_are_applied(axis, size, dtyp
     nn.init.normal_(view.weight, std=0.25)
     volume = torch.randn(2, 3, 5, size, dtype=dtype).movedim(3, axis)
     resampled = resample_axis_weight(view.weight, size)
+
+    def applied(factors):
+        return functools.reduce(lambda state, factor: view._along_axis(factor, state), factors, volume)
+
     expected = torch.einsum("ij,...j->...i", resampled, volume.movedim(axis, -1)).movedim(-1, axis)
-    torch.testing.assert_close(view.mix_at_native_size(volume), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(applied(view.native_factors(size)), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(view(volume), expected, rtol=tolerance, atol=tolerance)
 
 
@@ -241,9 +256,10 @@ def test_the_nine_maps_each_sum_to_one_and_are_averaged():
     )
     maps = [(query @ key.transpose(-1, -2) / 2).softmax(-1) for query in queries for key in keys]
     assert len(maps) == 9
-    actual = attention.nested_maps(torch.stack(queries, 2) / 2, torch.stack(keys, 2))  # (B, heads, i, H·W, j, H·W)
-    torch.testing.assert_close(actual.sum(-1), torch.ones(2, 2, 3, 12, 3, dtype=torch.float64))
-    torch.testing.assert_close(actual.permute(2, 4, 0, 1, 3, 5).flatten(0, 1), torch.stack(maps))
+    actual = attention.nested_maps(torch.stack(queries, 2) / 2, torch.stack(keys, 2))  # (B, heads, i·H·W, j, H·W)
+    torch.testing.assert_close(actual.sum(-1), torch.ones(2, 2, 36, 3, dtype=torch.float64))
+    actual = actual.unflatten(2, (3, 12)).permute(2, 4, 0, 1, 3, 5).flatten(0, 1)
+    torch.testing.assert_close(actual, torch.stack(maps))
     torch.testing.assert_close(attention.combined_map(tokens), sum(maps) / 9)
 
 
