@@ -1,13 +1,15 @@
 # Copyright 2026 The LeMoRe-HF contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""From nothing to a picture: fine-tune LeMoRe from scratch with `Trainer`, score it, load it back and use it.
+"""From nothing to a picture: segment one with the released weights, then train, score and use a model of your own.
 
     bash scripts/quickstart.sh                        on generated street scenes, a few minutes on two cores
     bash scripts/quickstart.sh --dataset PATH         on your own pictures: a folder with images/ and masks/, or
                                                       parquet files with the columns image and label
     bash scripts/quickstart.sh --dataset PATH --recipe camvid       on a data set that has a recipe
 
-The checkpoint, the scores and the pictures land in `outputs/quickstart`; a second run finds and reuses them.
+First a drawn street is segmented with the CamVid weights in `model_cards/lemore-camvid` (`first_look.png`). Then LeMoRe is
+trained from random weights with `Trainer`, scored, loaded back and used. The checkpoint, the scores and the pictures land
+in `outputs/quickstart`; a second run finds and reuses them.
 """
 
 import argparse
@@ -27,9 +29,12 @@ from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation, LeMoReImagePr
 from lemore_hf.data.augmentation import normalize
 from lemore_hf.data.loading import RecipeDataset, collate, load_split
 from lemore_hf.data.recipes import IGNORE_INDEX, Recipe, load_recipe
+from lemore_hf.data.scenes import draw_scene
 from lemore_hf.metrics import trainer_metrics
 from lemore_hf.visualization import draw_segmentation, image_grid
 
+RELEASED = Path(__file__).resolve().parents[1] / "model_cards" / "lemore-camvid"
+STREET = 10  # the drawn street that the first look shows
 NUM_SHOWN = 4
 LARGEST_SIDE = 480
 
@@ -50,6 +55,7 @@ def main() -> None:
     args = parse_arguments()
     # The layers are small: threads that have to share the cores with anything else wait more than they work.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    first_look(args.output_dir)
     recipe = describe_data(args)
     train = RecipeDataset(load_split(recipe, "train", args.dataset), recipe, True, args.seed, cache="memory")
     held_out_split = "test" if args.dataset is None else recipe.validate_on
@@ -70,6 +76,18 @@ def main() -> None:
     print(
         f"{time.perf_counter() - started:.0f} s. Pictures: {args.output_dir}/overlay.png, {args.output_dir}/grid.png"
     )
+
+
+def first_look(output_dir: Path) -> None:
+    """A picture in, a picture out, with the released weights."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    street, _ = draw_scene(STREET, (360, 480), daylight=True)
+    street.save(output_dir / "street.png")
+    segmenter = pipeline("image-segmentation", model=str(RELEASED))
+    segments = segmenter(str(output_dir / "street.png"))
+    overlay = draw_segmentation(street, segments, config=segmenter.model.config)
+    image_grid([street, overlay], columns=2).save(output_dir / "first_look.png")
+    print(f"A drawn street, segmented with the released CamVid weights: {output_dir}/first_look.png")
 
 
 def describe_data(args: argparse.Namespace) -> Recipe:

@@ -1,0 +1,1094 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch LeMoRe: three Cartesian views, nested attention over a token pyramid, gated fusion (arXiv 2505.23093).
+
+Where a docstring says "our choice", the paper is silent and this implementation decides.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import StochasticDepth
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput, SemanticSegmenterOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput, logging
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_lemore import STAGE_STRIDES, LeMoReConfig
+
+# Below "transformers", so that its verbosity settings hold wherever this file is imported from.
+logger = logging.get_logger("transformers.models.lemore")
+
+MINIMUM_SIZE = STAGE_STRIDES[-1]
+
+
+@dataclass
+class LeMoReModelOutput(ModelOutput):
+    r"""
+    Output of [`LeMoReModel`].
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch_size, config.hidden_size, height / 64, width / 64)`):
+            The global features δ: the token pyramid after nested attention. Sizes are rounded up.
+        local_features (`tuple(torch.Tensor)`):
+            The local features ξ₁..ξ₄, each of shape `(batch_size, hidden_sizes[i], height / stride, width / stride)`
+            with strides 4, 8, 16, 32. Sizes are rounded up.
+        hidden_states (`tuple(torch.Tensor)`, *optional*, returned when `output_hidden_states=True`):
+            The stem's output (stride 2), then ξ₁..ξ₄.
+        attentions (`tuple(torch.Tensor)`, *optional*, returned when `output_attentions=True`):
+            The combined map ψ of nested attention, one tensor of shape
+            `(batch_size, num_attention_heads, num_tokens, num_tokens)` whose rows sum to one; an empty tuple where
+            `config.use_nested_attention` is off. Tokens are counted row by row.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    local_features: tuple[torch.FloatTensor, ...] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class LeMoReConvLayer(nn.Module):
+    """Convolution without bias, batch norm and, unless `activation` is off, the activation. Fused: no batch norm."""
+
+    is_fused = False
+
+    def __init__(
+        self,
+        config: LeMoReConfig,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 1,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        activation: bool = True,
+    ):
+        super().__init__()
+        kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        self.convolution = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=tuple(dilation * (side // 2) for side in kernel_size),
+            dilation=dilation,
+            groups=groups,
+            bias=False,
+        )
+        self.normalization = _batch_norm(config, out_channels)
+        self.activation = ACT2FN[config.hidden_act] if activation else nn.Identity()
+
+        self.is_dilated_depthwise = dilation > 1 and groups > 1
+
+    def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        if self.is_dilated_depthwise and hidden_state.device.type == "cpu" and torch.is_grad_enabled():
+            hidden_state = self._convolve_in_float32(hidden_state)
+        else:
+            hidden_state = self.convolution(hidden_state)
+        return self.activation(self.normalization(hidden_state))
+
+    def _convolve_in_float32(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        """The convolution, at least in single precision: oneDNN 3.12 (PyTorch 2.14) returns wrong weight gradients for
+        dilated depthwise convolutions in bfloat16 and channels-last."""
+        dtype, compute_dtype = hidden_state.dtype, torch.promote_types(hidden_state.dtype, torch.float32)
+        with torch.autocast("cpu", enabled=False):
+            convolution = self.convolution
+            bias = convolution.bias
+            return F.conv2d(
+                hidden_state.to(compute_dtype),
+                convolution.weight.to(compute_dtype),
+                None if bias is None else bias.to(compute_dtype),
+                padding=convolution.padding,
+                dilation=convolution.dilation,
+                groups=convolution.groups,
+            ).to(dtype)
+
+    def fuse_(self) -> None:
+        scale, bias = _scale_and_bias(self.normalization)
+        self.convolution = _with_weight(self.convolution, self.convolution.weight * scale[:, None, None, None], bias)
+        self.normalization = nn.Identity()
+        _activate_in_place(self.activation)
+
+
+def _activate_in_place(activation: nn.Module) -> None:
+    """Save the memory of an activation's output, where it can do without. Only for what nobody else needs."""
+    if hasattr(activation, "inplace"):
+        activation.inplace = True
+
+
+def _scale_and_bias(normalization: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a batch norm does in evaluation: a factor and an offset for each channel, at least in single precision."""
+    dtype = torch.promote_types(normalization.weight.dtype, torch.float32)
+    variance, mean = normalization.running_var.to(dtype), normalization.running_mean.to(dtype)
+    scale = normalization.weight.to(dtype) / (variance + normalization.eps).sqrt()
+    return scale, normalization.bias.to(dtype) - mean * scale
+
+
+def _with_weight(convolution: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> nn.Conv2d:
+    """The convolution with another weight, which may have other channels, and a bias."""
+    original, groups = convolution.weight, convolution.groups
+    fused = nn.Conv2d(
+        weight.shape[1] * groups,
+        weight.shape[0],
+        weight.shape[2:],
+        convolution.stride,
+        convolution.padding,
+        convolution.dilation,
+        groups,
+        device="meta",
+    )
+    fused.weight = nn.Parameter(weight.to(original))
+    fused.bias = nn.Parameter(bias.to(original))
+    return fused
+
+
+def _batch_norm(config: LeMoReConfig, channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=config.batch_norm_eps, momentum=config.batch_norm_momentum)
+
+
+def _drop_path(rate: float) -> nn.Module:
+    return StochasticDepth(rate, mode="row") if rate > 0 else nn.Identity()
+
+
+def _is_channels_last(hidden_state: torch.Tensor) -> bool:
+    """Whether products along the axes can take the memory as it lies; graphs for other runtimes are all contiguous."""
+    if torch.compiler.is_exporting():
+        return False
+    return hidden_state.is_contiguous(memory_format=torch.channels_last) and not hidden_state.is_contiguous()
+
+
+def _resize(hidden_state: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return F.interpolate(hidden_state, size=size, mode="bilinear", align_corners=False)
+
+
+# Axis weights at any size
+
+
+def resample_axis_weight(weight: torch.Tensor, size: int) -> torch.Tensor:
+    r"""
+    Resample the weights of a frontal or lateral view from their native size to another (our choice).
+
+    `A' = (n₀ / n) · resize(A, n × n)`, bilinear, antialiased when shrinking: an axis of `n` positions is read down to
+    `n₀` with a tent filter, mixed there, and interpolated back.
+
+    Args:
+        weight (`torch.Tensor` of shape `(n₀, n₀)`):
+            The native weights `A`.
+        size (`int`):
+            The axis length `n`.
+
+    Returns:
+        `torch.Tensor` of shape `(n, n)`, equal to `weight` where that is its size. Differentiable.
+    """
+    native = weight.shape[0]
+    tent = _tent_filter(native, size, weight)
+    return (tent @ weight.to(tent.dtype) @ tent.t() * (native / size)).to(weight.dtype)
+
+
+def _tent_filter(native: int, size: int, like: torch.Tensor) -> torch.Tensor:
+    """
+    Linear interpolation of `native` positions at `size` of them as a `(size, native)` matrix, as `F.interpolate` does
+    it with `align_corners=False` and `antialias=True`; in single precision for half-precision weights.
+    """
+    # No branch on the sizes, which may be symbols of an exported graph. Half precision could not count positions.
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    # In units of 1 / (2 · size) of a native position the centres of both axes are whole numbers: no rounding yet.
+    centres = (2 * torch.arange(size, device=like.device, dtype=dtype) + 1)[:, None] * native
+    native_centres = (2 * torch.arange(native, device=like.device, dtype=dtype) + 1) * size
+    # They begin with `native` and `size`. A maximum of plain numbers would be frozen in ExecuTorch.
+    reach = 2 * torch.maximum(centres[0], native_centres[0])
+    weights = (reach - (centres - native_centres).abs()).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
+
+
+class LeMoReAxisView(nn.Module):
+    """
+    A spatial view of the feature volume: the 1×1 convolution along one axis, whose weights all channels share.
+
+    The frontal view permutes the volume so that height is the convolved axis, the lateral view width. A matrix product
+    along that axis is the same without the permutation.
+
+    Args:
+        size (`int`): Native length of the axis.
+        axis (`int`): The axis in `(B, C, H, W)`: 2 for the frontal view, 3 for the lateral one.
+    """
+
+    is_fused = False
+    MAX_SIZES = 8  # that a fused view remembers its factors for
+
+    def __init__(self, size: int, axis: int):
+        super().__init__()
+        self.axis = axis
+        self._factors = {}
+        self.weight = nn.Parameter(torch.empty(size, size))
+
+    def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        for factor in self.factors(hidden_state.shape[self.axis]):
+            hidden_state = self._along_axis(factor, hidden_state)
+        return hidden_state
+
+    def factors(self, size: int) -> tuple[torch.Tensor, ...]:
+        """Matrices whose products with an axis of `size` positions, one after another, are the view."""
+        # A graph exported for any size (there the size is a symbol) cannot choose by it: it always resamples.
+        if not isinstance(size, int):
+            return (resample_axis_weight(self.weight, size),)
+        if size == self.weight.shape[0]:
+            return (self.weight,)
+        weight = self.weight
+        needs_gradient = torch.is_grad_enabled() and weight.requires_grad
+        if not self.is_fused or torch.compiler.is_compiling() or needs_gradient or weight.is_inference():
+            return self._make_factors(size)
+        key = (size, weight.dtype, weight.device, weight.data_ptr(), weight._version)
+        if key not in self._factors:
+            while len(self._factors) >= self.MAX_SIZES:
+                self._factors.pop(next(iter(self._factors)), None)
+            # What inference mode makes could not be used outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                self._factors[key] = self._make_factors(size)
+        return self._factors[key]
+
+    def _make_factors(self, size: int) -> tuple[torch.Tensor, ...]:
+        # From about 2.4 n₀ up, reading down, mixing and interpolating back (2 n n₀ + n₀²) costs less than the
+        # resampled weights (n²): the cost of a pixel stays flat as images grow.
+        if size > 2.5 * self.weight.shape[0]:
+            return self.native_factors(size)
+        return (resample_axis_weight(self.weight, size),)
+
+    def native_factors(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The resampled weights in two steps: read down to the native size and mix, then interpolate back."""
+        native = self.weight.shape[0]
+        tent = _tent_filter(native, size, self.weight).to(self.weight.dtype)
+        return self.weight @ tent.t() * (native / size), tent
+
+    def _along_axis(self, weight: torch.Tensor, hidden_state: torch.Tensor) -> torch.Tensor:
+        if self.is_fused and _is_channels_last(hidden_state):
+            batch_size, _, height, width = hidden_state.shape
+            volume = hidden_state.permute(0, 2, 3, 1)  # (B, H, W, C) as it lies in memory
+            if self.axis == 2:
+                mixed = torch.bmm(weight.expand(batch_size, -1, -1), volume.flatten(2)).unflatten(2, (width, -1))
+            else:
+                mixed = torch.bmm(weight.expand(batch_size * height, -1, -1), volume.flatten(0, 1))
+            return mixed.view(batch_size, -1, *mixed.shape[-2:]).permute(0, 3, 1, 2)
+        return torch.matmul(weight, hidden_state) if self.axis == 2 else F.linear(hidden_state, weight)
+
+    def fuse_(self) -> None:
+        """Remember the weights that were resampled to the sizes met last."""
+
+
+class ResampleAxisWeights(ConversionOps):
+    """
+    Loading step that resamples a checkpoint's axis weights to the native size of the model they are loaded into.
+
+    So that a checkpoint can be fine-tuned at another `image_size` through the ordinary `from_pretrained`.
+    """
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, list[torch.Tensor]], full_layer_name: str, model: PreTrainedModel, **kwargs
+    ) -> dict[str, torch.Tensor]:
+        ((pattern, tensors),) = input_dict.items()
+        weight = tensors[0] if isinstance(tensors, list) else tensors
+        size = model.get_parameter(full_layer_name).shape[-1]
+        if size != weight.shape[-1]:
+            if not model.axis_weights_were_resampled:
+                logger.info(
+                    "The checkpoint's axis weights were made for another image size: they are resampled to "
+                    f"`image_size`={model.config.image_size}."
+                )
+                model.axis_weights_were_resampled = True
+            weight = resample_axis_weight(weight, size)
+        return {pattern: weight}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        # Saving writes the weights at the size they have, which `convert` leaves alone.
+        return ResampleAxisWeights()
+
+
+register_checkpoint_conversion_mapping(
+    LeMoReConfig.model_type,
+    [
+        WeightConverter(f"views.{view}.weight", f"views.{view}.weight", operations=[ResampleAxisWeights()])
+        for view in ("frontal", "lateral")
+    ],
+    # A second copy of this file, loaded as remote code, registers the same again.
+    overwrite=True,
+)
+
+
+# Encoder
+
+
+class LeMoReChannelAttention(nn.Module):
+    """Channel attention as squeeze-and-excitation (our choice; its parameters match the paper's table)."""
+
+    def __init__(self, config: LeMoReConfig, channels: int):
+        super().__init__()
+        hidden_channels = channels // config.channel_attention_reduction
+        self.squeeze = nn.Conv2d(channels, hidden_channels, 1)
+        self.excite = nn.Conv2d(hidden_channels, channels, 1)
+
+    def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        return hidden_state * self.weights(hidden_state)
+
+    def weights(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        """The factor of each channel: (B, C, H, W) → (B, C, 1, 1)."""
+        mean = hidden_state.mean((2, 3), keepdim=True)
+        return self.excite(F.relu(self.squeeze(mean))).sigmoid()
+
+
+class LeMoReCartesianEncoder(nn.Module):
+    """
+    Cartesian encoder: sum of the views → depthwise 3×1, 1×3 → dilated depthwise 3×1, 1×3 → channel attention.
+
+    Norms, activations, dilation and the residual around it are our choice.
+    """
+
+    is_fused = False
+
+    def __init__(self, config: LeMoReConfig, stage_index: int, drop_path_rate: float = 0.0):
+        super().__init__()
+        channels = config.hidden_sizes[stage_index]
+        height, width = config.native_grids[stage_index]
+        views = {
+            "transverse": lambda: nn.Conv2d(channels, channels, 1, bias=False),
+            "frontal": lambda: LeMoReAxisView(height, axis=2),
+            "lateral": lambda: LeMoReAxisView(width, axis=3),
+        }
+        self.views = nn.ModuleDict({name: views[name]() for name in config.views})
+        self.normalization = _batch_norm(config, channels)
+        self.activation = ACT2FN[config.hidden_act]
+        self.depthwise = nn.Sequential(
+            *(
+                LeMoReConvLayer(
+                    config,
+                    channels,
+                    channels,
+                    kernel_size,
+                    dilation=dilation,
+                    groups=channels,
+                    activation=kernel_size == (1, 3),
+                )
+                for dilation in (1, config.dilation)
+                for kernel_size in ((3, 1), (1, 3))
+            )
+        )
+        self.channel_attention = (
+            LeMoReChannelAttention(config, channels) if config.use_channel_attention else nn.Identity()
+        )
+        self.use_channel_attention = config.use_channel_attention
+        self.use_residual = config.use_residual
+        self.drop_path = _drop_path(drop_path_rate)
+
+    def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        residual = hidden_state
+        hidden_state = self.activation(self.mix(hidden_state))
+        hidden_state = self.depthwise(hidden_state)
+        if self.is_fused and self.use_channel_attention and self.use_residual:
+            return torch.addcmul(residual, hidden_state, self.channel_attention.weights(hidden_state))
+        hidden_state = self.channel_attention(hidden_state)
+        return residual + self.drop_path(hidden_state) if self.use_residual else hidden_state
+
+    def mix(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        """The normalized sum of the views."""
+        if not self.is_fused:
+            return self.normalization(sum(view(hidden_state) for view in self.views.values()))
+        # The transverse view has its share of the norm in its weights.
+        transverse = self.views["transverse"](hidden_state) if "transverse" in self.views else self.axis_bias
+        along_axes = [view(hidden_state) for name, view in self.views.items() if name != "transverse"]
+        if not along_axes:
+            return transverse
+        return torch.addcmul(transverse, functools.reduce(torch.add, along_axes), self.axis_scale)
+
+    def fuse_(self) -> None:
+        scale, bias = _scale_and_bias(self.normalization)
+        dtype, device = self.normalization.weight.dtype, self.normalization.weight.device
+        if "transverse" in self.views:
+            weight = self.views["transverse"].weight * scale[:, None, None, None]
+            self.views["transverse"] = _with_weight(self.views["transverse"], weight, bias)
+        else:
+            self.axis_bias = nn.Parameter(bias[:, None, None].to(device, dtype))
+        if len(self.views) > ("transverse" in self.views):
+            self.axis_scale = nn.Parameter(scale[:, None, None].to(device, dtype))
+        self.normalization = nn.Identity()
+        _activate_in_place(self.activation)
+
+
+class LeMoReStage(GradientCheckpointingLayer):
+    """Downsampling 3×3 convolution of stride 2 → Cartesian encoder."""
+
+    def __init__(self, config: LeMoReConfig, stage_index: int, drop_path_rate: float = 0.0):
+        super().__init__()
+        channels = [config.stem_sizes[-1], *config.hidden_sizes]
+        self.downsampling = LeMoReConvLayer(
+            config, channels[stage_index], channels[stage_index + 1], kernel_size=3, stride=2
+        )
+        self.cartesian_encoder = LeMoReCartesianEncoder(config, stage_index, drop_path_rate)
+
+    def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        return self.cartesian_encoder(self.downsampling(hidden_state))
+
+
+class LeMoReEncoder(nn.Module):
+    """Stem of stride 2 → four stages at strides 4, 8, 16 and 32."""
+
+    is_fused = False
+
+    def __init__(self, config: LeMoReConfig):
+        super().__init__()
+        self.num_channels = config.num_channels
+        channels = [config.num_channels, *config.stem_sizes]
+        self.stem = nn.Sequential(
+            *(
+                LeMoReConvLayer(config, channels[index], channels[index + 1], kernel_size=3, stride=2 - (index > 0))
+                for index in range(len(config.stem_sizes))
+            )
+        )
+        drop_path_rates = _drop_path_rates(config)
+        self.stages = nn.ModuleList(
+            LeMoReStage(config, index, drop_path_rates[index]) for index in range(len(config.hidden_sizes))
+        )
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The stem's output, then the local features ξ₁..ξ₄."""
+        if self.is_fused and self.training:
+            raise RuntimeError(
+                "This model is fused, for inference only: switch it to evaluation with `model.eval()`, or train the "
+                "model that it was made of and call its `fuse()` again."
+            )
+        self.check_pixel_values(pixel_values)
+        if self.is_fused and not torch.compiler.is_exporting():
+            # On CPUs and GPUs the faster layout of every convolution, interpolation and product along an axis.
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        hidden_state = self.stem(pixel_values)
+        features = [hidden_state]
+        for stage in self.stages:
+            hidden_state = stage(hidden_state)
+            features.append(hidden_state)
+        return tuple(features)
+
+    def fuse_(self) -> None:
+        """Nothing of its own; `is_fused` refuses to train it."""
+
+    def check_pixel_values(self, pixel_values: torch.Tensor) -> None:
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                "`pixel_values` must have shape (batch_size, num_channels, height, width), got "
+                f"{tuple(pixel_values.shape)}; add a batch dimension to a single image with `pixel_values[None]`."
+            )
+        if pixel_values.shape[1] != self.num_channels:
+            raise ValueError(
+                f"`pixel_values` has {pixel_values.shape[1]} channels, but `config.num_channels` is "
+                f"{self.num_channels}: channels are the second dimension of shape {tuple(pixel_values.shape)}."
+            )
+        if any(side < MINIMUM_SIZE for side in pixel_values.shape[2:]):
+            raise ValueError(
+                f"Images must be at least {MINIMUM_SIZE}×{MINIMUM_SIZE} pixels, the stride of the last stage, got "
+                f"{pixel_values.shape[2]}×{pixel_values.shape[3]}: resize or pad them."
+            )
+
+
+def _drop_path_rates(config: LeMoReConfig) -> list[float]:
+    """Stochastic depth of the four Cartesian encoders, then of the global block: linear in depth."""
+    depth = len(config.hidden_sizes)
+    return [config.drop_path_rate * index / depth for index in range(depth + 1)]
+
+
+class LeMoReTokenPyramid(nn.Module):
+    """
+    ξ₁..ξ₄, average-pooled to the token stride and concatenated: `(B, S, H / 64, W / 64)`, rounded up.
+
+    Each token averages its own 64×64 pixels; those at the lower and right border what there is of them (our choice).
+    """
+
+    def __init__(self, config: LeMoReConfig):
+        super().__init__()
+        self.kernel_sizes = [config.token_stride // stride for stride in STAGE_STRIDES]
+
+    def forward(self, local_features: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return torch.cat(
+            [
+                F.avg_pool2d(feature, kernel_size, ceil_mode=True)
+                for feature, kernel_size in zip(local_features, self.kernel_sizes, strict=True)
+            ],
+            dim=1,
+        )
+
+
+class LeMoReNestedAttention(nn.Module):
+    """
+    Nested attention: all products Qᵢ⊗Kⱼ become one map ψ, which multiplies each value Vₜ; the results are summed.
+
+    How the maps are combined is our choice, named by `config.nested_attention_softmax`: `"per_map"` takes the mean of
+    each map's own softmax; `"sum"` takes one softmax of the summed products, which equals one ordinary attention
+    with ΣQᵢ and ΣKⱼ.
+    """
+
+    is_fused = False
+
+    def __init__(self, config: LeMoReConfig):
+        super().__init__()
+        self.num_projections = config.num_nested_projections
+        self.num_heads = config.num_attention_heads
+        self.key_dim, self.value_dim = config.attention_key_dim, config.attention_value_dim
+        self.softmax_per_map = config.nested_attention_softmax == "per_map"
+        key_channels = self.num_projections * self.num_heads * self.key_dim
+        value_channels = self.num_projections * self.num_heads * self.value_dim
+        self.query = LeMoReConvLayer(config, config.hidden_size, key_channels, activation=False)
+        self.key = LeMoReConvLayer(config, config.hidden_size, key_channels, activation=False)
+        self.value = LeMoReConvLayer(config, config.hidden_size, value_channels, activation=False)
+        self.activation = ACT2FN[config.hidden_act]
+        self.projection = LeMoReConvLayer(
+            config, self.num_heads * self.value_dim, config.hidden_size, activation=False
+        )
+
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The attended tokens `(B, S, H, W)`, and ψ `(B, heads, H·W, H·W)`."""
+        attention = self.combined_map(tokens)
+        # ψV₁ + ψV₂ + ψV₃ = ψ(V₁ + V₂ + V₃)
+        value = self.value(tokens).unflatten(1, (-1, self.num_heads, self.value_dim)).sum(1)
+        context = value.flatten(3) @ attention.transpose(-2, -1)  # (B, heads, value_dim, H·W)
+        context = context.reshape(tokens.shape[0], -1, *tokens.shape[2:])
+        return self.projection(self.activation(context)), attention
+
+    def combined_map(self, tokens: torch.Tensor) -> torch.Tensor:
+        """ψ, of shape `(B, heads, H·W, H·W)`; its rows are the queries and sum to one."""
+        query, key = self._per_head(self.query(tokens)), self._per_head(self.key(tokens))
+        scale = self.key_dim**-0.5
+        if not self.softmax_per_map:
+            return (query.sum(2) @ key.sum(2).transpose(-2, -1) * scale).softmax(-1)
+        maps = self.nested_maps(query * scale, key)
+        return maps.mean(3).unflatten(2, (self.num_projections, query.shape[3])).mean(2)
+
+    def nested_maps(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """The maps of all pairs (i, j), each with its own softmax: `(B, heads, i·H·W, j, H·W)`."""
+        products = query.flatten(2, 3) @ key.flatten(2, 3).transpose(-2, -1)
+        return products.unflatten(3, (self.num_projections, query.shape[3])).softmax(-1)
+
+    def _per_head(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        # (B, i·heads·key_dim, H, W) → (B, heads, i, H·W, key_dim)
+        hidden_state = hidden_state.flatten(2).unflatten(1, (-1, self.num_heads, self.key_dim))
+        return hidden_state.permute(0, 2, 1, 4, 3)
+
+    def fuse_(self) -> None:
+        """Add the values' projections up, and where the maps are summed those of the queries and of the keys."""
+        for layer in (self.value,) if self.softmax_per_map else (self.query, self.key, self.value):
+            weight, bias = (
+                parameter.unflatten(0, (self.num_projections, -1)).sum(0)
+                for parameter in layer.convolution.parameters()
+            )
+            layer.convolution = _with_weight(layer.convolution, weight, bias)
+
+
+class LeMoReFeedForward(nn.Module):
+    """1×1 expansion → depthwise 3×3 → 1×1 projection, as in TopFormer's blocks (our choice)."""
+
+    def __init__(self, config: LeMoReConfig):
+        super().__init__()
+        hidden_channels = int(config.mlp_ratio * config.hidden_size)
+        self.expansion = LeMoReConvLayer(config, config.hidden_size, hidden_channels, activation=False)
+        self.depthwise = nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1, groups=hidden_channels)
+        self.activation = ACT2FN[config.hidden_act]
+        self.projection = LeMoReConvLayer(config, hidden_channels, config.hidden_size, activation=False)
+
+    def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        hidden_state = self.activation(self.depthwise(self.expansion(hidden_state)))
+        return self.projection(hidden_state)
+
+
+class LeMoReGlobalBlock(GradientCheckpointingLayer):
+    """Nested attention → feed-forward network, each with a residual connection."""
+
+    def __init__(self, config: LeMoReConfig):
+        super().__init__()
+        self.attention = LeMoReNestedAttention(config)
+        self.feed_forward = LeMoReFeedForward(config)
+        self.drop_path = _drop_path(_drop_path_rates(config)[-1])
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        tokens = tokens + self.drop_path(self.attention(tokens)[0])
+        return tokens + self.drop_path(self.feed_forward(tokens))
+
+
+def _keep_freed_memory() -> None:
+    """
+    Let the C library keep the buffers that a forward pass frees, for the next one.
+
+    Without it most of a pass on a CPU may go by with fresh pages from the system. glibc gives back what is larger than
+    the largest block freed so far (see "dynamic mmap threshold" in mallopt(3)), up to 32 MiB: one such block, which
+    nobody writes to, costs nothing.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
+
+
+class LeMoRePreTrainedModel(PreTrainedModel):
+    """Weights initialization, and what the LeMoRe models have in common with all of Transformers."""
+
+    config: LeMoReConfig
+    config_class = LeMoReConfig
+    base_model_prefix = "lemore"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LeMoReStage", "LeMoReGlobalBlock"]
+    _can_compile_fullgraph = True
+    # Whether loading resampled the checkpoint's axis weights to another native size.
+    axis_weights_were_resampled = False
+    _can_record_outputs = {
+        "hidden_states": LeMoReStage,
+        "attentions": OutputRecorder(LeMoReNestedAttention, index=1),
+    }
+
+    def fuse(self) -> LeMoRePreTrainedModel:
+        """
+        A copy for inference, faster and with the same outputs up to rounding; the model itself is left as it is.
+
+        Batch norms are folded into convolutions, and products of the same factor are made at once. The copy is in
+        evaluation mode and refuses to be trained. It is saved, loaded and exported as any model: `config.is_fused`
+        says what its weights are.
+
+        On a CPU the copy works in channels-last layout, whatever the layout of the images. It also lets the process
+        keep freed buffers of up to 32 MiB, those of images up to about 1400×1400 pixels; for larger ones set
+        `MALLOC_MMAP_MAX_=0` and `MALLOC_TRIM_THRESHOLD_=17179869184` in the environment (glibc).
+
+        Returns:
+            [`LeMoRePreTrainedModel`] of the same class; of a fused model an equal copy.
+        """
+        fused = copy.deepcopy(self)
+        fused.config.is_fused = True
+        fused._fuse_parts()
+        return fused
+
+    def post_init(self) -> None:
+        if self.config.is_fused:
+            self._fuse_parts()
+        super().post_init()
+
+    def _fuse_parts(self) -> None:
+        # From the inside out: what a part fuses are convolutions that already hold their norms. In a model within this
+        # one the parts are fused already.
+        for module in reversed(list(self.modules())):
+            if hasattr(module, "fuse_") and not module.is_fused:
+                module.fuse_()
+                module.is_fused = True
+        self.eval()
+        _keep_freed_memory()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        # Any class of the family loads what another one saved, also as remote code.
+        self.config.auto_map = {
+            "AutoModel": "modeling_lemore.LeMoReModel",
+            "AutoModelForSemanticSegmentation": "modeling_lemore.LeMoReForSemanticSegmentation",
+            "AutoModelForImageClassification": "modeling_lemore.LeMoReForImageClassification",
+            "AutoBackbone": "modeling_lemore.LeMoReBackbone",
+        }
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LeMoReConvLayer):
+            self._init_convolution(module.convolution)
+        elif isinstance(module, LeMoReCartesianEncoder):
+            self._init_cartesian_encoder(module)
+        elif isinstance(module, LeMoReChannelAttention):
+            self._init_convolution(module.squeeze)
+            self._init_convolution(module.excite)
+        elif isinstance(module, LeMoReFeedForward):
+            self._init_convolution(module.depthwise)
+        elif isinstance(module, LeMoReAxisView):
+            self._init_axis_view(module)
+
+    def _init_convolution(self, convolution: nn.Conv2d) -> None:
+        """Kaiming initialization by fan-out, with the fan of one group, as mobile networks are trained from."""
+        fan_out = convolution.out_channels // convolution.groups * math.prod(convolution.kernel_size)
+        init.normal_(convolution.weight, std=math.sqrt(2 / fan_out))
+
+    def _init_cartesian_encoder(self, encoder: LeMoReCartesianEncoder) -> None:
+        if "transverse" in encoder.views:
+            self._init_convolution(encoder.views["transverse"])
+        if hasattr(encoder, "axis_scale"):
+            init.ones_(encoder.axis_scale)
+        if hasattr(encoder, "axis_bias"):
+            init.zeros_(encoder.axis_bias)
+
+    def _init_axis_view(self, view: LeMoReAxisView) -> None:
+        if self.config.axis_initialization == "normal":
+            init.normal_(view.weight, std=view.weight.shape[0] ** -0.5)
+        elif self.config.axis_initialization == "identity":
+            init.eye_(view.weight)
+        else:
+            init.zeros_(view.weight)
+
+
+class LeMoReModel(LeMoRePreTrainedModel):
+    """The LeMoRe encoder and its global features, without a head: local features ξ₁..ξ₄ and global features δ."""
+
+    def __init__(self, config: LeMoReConfig):
+        super().__init__(config)
+        self.encoder = LeMoReEncoder(config)
+        self.token_pyramid = LeMoReTokenPyramid(config)
+        self.global_block = LeMoReGlobalBlock(config) if config.use_nested_attention else nn.Identity()
+        self.post_init()
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> LeMoReModelOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+                Normalized images, at least 32×32 pixels. Exact at the native size `config.image_size`; at other sizes
+                the frontal and lateral weights are resampled.
+
+        Returns:
+            [`LeMoReModelOutput`].
+
+        Raises:
+            `ValueError`: for pixel values that are not 4-D, have another channel count, or are smaller than 32×32.
+        """
+        _, *local_features = self.encoder(pixel_values)
+        tokens = self.token_pyramid(local_features)
+        global_features = self.global_block(tokens)
+        return LeMoReModelOutput(last_hidden_state=global_features, local_features=tuple(local_features))
+
+
+class LeMoReBackbone(BackboneMixin, LeMoRePreTrainedModel):
+    """The LeMoRe encoder as a backbone for other frameworks: the stem's output and the local features ξ₁..ξ₄."""
+
+    has_attentions = False
+    _keys_to_ignore_on_load_unexpected = [r"global_block\.", r"decode_head\.", r"classifier\."]
+
+    def __init__(self, config: LeMoReConfig):
+        super().__init__(config)
+        self.num_features = [config.stem_sizes[-1], *config.hidden_sizes]
+        self.encoder = LeMoReEncoder(config)
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BackboneOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+                Normalized images, at least 32×32 pixels.
+
+        Returns:
+            [`~transformers.modeling_outputs.BackboneOutput`] with `feature_maps` of the stages in `out_features`:
+            `"stem"` at stride 2, `"stage1"`..`"stage4"` at strides 4 to 32.
+
+        Raises:
+            `ValueError`: for pixel values that are not 4-D, have another channel count, or are smaller than 32×32.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from lemore_hf import LeMoReBackbone, LeMoReConfig
+
+        >>> backbone = LeMoReBackbone(LeMoReConfig(out_features=["stage2", "stage4"]))
+        >>> feature_maps = backbone(torch.randn(1, 3, 512, 512)).feature_maps
+        >>> [tuple(feature_map.shape) for feature_map in feature_maps]
+        [(1, 48, 64, 64), (1, 176, 16, 16)]
+        ```
+        """
+        features = self.encoder(pixel_values)
+        feature_maps = tuple(
+            feature for name, feature in zip(self.stage_names, features, strict=True) if name in self.out_features
+        )
+        return BackboneOutput(feature_maps=feature_maps, hidden_states=features)
+
+
+# Segmentation
+
+
+class LeMoReGatedFusion(nn.Module):
+    """
+    Gated fusion module: `local(ξᵢ) · up(sigmoid(gate(δ))) + up(value(δ))`.
+
+    Gate and value see all channels of δ (our choice).
+    """
+
+    def __init__(self, config: LeMoReConfig, stage_index: int):
+        super().__init__()
+        channels = config.decoder_hidden_size
+        self.local = LeMoReConvLayer(config, config.hidden_sizes[stage_index], channels, activation=False)
+        self.gate = LeMoReConvLayer(config, config.hidden_size, channels, activation=False)
+        self.value = LeMoReConvLayer(config, config.hidden_size, channels, activation=False)
+
+    def forward(
+        self, local_feature: torch.Tensor, gate: torch.Tensor, value: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Local features, and what `gate` (after its sigmoid) and `value` make of the global ones, at their size."""
+        fused = self.local(local_feature)
+        size = fused.shape[-2:]
+        gate = _resize(gate, size)
+        return fused * gate if value is None else torch.addcmul(_resize(value, size), fused, gate)
+
+
+class LeMoReDecodeHead(nn.Module):
+    """Four gated fusion modules → sum at the output stride → classifier."""
+
+    is_fused = False
+
+    def __init__(self, config: LeMoReConfig):
+        super().__init__()
+        self.output_stage = STAGE_STRIDES.index(config.output_stride)
+        self.fusions = nn.ModuleList(LeMoReGatedFusion(config, index) for index in range(len(config.hidden_sizes)))
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout2d(config.classifier_dropout_prob)
+        self.classifier = nn.Conv2d(config.decoder_hidden_size, config.num_labels, 1)
+
+    def forward(self, local_features: tuple[torch.Tensor, ...], global_features: torch.Tensor) -> torch.Tensor:
+        size = local_features[self.output_stage].shape[-2:]
+        gates, values = self.gates_and_values(global_features)
+        fused_maps = []
+        for index, (fusion, local_feature) in enumerate(zip(self.fusions, local_features, strict=True)):
+            if index < self.output_stage:
+                # Finer scales come to the output stride before they are fused, not after: fusing the decoder's many
+                # channels at stride 4 would take half of the network's time (our choice).
+                local_feature = _resize(local_feature, size)
+            fused = fusion(local_feature, gates[index], values[index])
+            fused_maps.append(_resize(fused, size) if index > self.output_stage else fused)
+        hidden_state = self.activation(functools.reduce(torch.add, fused_maps))
+        return self.classifier(self.dropout(hidden_state))
+
+    def gates_and_values(
+        self, global_features: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...]]:
+        """The gates and the values of all scales, at the tokens' size."""
+        if not self.is_fused:
+            gates = tuple(fusion.gate(global_features).sigmoid() for fusion in self.fusions)
+            return gates, tuple(fusion.value(global_features) for fusion in self.fusions)
+        projected = self.projection(global_features).split(self.classifier.in_channels, dim=1)
+        gates, values = projected[: len(self.fusions)], projected[len(self.fusions) :]
+        return tuple(gate.sigmoid() for gate in gates), (None,) * self.output_stage + values
+
+    def fuse_(self) -> None:
+        """One product for all gates and values. Values that go to the same size, the output's, are added up before."""
+        gates = [fusion.gate.convolution for fusion in self.fusions]
+        values = [fusion.value.convolution for fusion in self.fusions]
+        same_size = self.output_stage + 1
+        weight, bias = (
+            torch.cat(
+                [
+                    *(getattr(gate, name) for gate in gates),
+                    sum(getattr(value, name) for value in values[:same_size]),
+                    *(getattr(value, name) for value in values[same_size:]),
+                ]
+            )
+            for name in ("weight", "bias")
+        )
+        self.projection = _with_weight(gates[0], weight, bias)
+        for fusion in self.fusions:
+            del fusion.gate, fusion.value
+
+
+class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
+    """LeMoRe with its segmentation head of gated fusion modules, e.g. for ADE20K, Cityscapes, CamVid."""
+
+    # The loss is a mean over pixels: `Trainer` is to average it over accumulation steps.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: LeMoReConfig):
+        super().__init__(config)
+        num_values = max(config.num_labels, 2)  # a binary task has the labels 0 and 1
+        if 0 <= config.semantic_loss_ignore_index < num_values:
+            raise ValueError(
+                f"`semantic_loss_ignore_index`={config.semantic_loss_ignore_index} is one of the {num_values} labels: "
+                "choose a value outside of them, for example -100."
+            )
+        self.lemore = LeMoReModel(config)
+        self.decode_head = LeMoReDecodeHead(config)
+        self._labels_were_checked = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.LongTensor | None = None, **kwargs
+    ) -> SemanticSegmenterOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+                Normalized images, at least 32×32 pixels.
+            labels (`torch.LongTensor` of shape `(batch_size, label_height, label_width)`, *optional*):
+                Ground truth in `[0, num_labels)` (`{0, 1}` where `num_labels` is 1) or
+                `config.semantic_loss_ignore_index`. The logits are upsampled to its size for the loss: cross-entropy,
+                or binary cross-entropy where `num_labels` is 1, averaged over the pixels that are not void; 0 where
+                all are.
+
+                Labels out of range raise an error wherever that needs no synchronization with a GPU: on the CPU
+                always; on other devices in evaluation and in the first training step of a model. In later training
+                steps there they make the loss NaN.
+
+        Returns:
+            [`~transformers.modeling_outputs.SemanticSegmenterOutput`] with `logits` of shape
+            `(batch_size, num_labels, height / output_stride, width / output_stride)`, rounded up; `hidden_states` and
+            `attentions` as [`LeMoReModelOutput`] has them.
+
+        Raises:
+            `ValueError`: for pixel values that are not 4-D, have another channel count, or are smaller than 32×32; for
+            labels that are not 3-D, have another batch size, or name a class that is not there.
+            `TypeError`: for labels that are not integers.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation
+
+        >>> model = LeMoReForSemanticSegmentation(LeMoReConfig(num_labels=11, image_size=(360, 480))).eval()
+        >>> tuple(model(torch.randn(1, 3, 360, 480)).logits.shape)
+        (1, 11, 45, 60)
+        ```
+        """
+        if labels is not None:
+            self._check_labels(labels, pixel_values)
+        outputs = self.lemore(pixel_values, **kwargs)
+        logits = self.decode_head(outputs.local_features, outputs.last_hidden_state)
+        return SemanticSegmenterOutput(
+            loss=None if labels is None else segmentation_loss(logits, labels, self.config.semantic_loss_ignore_index),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _check_labels(self, labels: torch.Tensor, pixel_values: torch.Tensor) -> None:
+        if labels.ndim != 3 or labels.shape[0] != pixel_values.shape[0]:
+            raise ValueError(
+                "`labels` must have shape (batch_size, height, width) with the batch size of `pixel_values` "
+                f"({pixel_values.shape[0]}), got {tuple(labels.shape)}."
+            )
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(f"`labels` must hold integers, got {labels.dtype}: convert them with `labels.long()`.")
+        if torch.compiler.is_compiling() or labels.is_meta:
+            return
+        # Looking at values waits for the device. On a GPU that would stall every training step.
+        if labels.device.type == "cpu" or not self.training or not self._labels_were_checked:
+            check_label_values(labels, self.config.num_labels, self.config.semantic_loss_ignore_index)
+            self._labels_were_checked = True
+
+
+def check_label_values(labels: torch.Tensor, num_labels: int, ignore_index: int = 255) -> None:
+    """
+    Refuse labels that name no class. Synchronizes with the device that holds them.
+
+    Args:
+        labels (`torch.Tensor` of any shape and integer type): Ground truth.
+        num_labels (`int`): Classes; 1 stands for a binary task with labels 0 and 1.
+        ignore_index (`int`): The void label.
+
+    Raises:
+        `ValueError`: naming the values outside of `[0, num_labels)` that are not `ignore_index`.
+    """
+    num_values = max(num_labels, 2)
+    labels = labels.long()  # an ignore index of -100 or 255 is beyond some integer types
+    invalid = (labels != ignore_index) & ((labels < 0) | (labels >= num_values))
+    if not invalid.any():
+        return
+    values = labels[invalid].unique().tolist()
+    shown = ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
+    raise ValueError(
+        f"`labels` holds values that are no class: {shown}. Expected 0 to {num_values - 1} "
+        f"(`config.num_labels`={num_labels}) or {ignore_index} for void. If the data set counts its classes from 1, "
+        "set `do_reduce_labels=True` in the image processor; else set `num_labels` or "
+        "`semantic_loss_ignore_index` of the configuration to what the data has."
+    )
+
+
+def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = 255) -> torch.Tensor:
+    """
+    Cross-entropy of the upsampled logits, averaged over the pixels that are not void; 0 where all are.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, num_labels, height, width)`):
+            Scores at any stride. A single label is trained with binary cross-entropy.
+        labels (`torch.Tensor` of shape `(batch_size, label_height, label_width)`):
+            Ground truth. Values that are no class make the loss NaN, never a device-side assertion.
+        ignore_index (`int`): The void label.
+
+    Returns:
+        A scalar tensor in single precision (double for double logits).
+    """
+    num_labels = logits.shape[1]
+    # Cross-entropy works class by class: channels-last logits would be copied at full size, forth and back.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32), memory_format=torch.contiguous_format)
+    logits = _resize(logits, labels.shape[-2:])
+    labels = labels.long()
+    valid = labels != ignore_index
+    invalid = valid & ((labels < 0) | (labels >= max(num_labels, 2)))
+    labels = labels.masked_fill(~valid | invalid, 0)
+    if num_labels == 1:
+        losses = F.binary_cross_entropy_with_logits(logits.squeeze(1), labels.to(logits.dtype), reduction="none")
+    else:
+        losses = F.cross_entropy(logits, labels, reduction="none")
+    loss = (losses * valid).sum() / valid.sum().clamp(min=1)
+    return loss.masked_fill(invalid.any(), torch.nan)
+
+
+# Classification
+
+
+class LeMoReForImageClassification(LeMoRePreTrainedModel):
+    """LeMoRe with a linear classifier on the average of its global features, e.g. for pretraining on ImageNet."""
+
+    def __init__(self, config: LeMoReConfig):
+        super().__init__(config)
+        self.lemore = LeMoReModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
+    ) -> ImageClassifierOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+                Normalized images, at least 32×32 pixels.
+            labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+                Classes in `[0, num_labels)`; the loss follows `config.problem_type`, as everywhere in Transformers.
+
+        Returns:
+            [`~transformers.modeling_outputs.ImageClassifierOutput`] with `logits` of shape `(batch_size, num_labels)`;
+            `hidden_states` and `attentions` as [`LeMoReModelOutput`] has them.
+
+        Raises:
+            `ValueError`: for pixel values that are not 4-D, have another channel count, or are smaller than 32×32.
+        """
+        outputs = self.lemore(pixel_values, **kwargs)
+        pooled = outputs.last_hidden_state.mean((2, 3))  # (B, S, H, W) → (B, S)
+        logits = self.classifier(self.dropout(pooled))
+        return ImageClassifierOutput(
+            loss=None if labels is None else self.loss_function(labels, logits, self.config, **kwargs),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = [
+    "LeMoReBackbone",
+    "LeMoReForImageClassification",
+    "LeMoReForSemanticSegmentation",
+    "LeMoReModel",
+    "LeMoReModelOutput",
+    "LeMoRePreTrainedModel",
+    "check_label_values",
+    "resample_axis_weight",
+    "segmentation_loss",
+]
