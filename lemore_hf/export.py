@@ -8,7 +8,6 @@ processor settings that travel with the files. `lemore_hf.inference` runs the re
 """
 
 import contextlib
-import copy
 import importlib.util
 import json
 import logging
@@ -26,11 +25,17 @@ import torch.nn.functional as F
 import transformers
 from PIL import Image
 from torch import nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-from transformers.exporters.utils import register_patch
+from transformers.exporters.utils import apply_patches, register_patch
 
 from .checkpointing import atomic_folder
-from .modeling_lemore import MINIMUM_SIZE, LeMoReAxisView, LeMoReForSemanticSegmentation, LeMoReTokenPyramid
+from .modeling_lemore import (
+    MINIMUM_SIZE,
+    LeMoReDecodeHead,
+    LeMoReForSemanticSegmentation,
+    LeMoReTokenPyramid,
+    _resize,
+    _tent_filter,
+)
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -172,12 +177,11 @@ def export_model(
         for image in calibration_images
     ]
     metadata = describe(model.config, image_processor, manifest)
-    module = copy.deepcopy(model).eval().float()
-    if with_postprocessing:
-        module = SegmentationGraph(module, image_processor).eval()
+    fused = model.fuse().to("cpu", torch.float32)
+    module = SegmentationGraph(fused, image_processor).eval() if with_postprocessing else fused
     with atomic_folder(output_dir) as folder, _quiet():
         _EXPORTERS[export_format](module, folder / manifest.file, manifest, feeds, metadata)
-        model.config.save_pretrained(folder)
+        fused.config.save_pretrained(folder)
         image_processor.save_pretrained(folder)
         manifest.save(folder)
     return manifest
@@ -351,45 +355,7 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
 
 
-# Forms of the network's parts that hold at every size. Transformers puts them in place while it traces.
-
-
-def tent_filter(size: int, native: int, like: torch.Tensor) -> torch.Tensor:
-    """
-    Bilinear resizing of an axis as a matrix, antialiased when it shrinks.
-
-    Args:
-        size (`int`): Positions after resizing.
-        native (`int`): Positions before.
-        like (`torch.Tensor`): Names the device and, down to float32, the type.
-
-    Returns:
-        `torch.Tensor` of shape `(size, native)`, whose rows sum to one; the identity where the two are the same.
-    """
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    # Distances between positions in units of 1 / (2 · max) are whole numbers: nothing is rounded before the division.
-    rows = (2 * torch.arange(size, device=like.device, dtype=dtype) + 1)[:, None] * native
-    columns = (2 * torch.arange(native, device=like.device, dtype=dtype) + 1)[None] * size
-    # They begin with `native` and `size`. A maximum of plain numbers would be frozen in ExecuTorch.
-    larger = torch.maximum(rows[:1], columns[:, :1])
-    weights = (1 - (rows - columns).abs() / (2 * larger)).clamp(min=0)
-    return weights / weights.sum(1, keepdim=True)
-
-
-@register_patch("dynamo", "lemore_hf.modeling_lemore.LeMoReAxisView.forward")
-def _free_axis_view(original: Any) -> Any:
-    """Resampled weights in one closed form: no branch on the size, which tracing would freeze, and no antialiasing
-    `interpolate`, which ONNX lacks."""
-
-    def forward(self: LeMoReAxisView, hidden_state: torch.Tensor) -> torch.Tensor:
-        native, size = self.weight.shape[0], hidden_state.shape[self.axis]
-        tent = tent_filter(size, native, self.weight)
-        weight = tent @ self.weight @ tent.t() * (native / size)
-        if self.axis == 3:
-            return F.linear(hidden_state, weight)
-        return F.linear(hidden_state.transpose(2, 3), weight).transpose(2, 3)
-
-    return forward
+# Forms of the network's parts for other runtimes. Transformers puts them in place while it traces.
 
 
 @register_patch("dynamo", "lemore_hf.modeling_lemore.LeMoReTokenPyramid.forward")
@@ -397,29 +363,55 @@ def _free_token_pyramid(original: Any) -> Any:
     """Pooling without `ceil_mode`: OpenVINO refuses windows larger than the map. The windows that reach beyond the
     border are divided by what they hold."""
 
-    def pool(feature: torch.Tensor, size: int) -> torch.Tensor:
-        return F.avg_pool2d(F.pad(feature, (0, size - 1, 0, size - 1)), size)
+    def pool(feature: torch.Tensor, side: int) -> torch.Tensor:
+        sums = F.avg_pool2d(F.pad(feature, (0, side - 1, 0, side - 1)), side) * side**2
+        rows, columns = (
+            torch.arange(length, 0, -side, device=feature.device, dtype=feature.dtype).clamp(max=side)
+            for length in feature.shape[2:]
+        )
+        return sums / (rows[:, None] * columns)
 
     def forward(self: LeMoReTokenPyramid, local_features: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        pooled = [
-            pool(feature, size) / pool(torch.ones_like(feature[:1, :1]), size)
-            for feature, size in zip(local_features, self.kernel_sizes, strict=True)
-        ]
+        pooled = [pool(feature, side) for feature, side in zip(local_features, self.kernel_sizes, strict=True)]
         return torch.cat(pooled, dim=1)
 
     return forward
 
 
-@register_patch("dynamo", "lemore_hf.modeling_lemore._resize")
-def _free_resize(original: Any) -> Any:
-    """Leaves a map alone where it has the size at every input size, not where the sample happens to have it."""
+@register_patch("onnxruntime", "lemore_hf.modeling_lemore.LeMoReDecodeHead.forward")
+def _head_of_products(original: Any) -> Any:
+    """The fused head, upsampling along one axis after the other by matrix products: ONNX Runtime's `Resize` takes
+    several times as long, unless the graph knows its scales and they are whole numbers."""
 
-    def resize(hidden_state: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-        if all(statically_known_true(old == new) for old, new in zip(hidden_state.shape[-2:], size, strict=True)):
-            return hidden_state
-        return F.interpolate(hidden_state, size=size, mode="bilinear", align_corners=False)
+    def columns(hidden_state: torch.Tensor, width: int) -> torch.Tensor:
+        return hidden_state @ _tent_filter(hidden_state.shape[3], width, hidden_state).t()
 
-    return resize
+    def row_filter(hidden_state: torch.Tensor, height: int) -> torch.Tensor:
+        return _tent_filter(hidden_state.shape[2], height, hidden_state)
+
+    def upsample(hidden_state: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        return row_filter(hidden_state, size[0]) @ columns(hidden_state, size[1])
+
+    def forward(
+        self: LeMoReDecodeHead, local_features: tuple[torch.Tensor, ...], global_features: torch.Tensor
+    ) -> torch.Tensor:
+        height, width = local_features[self.output_stage].shape[2:]
+        gates, values = self.gates_and_values(global_features)
+        at_output, coarser = [], [values[self.output_stage]]
+        for index, (fusion, local_feature) in enumerate(zip(self.fusions, local_features, strict=True)):
+            if index < self.output_stage:
+                local_feature = _resize(local_feature, (height, width))
+            fused = fusion.local(local_feature) * upsample(gates[index], local_feature.shape[2:])
+            if index > self.output_stage:
+                coarser.append(fused + upsample(values[index], local_feature.shape[2:]))
+            else:
+                at_output.append(fused)
+        # One product upsamples the rows of all coarser maps and adds them up.
+        filters = torch.cat([row_filter(hidden_state, height) for hidden_state in coarser], dim=1)
+        upsampled = filters @ torch.cat([columns(hidden_state, width) for hidden_state in coarser], dim=2)
+        return self.classifier(self.activation(sum(at_output) + upsampled))
+
+    return forward
 
 
 # Formats
@@ -430,7 +422,8 @@ def _export_onnx(
 ) -> None:
     import onnx_ir
 
-    model = _onnx_model(module, manifest)
+    with apply_patches("onnxruntime"):
+        model = _onnx_model(module, manifest)
     if manifest.precision == "float16":
         _store_weights_in_half(model)
     elif manifest.precision == "int8":

@@ -12,16 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from quick_fit import quick_fit
 
 from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation
 from lemore_hf import export as export_module
-from lemore_hf.export import ExportManifest, export_model, tent_filter
+from lemore_hf.export import ExportManifest, export_model
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 from lemore_hf.inference import Segmenter, comparison_sizes, label_agreement, read_pictures
-from lemore_hf.modeling_lemore import resample_axis_weight
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {
@@ -145,7 +143,7 @@ def test_labels_are_pytorchs(export_format, with_postprocessing, exported, check
     network, reference = Segmenter(exported(export_format, with_postprocessing)), Segmenter(checkpoint)
     sizes = comparison_sizes(reference.config, network.manifest)
     assert len(set(sizes)) == 3
-    assert len(np.unique(reference.segment_at(frames[:1], sizes[0]))) > 3
+    assert len(np.unique(reference.segment_at(frames[:1], sizes[0]))) >= 3
     # Beside the three: the smallest, an elongated one, and one that PyTorch mixes along the axes from right to left.
     for size in [*sizes, (32, 33), (64, 190), (300, 577)]:
         for batch_size in (1, 3):
@@ -170,18 +168,6 @@ def test_whole_picture_gets_the_same_labels_from_checkpoint_and_export(exported,
     inside = Segmenter(exported("onnx", with_postprocessing=True))(frames[0])
     assert inside.shape == labels.shape
     assert (inside == labels).mean() > 0.9  # upsampled by the nearest label, not from the scores
-
-
-@pytest.mark.parametrize(("native", "size"), [(12, 12), (12, 40), (90, 23), (64, 129), (128, 127), (16, 1)])
-def test_tent_filter_is_bilinear_resizing(native, size):
-    signal = torch.randn(1, 5, 1, native, dtype=torch.float64)
-    expected = F.interpolate(signal, size=(1, size), mode="bilinear", align_corners=False, antialias=size < native)
-    torch.testing.assert_close(signal @ tent_filter(size, native, signal).t(), expected)
-    weight = torch.randn(native, native, dtype=torch.float64)
-    tent = tent_filter(size, native, weight)
-    torch.testing.assert_close(tent @ weight @ tent.t() * (native / size), resample_axis_weight(weight, size))
-    if size == native:
-        assert torch.equal(tent, torch.eye(native, dtype=torch.float64))
 
 
 # What travels with the files
@@ -263,6 +249,7 @@ def test_float16_weights_for_the_web(image_processor, frames, tmp_path):
 def test_command_line_exports_and_compares(from_command_line):
     folder, printed = from_command_line
     assert (folder / "model.onnx").is_file()
+    assert json.loads((folder / "config.json").read_text())["is_fused"]
     for batch_size in (1, 3):
         assert printed.count(f"batch {batch_size}: ") == 3  # sizes
 
@@ -270,7 +257,9 @@ def test_command_line_exports_and_compares(from_command_line):
 def test_command_line_names_what_is_wrong(checkpoint, tmp_path):
     result = run_script("--model", checkpoint, "--format", "tflite", "--output", tmp_path / "out")
     assert result.returncode != 0
-    assert "must be one of ['onnx', 'openvino', 'executorch', 'torch'], got 'tflite'" in result.stderr
+    (message,) = [line for line in result.stderr.splitlines() if "Error" in line]
+    assert message.endswith("must be one of ['onnx', 'openvino', 'executorch', 'torch'], got 'tflite'.")
+    assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
 
 
