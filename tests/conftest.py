@@ -16,7 +16,8 @@ CAMVID_DIR = Path(os.environ.get("LEMORE_CAMVID", Path(__file__).resolve().paren
 
 @pytest.fixture(scope="session")
 def camvid_dir() -> Path:
-    """Folder of the CamVid parquet files; see the README for where to put them."""
+    """Folder of the CamVid parquet files, beside the checkout or where LEMORE_CAMVID says."""
+    # Its terms keep the data out of the repository: who has it not can run all the other tests.
     if not (CAMVID_DIR / "test.parquet").is_file():
         pytest.skip(f"CamVid is not at {CAMVID_DIR}; set LEMORE_CAMVID to its folder")
     return CAMVID_DIR

@@ -3,7 +3,6 @@
 """scripts/predict.py: pictures and videos to masks and overlays."""
 
 import copy
-import importlib.util
 import os
 import subprocess
 import sys
@@ -164,7 +163,6 @@ def test_orientation_of_a_photo_is_applied(segmenter, pictures, tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "mask.png")), segmenter(upright))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("av") is None, reason="videos need the extra lemore-hf[video]")
 def test_video_gives_lossless_labels_and_an_overlay(segmenter, tmp_path):
     import av
 
@@ -189,7 +187,6 @@ def test_video_gives_lossless_labels_and_an_overlay(segmenter, tmp_path):
         assert [frame.to_ndarray(format="rgb24").shape for frame in overlays.decode(video=0)] == [(64, 96, 3)] * 3
 
 
-@pytest.mark.skipif(importlib.util.find_spec("av") is None, reason="videos need the extra lemore-hf[video]")
 def test_damaged_video_leaves_nothing(segmenter, tmp_path):
     (tmp_path / "film.mp4").write_bytes(b"no film at all")
     with pytest.raises(prediction_module.UnreadableInputError):
