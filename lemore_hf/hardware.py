@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The name of the hardware that a figure was measured on."""
 
+import contextlib
 import os
 import platform
 from pathlib import Path
@@ -16,10 +17,14 @@ def hardware_name(device: torch.device | str) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
-    processor = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{processor}, {cores} cores"
+    return f"{processor_name()}, {cores} cores"
+
+
+def processor_name() -> str:
+    """The processor's name as the system has it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -389,17 +389,15 @@ def _describe_machine(cell: Cell) -> dict[str, Any]:
 
     import torch
 
-    processor = platform.processor() or platform.machine()
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    from lemore_hf.hardware import processor_name
+
     versions = {"python": platform.python_version()}
     for package in ("torch", "torchvision", "transformers", "onnxruntime", "openvino", "nncf", "numpy", "pillow"):
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": processor,
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
