@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmark LeMoRe beside the models that one would use instead: 150 classes, random weights, the same runtime for all.
 
-    python scripts/benchmark.py --quick                          # about two minutes on two cores
+    python scripts/benchmark.py --quick                          # some minutes on two cores
     python scripts/benchmark.py --json benchmark.json --chart benchmark.png
     python scripts/benchmark.py --json benchmark.json --update --tables 1 --runtimes onnx openvino --work-dir DIR
 
@@ -75,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=_positive, nargs=2, metavar=("HEIGHT", "WIDTH"), default=(512, 512))
     parser.add_argument("--rounds", type=_positive, help="how often each process is started (default: 3; quick: 1)")
     parser.add_argument(
-        "--seconds", type=float, default=1.0, help="how long each process repeats, at least five times"
+        "--seconds", type=float, default=1.0, help="how long each process repeats, at least three times"
     )
     parser.add_argument(
         "--keep-memory", action="store_true", help="let glibc keep freed memory, in every process: " + str(KEEP_MEMORY)
