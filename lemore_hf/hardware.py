@@ -1,6 +1,6 @@
 # Copyright 2026 The LeMoRe-HF contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""The name of the hardware that a figure was measured on."""
+"""The hardware that a process runs on: its name, and whether several processes share a CPU."""
 
 import contextlib
 import os
@@ -28,3 +28,11 @@ def processor_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def shares_cpu() -> bool:
+    """Whether a launcher has started several processes on a machine without a GPU: what `Accelerator(cpu=...)` must be
+    told, or each process takes itself for the only one and they overwrite each other's files."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    # Apple's GPU is one for all processes.
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and (accelerator is None or accelerator.type == "mps")

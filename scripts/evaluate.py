@@ -3,7 +3,7 @@
 """Evaluate a trained model, LeMoRe or a peer, on a split of a recipe's data set.
 
     python scripts/evaluate.py --model OUT/final --recipe camvid --data_dir DIR --split test --output metrics.json
-    accelerate launch --num_processes 2 scripts/evaluate.py ...
+    accelerate launch --multi_gpu --num_processes 2 scripts/evaluate.py ...
 
 Prints a table of the classes and writes the scores as JSON; beside that a picture of the confusion matrix and a grid of
 the worst images (image, labels, prediction). On the CPU each process computes on one thread, so that the counts are
@@ -39,7 +39,7 @@ from lemore_hf.evaluation import (
     evaluate_segmentation,
     load_trained_model,
 )
-from lemore_hf.hardware import hardware_name
+from lemore_hf.hardware import hardware_name, shares_cpu
 from lemore_hf.visualization import draw_segmentation, image_grid, plot_confusion_matrix
 
 
@@ -66,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    accelerator = Accelerator(cpu=shares_cpu(), mixed_precision=args.mixed_precision)
     if accelerator.device.type == "cpu":
         # The order of additions, and with it the last bits of a score, depends on the number of threads.
         torch.set_num_threads(1)
@@ -227,6 +227,7 @@ def describe(
         "recipe": recipe.name,
         "split": args.split,
         "mixed_precision": args.mixed_precision,
+        "num_processes": accelerator.num_processes,
         "hardware": hardware_name(device),
         "versions": {
             "lemore_hf": lemore_hf.__version__,

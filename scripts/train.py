@@ -3,7 +3,7 @@
 """Train LeMoRe, or a network it is compared with, by a recipe: segmentation, or classification for pretraining.
 
     python scripts/train.py --recipe camvid --data_dir DIR --output_dir OUT
-    accelerate launch --num_processes 2 scripts/train.py --recipe camvid --data_dir DIR --output_dir OUT
+    accelerate launch --multi_gpu --num_processes 2 scripts/train.py --recipe camvid --data_dir DIR --output_dir OUT
 
 Every field of the recipe is an option too (`--max_steps 1000 --learning_rate 5e-4`). A run can be killed at any
 moment; the same command with `--resume` goes on from its last checkpoint. The trained model lands in `OUT/final`.
@@ -51,7 +51,7 @@ from lemore_hf.data.loading import (
 )
 from lemore_hf.data.recipes import Recipe, add_recipe_arguments, load_recipe, recipe_overrides
 from lemore_hf.evaluation import evaluate
-from lemore_hf.hardware import hardware_name
+from lemore_hf.hardware import hardware_name, shares_cpu
 from lemore_hf.hub import PublishingError, push_folder, signed_in_user
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 from lemore_hf.losses import SegmentationCriterion, count_for_median_frequency, median_frequency_weights
@@ -112,6 +112,7 @@ def at_least(minimum: int) -> Callable[[str], int]:
 def main() -> None:
     args = parse_arguments()
     accelerator = Accelerator(
+        cpu=shares_cpu(),
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with="tensorboard" if is_tensorboard_available() else None,

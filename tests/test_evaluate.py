@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from launching import launch
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 from torch import nn
@@ -421,20 +422,15 @@ def run_script(monkeypatch):
 
 def test_two_processes_give_exactly_the_counts_of_one(model_dir, data_dir, tmp_path):
     reports = []
-    launcher = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--main_process_port", "0"]
-    for name, launch in (("one", []), ("two", launcher)):
-        output = tmp_path / f"{name}.json"
-        command = [
-            sys.executable,
-            *launch,
-            str(SCRIPT),
-            *arguments(model_dir, data_dir, output, "--scales", "1", "1.5"),
-        ]
+    for processes in (1, 2):
+        output = tmp_path / f"{processes}.json"
+        command = launch(processes, SCRIPT, *arguments(model_dir, data_dir, output, "--scales", "1", "1.5"))
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Pixel accuracy") == 1, "one process should report"
-        assert Image.open(tmp_path / f"{name}_worst_images.png").size[0] > 0
+        assert Image.open(tmp_path / f"{processes}_worst_images.png").size[0] > 0
         reports.append(json.loads(output.read_text()))
+        assert reports[-1].pop("num_processes") == processes
     assert reports[0] == reports[1]
     assert reports[0]["num_images"] == NUM_IMAGES
     assert sum(map(sum, reports[0]["confusion_matrix"])) == NUM_IMAGES * (SIZE[0] - 3) * SIZE[1]

@@ -7,7 +7,6 @@ import os
 import random
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from launching import kill, launch
 from PIL import Image
 from transformers import AutoModelForSemanticSegmentation
 
@@ -69,22 +69,10 @@ def recipe(tmp_path_factory) -> Path:
 def command(
     recipe: Path, data_dir: Path, output_dir: Path, *options: str, processes: int = 1, cached: bool = True
 ) -> list[str]:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += [
-            "-m",
-            "accelerate.commands.launch",
-            "--num_processes",
-            str(processes),
-            "--cpu",
-            "--num_machines",
-            "1",
-        ]
-        launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     places = ["--recipe", str(recipe), "--data_dir", str(data_dir), "--output_dir", str(output_dir)]
     every = ["--save_every", "3", "--eval_every", "8", "--log_every", "2", "--num_workers", "1"]
     cache = ["--cache", "memory"] if cached else []
-    return [*launcher, str(ROOT / "scripts" / "train.py"), *places, *every, *cache, *options]
+    return launch(processes, ROOT / "scripts" / "train.py", *places, *every, *cache, *options)
 
 
 def run(*args, expect: int = 0, **kwargs) -> str:
@@ -127,7 +115,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_weights(tmp_
     for attempt in range(3):
         seen = set(tmp_path.glob("checkpoint-*"))
         with open(tmp_path / f"log{attempt}.txt", "w") as log:
-            process = subprocess.Popen(arguments, stdout=log, stderr=log, env=environment, start_new_session=True)
+            process = subprocess.Popen(arguments, stdout=log, stderr=log, env=environment)
             # In turn: while a checkpoint is being written (or at the latest after the second), and some time after one.
             while process.poll() is None:
                 written = len(set(tmp_path.glob("checkpoint-*")) - seen)
@@ -137,9 +125,8 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_weights(tmp_
                     time.sleep(chance.uniform(0, 0.1))
                     break
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                kill(process)
                 kills += 1
-            process.wait()
         for folder in list_checkpoints(tmp_path):
             load_checkpoint(folder)
     assert kills == 3, "the run ended before it could be killed"
@@ -159,11 +146,14 @@ def log_of(output_dir: Path) -> list[dict]:
 
 
 def test_two_processes_train_and_resume_to_the_same_weights(tmp_path, recipe, data_dir):
-    # With single images to validate, both processes have some.
+    # With single images to validate, both processes have some; and their batch-norm statistics are those of their last
+    # own batch, so that scores tell whose are used.
     options = ("--max_steps", "12", "--save_every", "6", "--eval_every", "6", "--eval_batch_size", "1")
+    options += ("--learning_rate", "0.02", "--model_config", json.dumps({**TINY_MODEL, "batch_norm_momentum": 1.0}))
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     run(recipe, data_dir, whole, *options, processes=2)
     assert [record["step"] for record in log_of(whole) if "mean_iou" in record] == [6, 12]
+    assert json.loads((whole / "run.json").read_text())["settings"]["num_processes"] == 2
     # What an interruption after step 6 leaves.
     shutil.copytree(whole, halves)
     shutil.rmtree(halves / "final")

@@ -4,7 +4,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
+from launching import kill, launch
 from loopback_hub import LoopbackHub, run_client, running_hub
 from transformers import AutoModelForSemanticSegmentation, Trainer, TrainingArguments
 
@@ -29,14 +29,6 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 TINY_MODEL = {"stem_sizes": [8], "hidden_sizes": [8, 8, 16, 16], "decoder_hidden_size": 16}
 
 
-def launcher(processes: int) -> list[str]:
-    if processes == 1:
-        return []
-    options = ["--cpu", "--num_processes", processes, "--num_machines", 1, "--mixed_precision", "no"]
-    options += ["--main_process_port", 0]  # any that is free
-    return ["-m", "accelerate.commands.launch", *map(str, options), "--dynamo_backend", "no"]
-
-
 @pytest.mark.parametrize("processes", [1, 2])
 def test_train_kill_resume_evaluate_and_publish_camvid(tmp_path, camvid_dir, processes):
     size = ["96", "128"]
@@ -44,26 +36,23 @@ def test_train_kill_resume_evaluate_and_publish_camvid(tmp_path, camvid_dir, pro
     eval_every = 6 if processes == 1 else 0
     schedule = ["--max_steps", 6, "--save_every", 2, "--eval_every", eval_every, "--num_workers", 1, "--batch_size", 2]
     sizes = ["--image_size", *size, "--crop_size", *size, "--class_weights", "none", "--ema_decay", "0.5"]
-    train = [*launcher(processes), SCRIPTS / "train.py", *places, *schedule, *sizes, "--resume"]
-    train = list(map(str, [*train, "--model_config", json.dumps(TINY_MODEL)]))
+    config = ["--model_config", json.dumps(TINY_MODEL)]
+    train = launch(processes, SCRIPTS / "train.py", *places, *schedule, *sizes, *config, "--resume")
 
     # Killed as soon as it has left something to resume from.
     with open(tmp_path / "log.txt", "w") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            [sys.executable, *train], stdout=log, stderr=log, env=environment, start_new_session=True
-        )
+        process = subprocess.Popen(train, stdout=log, stderr=log, env=environment)
         while process.poll() is None and not list_checkpoints(tmp_path / "run"):
             pass
         assert process.poll() is None, (tmp_path / "log.txt").read_text()[-2000:]
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill(process)
     assert not (tmp_path / "run" / "final").exists()
     killed_at = load_checkpoint(list_checkpoints(tmp_path / "run")[-1])[1]["step"]
     assert 0 < killed_at < 6
 
     with running_hub() as hub:
-        result = run_client(train, hub, tmp_path, "--push_to_hub", "lemore-camvid")
+        result = run_client(train[1:], hub, tmp_path, "--push_to_hub", "lemore-camvid")
         assert result.returncode == 0, result.stderr[-2000:]
         assert load_checkpoint(list_checkpoints(tmp_path / "run")[-1])[1]["step"] == 6
         published = hub.repositories["someone/lemore-camvid"]
@@ -72,15 +61,20 @@ def test_train_kill_resume_evaluate_and_publish_camvid(tmp_path, camvid_dir, pro
         assert (b"| mean IoU |" if eval_every else b"have not been evaluated") in published["README.md"]
 
         metrics = tmp_path / "metrics.json"
-        evaluate = [*launcher(processes), SCRIPTS / "evaluate.py", "--model", tmp_path / "run" / "final", *places[:4]]
-        evaluate = [*evaluate, "--split", "validation", "--output", metrics]
-        result = run_client(list(map(str, evaluate)), hub, tmp_path)
+        model = ["--model", tmp_path / "run" / "final"]
+        evaluate = [*model, *places[:4], "--split", "validation", "--output", metrics]
+        result = run_client(launch(processes, SCRIPTS / "evaluate.py", *evaluate)[1:], hub, tmp_path)
         assert result.returncode == 0, result.stderr[-2000:]
         scores = json.loads(metrics.read_text())
+        assert (
+            scores["num_processes"]
+            == json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["num_processes"]
+            == processes
+        )
         assert scores["num_images"] == 101
         assert len(scores["per_class_iou"]) == 11
 
-        push = [SCRIPTS / "push_to_hub.py", "--model", tmp_path / "run" / "final", "--repo_id", "lemore-camvid"]
+        push = [SCRIPTS / "push_to_hub.py", *model, "--repo_id", "lemore-camvid"]
         push = [*push, "--results", metrics, "--recipe", "camvid", "--overwrite"]
         result = run_client(list(map(str, push)), hub, tmp_path, token=LoopbackHub.token)
         assert result.returncode == 0, result.stderr[-2000:]
