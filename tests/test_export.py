@@ -69,7 +69,7 @@ def model(samples: Samples, image_processor: LeMoReImageProcessor) -> LeMoReForS
     )
     images, labels = zip(*samples, strict=True)
     batch = image_processor(list(images), segmentation_maps=list(labels), return_tensors="pt")
-    return quick_fit(LeMoReForSemanticSegmentation(config), **batch)
+    return quick_fit(LeMoReForSemanticSegmentation(config), **batch, steps=80)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_labels_are_pytorchs(export_format, with_postprocessing, exported, check
     network, reference = Segmenter(exported(export_format, with_postprocessing)), Segmenter(checkpoint)
     sizes = comparison_sizes(reference.config, network.manifest)
     assert len(set(sizes)) == 3
-    assert len(np.unique(reference.segment_at(frames[:1], sizes[0]))) >= 3
+    assert len(np.unique(reference.segment_at(frames[:1], sizes[0]))) > 3
     # Beside the three: the smallest, an elongated one, and one that PyTorch mixes along the axes from right to left.
     for size in [*sizes, (32, 33), (64, 190), (300, 577)]:
         for batch_size in (1, 3):
