@@ -30,6 +30,7 @@ from transformers.exporters.utils import apply_patches, register_patch
 from .checkpointing import atomic_folder
 from .modeling_lemore import (
     MINIMUM_SIZE,
+    LeMoReAxisView,
     LeMoReDecodeHead,
     LeMoReForSemanticSegmentation,
     LeMoReTokenPyramid,
@@ -363,8 +364,12 @@ def _free_token_pyramid(original: Any) -> Any:
     """Pooling without `ceil_mode`: OpenVINO refuses windows larger than the map. The windows that reach beyond the
     border are divided by what they hold."""
 
+    # As good as zero: ONNX Runtime 1.23 merges a border of zeros into the pooling, and then leaves it out of the
+    # divisor (https://github.com/microsoft/onnxruntime/issues/26708).
+    nearly_zero = 1e-30
+
     def pool(feature: torch.Tensor, side: int) -> torch.Tensor:
-        sums = F.avg_pool2d(F.pad(feature, (0, side - 1, 0, side - 1)), side) * side**2
+        sums = F.avg_pool2d(F.pad(feature, (0, side - 1, 0, side - 1), value=nearly_zero), side) * side**2
         rows, columns = (
             torch.arange(length, 0, -side, device=feature.device, dtype=feature.dtype).clamp(max=side)
             for length in feature.shape[2:]
@@ -412,6 +417,22 @@ def _head_of_products(original: Any) -> Any:
         return self.classifier(self.activation(sum(at_output) + upsampled))
 
     return forward
+
+
+@register_patch("openvino", "lemore_hf.modeling_lemore.LeMoReAxisView._along_axis")
+def _products_in_channels_last(original: Any) -> Any:
+    """Products along an axis of the volume with its channels last, as OpenVINO's convolutions leave it and take it:
+    there the permutations cost nothing, and a product along contiguous channels would move the whole volume twice."""
+
+    def along_axis(self: LeMoReAxisView, weight: torch.Tensor, hidden_state: torch.Tensor) -> torch.Tensor:
+        volume = hidden_state.permute(0, 2, 3, 1)
+        if self.axis == 2:
+            mixed = (weight @ volume.flatten(2)).unflatten(2, (volume.shape[2], -1))
+        else:
+            mixed = weight @ volume
+        return mixed.permute(0, 3, 1, 2)
+
+    return along_axis
 
 
 # Formats
@@ -520,7 +541,7 @@ def _export_openvino(
 
     # Through ONNX: OpenVINO's own way from PyTorch computes sizes in floating point, which its default precision
     # rounds to bfloat16 on processors that have it.
-    with TemporaryDirectory() as scratch:
+    with TemporaryDirectory() as scratch, apply_patches("openvino"):
         onnx_ir.save(_onnx_model(module, manifest), f"{scratch}/model.onnx")
         model = openvino.convert_model(f"{scratch}/model.onnx")
         if manifest.precision == "int8":
