@@ -426,11 +426,10 @@ def _products_in_channels_last(original: Any) -> Any:
 
     def along_axis(self: LeMoReAxisView, weight: torch.Tensor, hidden_state: torch.Tensor) -> torch.Tensor:
         volume = hidden_state.permute(0, 2, 3, 1)
-        if self.axis == 2:
-            mixed = (weight @ volume.flatten(2)).unflatten(2, (volume.shape[2], -1))
-        else:
-            mixed = weight @ volume
-        return mixed.permute(0, 3, 1, 2)
+        if self.axis == 3:
+            return (weight @ volume).permute(0, 3, 1, 2)
+        mixed = weight @ volume.flatten(2)  # (B, H, W·C)
+        return mixed.unflatten(2, (volume.shape[2], -1)).permute(0, 3, 1, 2)
 
     return along_axis
 
