@@ -47,6 +47,7 @@ TINY = {
     "decoder_hidden_size": 16,
     "num_labels": 5,
     "classifier_dropout_prob": 0.0,
+    "axis_initialization": "normal",  # as training leaves them: no view is idle
 }
 MODEL_CLASSES = (LeMoReModel, LeMoReBackbone, LeMoReForSemanticSegmentation, LeMoReForImageClassification)
 
@@ -174,9 +175,18 @@ def test_the_views_are_summed():
 
 @pytest.mark.parametrize("initialization", ["identity", "zeros"])
 def test_axis_initialization(initialization):
-    weight = LeMoReModel(LeMoReConfig(**TINY, axis_initialization=initialization)).encoder.stages[0]
-    weight = weight.cartesian_encoder.views["lateral"].weight
+    stage = tiny(LeMoReModel, axis_initialization=initialization).encoder.stages[0]
+    weight = stage.cartesian_encoder.views["lateral"].weight
     assert torch.equal(weight, torch.eye(24) if initialization == "identity" else torch.zeros(24, 24))
+
+
+def test_axis_weights_that_start_at_zero_are_learned():
+    model = LeMoReForSemanticSegmentation(LeMoReConfig(**TINY | {"axis_initialization": "zeros"})).train()
+    views = [view for name, view in model.named_modules() if name.endswith(("frontal", "lateral"))]
+    assert len(views) == 8
+    assert not any(view.weight.any() for view in views)
+    model(random_images(), labels=random_labels()).loss.backward()
+    assert all(view.weight.grad.any() for view in views)
 
 
 # Axis weights at other sizes
@@ -397,6 +407,7 @@ def test_gradients(height, width):
         {"batch_norm_momentum": 0.9},
         {"initializer_range": 0.5},
         {"axis_initialization": "identity"},
+        {"axis_initialization": "zeros"},
         {"num_labels": 6},
     ],
     ids=str,

@@ -45,6 +45,7 @@ class LeMoReModelTester:
             attention_value_dim=6,
             token_stride=32,
             decoder_hidden_size=16,
+            axis_initialization="normal",
             num_labels=self.num_labels,
             out_features=["stem", "stage2", "stage4"],
         )
