@@ -161,6 +161,17 @@ def test_logits_are_pytorchs(export_format, size, exported, model):
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
+def test_openvino_gives_the_same_when_a_size_comes_again(exported, model):
+    """From the second time on a network compiled for the size answers, until another one comes."""
+    segmenter = Segmenter(exported("openvino"))
+    for size in [(96, 128), (96, 128), (96, 128), (33, 47), (96, 128), (96, 128), (33, 47), (33, 47)]:
+        pixel_values = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            expected = model(pixel_values).logits
+        logits = torch.from_numpy(segmenter.run(pixel_values.numpy()))
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
 def test_whole_picture_gets_the_same_labels_from_checkpoint_and_export(exported, checkpoint, frames):
     network, reference = Segmenter(exported("onnx")), Segmenter(checkpoint)
     labels = network(frames[0])
