@@ -34,8 +34,8 @@ from .modeling_lemore import (
     LeMoReDecodeHead,
     LeMoReForSemanticSegmentation,
     LeMoReTokenPyramid,
-    _resize,
-    _tent_filter,
+    resize_bilinear,
+    tent_filter,
 )
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def export_model(
     metadata = describe(model.config, image_processor, manifest)
     fused = model.fuse().to("cpu", torch.float32)
     module = SegmentationGraph(fused, image_processor).eval() if with_postprocessing else fused
-    with atomic_folder(output_dir) as folder, _quiet():
+    with atomic_folder(output_dir) as folder, quietly():
         _EXPORTERS[export_format](module, folder / manifest.file, manifest, feeds, metadata)
         fused.config.save_pretrained(folder)
         image_processor.save_pretrained(folder)
@@ -341,7 +341,7 @@ def _trace(exporter: Any, config_class: type, module: nn.Module, manifest: Expor
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Exporters report every step, on standard output, as warnings and as log records; errors still come through."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
@@ -389,10 +389,10 @@ def _head_of_products(original: Any) -> Any:
     several times as long, unless the graph knows its scales and they are whole numbers."""
 
     def columns(hidden_state: torch.Tensor, width: int) -> torch.Tensor:
-        return hidden_state @ _tent_filter(hidden_state.shape[3], width, hidden_state).t()
+        return hidden_state @ tent_filter(hidden_state.shape[3], width, hidden_state).t()
 
     def row_filter(hidden_state: torch.Tensor, height: int) -> torch.Tensor:
-        return _tent_filter(hidden_state.shape[2], height, hidden_state)
+        return tent_filter(hidden_state.shape[2], height, hidden_state)
 
     def upsample(hidden_state: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         return row_filter(hidden_state, size[0]) @ columns(hidden_state, size[1])
@@ -405,7 +405,7 @@ def _head_of_products(original: Any) -> Any:
         at_output, coarser = [], [values[self.output_stage]]
         for index, (fusion, local_feature) in enumerate(zip(self.fusions, local_features, strict=True)):
             if index < self.output_stage:
-                local_feature = _resize(local_feature, (height, width))
+                local_feature = resize_bilinear(local_feature, (height, width))
             fused = fusion.local(local_feature) * upsample(gates[index], local_feature.shape[2:])
             if index > self.output_stage:
                 coarser.append(fused + upsample(values[index], local_feature.shape[2:]))
@@ -447,7 +447,7 @@ def _export_onnx(
     if manifest.precision == "float16":
         _store_weights_in_half(model)
     elif manifest.precision == "int8":
-        model = _quantize_onnx(model, feeds)
+        model = quantize_onnx(model, feeds)
     model.metadata_props.update(metadata)
     onnx_ir.save(model, path)
 
@@ -500,7 +500,7 @@ def _store_weights_in_half(model: "onnx_ir.Model") -> None:
         graph.insert_before(graph[0], cast)
 
 
-def _quantize_onnx(model: "onnx_ir.Model", feeds: Iterable[dict]) -> "onnx_ir.Model":
+def quantize_onnx(model: "onnx_ir.Model", feeds: Iterable[dict]) -> "onnx_ir.Model":
     import onnx_ir
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -544,13 +544,13 @@ def _export_openvino(
         onnx_ir.save(_onnx_model(module, manifest), f"{scratch}/model.onnx")
         model = openvino.convert_model(f"{scratch}/model.onnx")
         if manifest.precision == "int8":
-            model = _quantize_openvino(model, feeds)
+            model = quantize_openvino(model, feeds)
         for name, note in metadata.items():
             model.set_rt_info(note, ["lemore", name])
         openvino.save_model(model, path, compress_to_fp16=manifest.precision == "float16")
 
 
-def _quantize_openvino(model: "openvino.Model", feeds: Iterable[dict]) -> "openvino.Model":
+def quantize_openvino(model: "openvino.Model", feeds: Iterable[dict]) -> "openvino.Model":
     import nncf
 
     feeds = list(feeds)

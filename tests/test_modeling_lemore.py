@@ -31,10 +31,10 @@ from lemore_hf.modeling_lemore import (
     LeMoReCartesianEncoder,
     LeMoReConvLayer,
     LeMoReNestedAttention,
-    _tent_filter,
     check_label_values,
     resample_axis_weight,
     segmentation_loss,
+    tent_filter,
 )
 
 TINY = {
@@ -203,9 +203,9 @@ def test_resampled_axis_weights_are_antialiased_bilinear_interpolation(size):
 def test_tent_filter_is_bilinear_resizing(native, size):
     signal = torch.randn(1, 5, 1, native, dtype=torch.float64)
     expected = F.interpolate(signal, size=(1, size), mode="bilinear", align_corners=False, antialias=size < native)
-    torch.testing.assert_close(signal @ _tent_filter(native, size, signal).t(), expected)
+    torch.testing.assert_close(signal @ tent_filter(native, size, signal).t(), expected)
     if size == native:
-        assert torch.equal(_tent_filter(native, size, signal), torch.eye(native, dtype=torch.float64))
+        assert torch.equal(tent_filter(native, size, signal), torch.eye(native, dtype=torch.float64))
 
 
 def test_axis_weights_are_exact_at_the_native_size():

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import SemanticSegmenterOutput
 from ..complexity import count_multiply_accumulates
 from ..configuration_lemore import LeMoReConfig
 from ..image_processing_lemore import LeMoReImageProcessor
-from ..modeling_lemore import LeMoReForSemanticSegmentation, _keep_freed_memory
+from ..modeling_lemore import LeMoReForSemanticSegmentation, keep_freed_memory
 from ..peers import build_peer
 from .cell import memory_format
 
@@ -42,7 +42,7 @@ def build_model(name: str, for_training: bool = False) -> nn.Module:
     model = random_model(name)
     if for_training:
         return model.train()
-    _keep_freed_memory()  # as fusing does: no model is to be faster for its process's memory alone
+    keep_freed_memory()  # as fusing does: no model is to be faster for its process's memory alone
     return model.fuse() if name == "lemore" else model.eval()
 
 
@@ -121,7 +121,7 @@ def load_segmenter(name: str, folder: Path, layout: str) -> tuple[PreTrainedMode
     model = random_model(name).eval()
     with Image.open(folder / "picture.jpg") as image:
         fit_classifier(model, image_processor(image, return_tensors="pt")["pixel_values"], folder / "labels.png")
-    _keep_freed_memory()
+    keep_freed_memory()
     model = model.fuse() if name == "lemore" else model
     return model.to(memory_format=memory_format(layout)), image_processor
 

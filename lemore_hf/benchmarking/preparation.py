@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from ..data.scenes import draw_scene
-from ..export import _quantize_onnx, _quantize_openvino, _quiet, export_model
+from ..export import export_model, quantize_onnx, quantize_openvino, quietly
 from ..image_processing_lemore import LeMoReImageProcessor
 from .cell import Cell
 from .models import count, random_model
@@ -72,7 +72,7 @@ def _export(cell: Cell, runtime: str, target: Path) -> None:
         )
         return
     target.mkdir(parents=True, exist_ok=True)
-    with _quiet():
+    with quietly():
         _export_peer(model, cell, target, export_format, images)
 
 
@@ -84,14 +84,14 @@ def _export_peer(model: nn.Module, cell: Cell, target: Path, export_format: str,
     feeds = [{"pixel_values": processor(image, return_tensors="np")["pixel_values"]} for image in images]
     graph = _onnx_graph(model, cell.size)
     if export_format == "onnx":
-        onnx_ir.save(_quantize_onnx(graph, feeds) if feeds else graph, target / "model.onnx")
+        onnx_ir.save(quantize_onnx(graph, feeds) if feeds else graph, target / "model.onnx")
         return
     import openvino
 
     onnx_ir.save(graph, target / "model.onnx")
     network = openvino.convert_model(target / "model.onnx")
     (target / "model.onnx").unlink()
-    network = _quantize_openvino(network, feeds) if feeds else network
+    network = quantize_openvino(network, feeds) if feeds else network
     openvino.save_model(network, target / "openvino_model.xml", compress_to_fp16=False)
 
 
