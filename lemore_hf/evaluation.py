@@ -319,7 +319,7 @@ def _check_classes(model: nn.Module, recipe: Recipe) -> None:
 
 def _placed(model: nn.Module, accelerator: Accelerator | None) -> tuple[nn.Module, torch.device]:
     if accelerator is None:
-        return model, next(model.parameters()).device
+        return model, next(model.parameters(), torch.empty(0)).device
     # Without its wrapper the processes need not make the same number of forward passes.
     return accelerator.unwrap_model(model).to(accelerator.device), accelerator.device
 

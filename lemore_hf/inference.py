@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation
+from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from .export import MANIFEST, ExportManifest, network_input, require_packages
 
@@ -39,12 +40,12 @@ class Segmenter:
 
     def __init__(self, path: str | os.PathLike, num_threads: int | None = None):
         folder = _folder_of(Path(path))
-        exported = (folder / MANIFEST).is_file()
+        exported = is_export(folder)
         self.manifest = ExportManifest.load(folder) if exported else ExportManifest("pytorch", "model.safetensors")
         self.config = AutoConfig.from_pretrained(folder)
         self.image_processor = AutoImageProcessor.from_pretrained(folder)
         if exported:
-            require_packages(self.manifest.format, _PACKAGES[self.manifest.format])
+            require_packages(self.manifest.format, RUNTIME_PACKAGES[self.manifest.format])
         self._run = _RUNTIMES[self.manifest.format](folder / self.manifest.file, num_threads)
 
     def run(self, network_input: np.ndarray) -> np.ndarray:
@@ -95,6 +96,41 @@ class Segmenter:
         outputs = SimpleNamespace(logits=torch.from_numpy(logits))
         label_maps = self.image_processor.post_process_semantic_segmentation(outputs, [size] * len(logits))
         return [label_map.numpy() for label_map in label_maps]
+
+
+class ExportedNetwork(torch.nn.Module):
+    """
+    An export as a network of PyTorch's, for `lemore_hf.evaluation`: `logits` from normalized images.
+
+    Args:
+        path (`str` or `os.PathLike`): An export folder.
+        num_threads (`int`, *optional*): Threads that the runtime may use; by default what it chooses itself.
+
+    Raises:
+        `ValueError`: for an export with post-processing, which gives labels and no logits.
+        `ImportError`: naming the extra to install where the runtime is missing.
+    """
+
+    def __init__(self, path: str | os.PathLike, num_threads: int | None = None):
+        super().__init__()
+        segmenter = Segmenter(path, num_threads)
+        if segmenter.manifest.with_postprocessing:
+            raise ValueError(
+                f"{path} was exported with post-processing: it takes pictures and gives labels, where normalized images "
+                "and logits are needed. Export the model without `--with-postprocessing`."
+            )
+        self.config, self.manifest = segmenter.config, segmenter.manifest
+        self._run = segmenter.run
+
+    def forward(self, pixel_values: torch.Tensor) -> SemanticSegmenterOutput:
+        """`(batch, channels, height, width)` → `logits`, on the device of the images."""
+        logits = self._run(pixel_values.float().cpu().numpy())
+        return SemanticSegmenterOutput(logits=torch.from_numpy(logits).to(pixel_values.device))
+
+
+def is_export(path: str | os.PathLike) -> bool:
+    """Whether a folder holds an export."""
+    return Path(path, MANIFEST).is_file()
 
 
 def label_agreement(
@@ -151,12 +187,12 @@ def _folder_of(path: Path) -> Path:
         raise FileNotFoundError(f"{path} does not exist: name the folder of a checkpoint or of an export.")
     if path.is_file():
         folder = path.parent
-        if not (folder / MANIFEST).is_file() or ExportManifest.load(folder).file != path.name:
+        if not is_export(folder) or ExportManifest.load(folder).file != path.name:
             raise FileNotFoundError(
                 f"{path} is not the graph of an export: beside it there must be the {MANIFEST} that names it."
             )
         return folder
-    if not (path / MANIFEST).is_file() and not (path / "config.json").is_file():
+    if not is_export(path) and not (path / "config.json").is_file():
         raise FileNotFoundError(
             f"{path} holds neither an export ({MANIFEST}) nor a checkpoint (config.json): its files are "
             f"{sorted(file.name for file in path.iterdir())[:8]}."
@@ -251,7 +287,7 @@ def _open_executorch(path: Path, num_threads: int | None) -> Run:
     return lambda network_input: method.execute([torch.from_numpy(network_input)])[0].numpy()
 
 
-_PACKAGES = {"onnx": ["onnxruntime"], "openvino": ["openvino"], "executorch": ["executorch"], "torch": []}
+RUNTIME_PACKAGES = {"onnx": ["onnxruntime"], "openvino": ["openvino"], "executorch": ["executorch"], "torch": []}
 _RUNTIMES = {
     "pytorch": _open_pytorch,
     "onnx": _open_onnx,

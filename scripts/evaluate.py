@@ -1,6 +1,6 @@
 # Copyright 2026 The LeMoRe-HF contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluate a trained model, LeMoRe or a peer, on a split of a recipe's data set.
+"""Evaluate a trained model, LeMoRe or a peer, or an export of it on a split of a recipe's data set.
 
     python scripts/evaluate.py --model OUT/final --recipe camvid --data_dir DIR --split test --output metrics.json
     accelerate launch --multi_gpu --num_processes 2 scripts/evaluate.py ...
@@ -16,6 +16,8 @@ import copy
 import json
 import math
 import platform
+from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +42,13 @@ from lemore_hf.evaluation import (
     load_trained_model,
 )
 from lemore_hf.hardware import hardware_name, shares_cpu
+from lemore_hf.inference import RUNTIME_PACKAGES, ExportedNetwork, is_export
 from lemore_hf.visualization import draw_segmentation, image_grid, plot_confusion_matrix
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder that training has written, or Hub id")
+    parser.add_argument("--model", required=True, help="folder that training or export.py has written, or Hub id")
     parser.add_argument("--recipe", required=True, help="name of a recipe, or path of its YAML file")
     parser.add_argument("--data_dir", type=Path, help="local folder of the data set; without it, from the Hub")
     parser.add_argument("--split", default="test", help="train, validation or test, or several joined by '+'")
@@ -66,6 +69,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    exported = is_export(args.model)
+    if exported:
+        check_export_options(args)
     accelerator = Accelerator(cpu=shares_cpu(), mixed_precision=args.mixed_precision)
     if accelerator.device.type == "cpu":
         # The order of additions, and with it the last bits of a score, depends on the number of threads.
@@ -84,7 +90,7 @@ def main() -> None:
         )
     else:
         dataset = RecipeDataset(samples, recipe)
-    model = load_trained_model(args.model, recipe.task)
+    model = ExportedNetwork(args.model, num_threads=1) if exported else load_trained_model(args.model, recipe.task)
 
     report = evaluate_model(model, dataset, recipe, accelerator, args)
     if accelerator.is_main_process:
@@ -105,6 +111,14 @@ def check_output(output: Path) -> None:
         pass
     if is_new:
         output.unlink()
+
+
+def check_export_options(args: argparse.Namespace) -> None:
+    """Refuse what makes no difference to an export, or no sense."""
+    if args.runs is not None:
+        raise ValueError(f"--runs keeps lines of trainings, --model {args.model} is an export: leave --runs out.")
+    if args.mixed_precision != "no":
+        raise ValueError(f"--mixed_precision: {args.model} is an export, whose precision was chosen with `export.py`.")
 
 
 def check_normalization(folder: Path, recipe: Recipe) -> None:
@@ -212,23 +226,17 @@ def describe(
     model: PreTrainedModel, recipe: Recipe, accelerator: Accelerator, args: argparse.Namespace
 ) -> dict[str, Any]:
     """What was evaluated, on what."""
-    device = accelerator.device
-    on_meta = copy.deepcopy(model).to("meta")
     return {
         "model": args.model,
-        "run": run_of(Path(args.model)),
+        **(describe_export(model) if is_export(args.model) else describe_checkpoint(model, recipe, args)),
         "model_type": model.config.model_type,
-        "parameters": model.num_parameters(),
-        "multiply_accumulates": count_multiply_accumulates(
-            on_meta, torch.empty(1, 3, *recipe.image_size, device="meta")
-        ),
         "image_size": list(recipe.image_size),
         "dataset": recipe.title or recipe.name,
         "recipe": recipe.name,
         "split": args.split,
         "mixed_precision": args.mixed_precision,
         "num_processes": accelerator.num_processes,
-        "hardware": hardware_name(device),
+        "hardware": hardware_name(accelerator.device),
         "versions": {
             "lemore_hf": lemore_hf.__version__,
             "torch": torch.__version__,
@@ -236,6 +244,21 @@ def describe(
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
+    }
+
+
+def describe_export(network: ExportedNetwork) -> dict[str, Any]:
+    packages = RUNTIME_PACKAGES[network.manifest.format]
+    return {"export": asdict(network.manifest), "runtime": {name: metadata.version(name) for name in packages}}
+
+
+def describe_checkpoint(model: PreTrainedModel, recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
+    on_meta = copy.deepcopy(model).to("meta")
+    pixel_values = torch.empty(1, 3, *recipe.image_size, device="meta")
+    return {
+        "run": run_of(Path(args.model)),
+        "parameters": model.num_parameters(),
+        "multiply_accumulates": count_multiply_accumulates(on_meta, pixel_values),
     }
 
 

@@ -33,6 +33,7 @@ from lemore_hf.evaluation import (
     load_trained_model,
     predict_labels,
 )
+from lemore_hf.export import export_model
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 from lemore_hf.peers import build_peer
 
@@ -460,6 +461,38 @@ def test_the_report_says_what_was_measured(run_script, tiny_lemore, model_dir, d
     (run,) = map(json.loads, runs.read_text().splitlines())
     assert (run["name"], run["seed"]) == (model_dir.parent.name, 7)
     assert run["evaluation"]["test"]["mean_iou"] == json.loads(output.read_text())["mean_iou"]
+
+
+@pytest.fixture(scope="module")
+def onnx_dir(tiny_lemore, tmp_path_factory):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="needs the extra lemore-hf[onnx]")
+    folder = tmp_path_factory.mktemp("onnx") / "export"
+    export_model(tiny_lemore, LeMoReImageProcessor(size={"height": SIZE[0], "width": SIZE[1]}), folder, "onnx")
+    return folder
+
+
+def test_an_export_scores_what_its_checkpoint_scores(run_script, onnx_dir, model_dir, data_dir, tmp_path):
+    reports = {}
+    for folder in (model_dir, onnx_dir):
+        run_script(*arguments(folder, data_dir, tmp_path / "metrics.json", "--scales", "1", "1.5"))
+        reports[folder] = json.loads((tmp_path / "metrics.json").read_text())
+    matrix, expected = (np.array(reports[folder]["confusion_matrix"]) for folder in (onnx_dir, model_dir))
+    assert np.abs(matrix - expected).sum() <= 0.001 * expected.sum()
+    assert reports[onnx_dir]["export"]["format"] == "onnx"
+    assert reports[onnx_dir]["runtime"]["onnxruntime"]
+
+
+def test_what_an_export_cannot_be_evaluated_with_is_refused(run_script, tiny_lemore, onnx_dir, data_dir, tmp_path):
+    output = tmp_path / "metrics.json"
+    with pytest.raises(ValueError, match="--runs"):
+        run_script(*arguments(onnx_dir, data_dir, output, "--runs", str(tmp_path / "runs.jsonl")))
+    with pytest.raises(ValueError, match="--mixed_precision"):
+        run_script(*arguments(onnx_dir, data_dir, output, "--mixed_precision", "bf16"))
+    export_model(tiny_lemore, LeMoReImageProcessor(), tmp_path / "labels", "torch", with_postprocessing=True)
+    with pytest.raises(ValueError, match="--with-postprocessing"):
+        run_script(*arguments(tmp_path / "labels", data_dir, output))
+    assert not output.exists()
 
 
 def test_a_class_that_never_occurs_has_no_iou(run_script, data_dir, tmp_path):
