@@ -18,7 +18,7 @@ def hardware_name(device: torch.device | str) -> str:
     if device.type != "cpu":
         return device.type
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{processor_name()}, {cores} cores"
+    return f"{processor_name()}, {cores} core{'s' if cores != 1 else ''}"
 
 
 def processor_name() -> str:
