@@ -75,9 +75,9 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
             Momentum of the batch norms' running statistics.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the classifiers' initial weights.
-        axis_initialization (`str`, *optional*, defaults to `"normal"`):
-            Initial frontal and lateral weights: `"normal"` (variance 1 / size), `"identity"`, or `"zeros"` (training
-            starts from the transverse view alone, which must then be among `views`).
+        axis_initialization (`str`, *optional*, defaults to `"zeros"`):
+            Initial frontal and lateral weights (our choice): `"zeros"`, so that training starts from the transverse
+            view alone, which must then be among `views`; `"normal"` (variance 1 / size), or `"identity"`.
         is_fused (`bool`, *optional*, defaults to `False`):
             Whether the model is the inference copy that [`~LeMoRePreTrainedModel.fuse`] makes. It tells how to read
             its weights: convert a model with `fuse()`, not by setting this.
@@ -134,7 +134,7 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
     batch_norm_eps: float | int = 1e-5
     batch_norm_momentum: float | int = 0.1
     initializer_range: float | int = 0.02
-    axis_initialization: str = "normal"
+    axis_initialization: str = "zeros"
     is_fused: bool = False
     semantic_loss_ignore_index: int = 255
     palette: list[list[int]] | None = None
@@ -204,7 +204,7 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.axis_initialization == "zeros" and "transverse" not in self.views:
             raise ValueError(
                 "`axis_initialization`='zeros' needs 'transverse' among `views`: without it every encoder starts, and "
-                f"stays, at zero; got views {self.views}."
+                f"stays, at zero; got views {self.views}. Choose 'normal' or 'identity'."
             )
 
     def _check_sizes(self):

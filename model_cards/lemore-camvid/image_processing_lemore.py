@@ -13,9 +13,9 @@ from transformers.utils import is_torch_available
 from .image_processing_pil_lemore import (
     LeMoReImageProcessorKwargs,  # noqa: F401 (Transformers looks a processor's keyword arguments up beside it)
     LeMoReImageProcessorMixin,
-    _channels_first,
-    _read_image,
-    _target_size,
+    channels_first,
+    read_image,
+    target_size,
 )
 
 if is_torch_available():
@@ -53,9 +53,9 @@ class LeMoReImageProcessor(LeMoReImageProcessorMixin, TorchvisionBackend):
             tensor = image if image.dtype == torch.uint8 else image.float()
         else:
             device = device or getattr(image, "device", None)
-            image, input_data_format = _read_image(image, do_convert_rgb, input_data_format)
+            image, input_data_format = read_image(image, do_convert_rgb, input_data_format)
             tensor = torch.from_numpy(np.require(image, requirements=["C", "W"]))
-        tensor = _channels_first(tensor.to(device), input_data_format)
+        tensor = channels_first(tensor.to(device), input_data_format)
         return self.convert_to_rgb(tensor, ChannelDimension.FIRST) if do_convert_rgb else tensor
 
     def resize(
@@ -67,7 +67,7 @@ class LeMoReImageProcessor(LeMoReImageProcessorMixin, TorchvisionBackend):
         **kwargs,
     ) -> "torch.Tensor":
         """Resizes `(…, H, W)` with torchvision."""
-        return super().resize(image, _target_size(image.shape[-2:], size), resample, antialias, **kwargs)
+        return super().resize(image, target_size(image.shape[-2:], size), resample, antialias, **kwargs)
 
     def _preprocess_label_map(self, label_map: np.ndarray, pixel_values: "torch.Tensor", **kwargs) -> "torch.Tensor":
         label_map = super()._preprocess_label_map(label_map, pixel_values, **kwargs)

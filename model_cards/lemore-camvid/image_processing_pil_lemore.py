@@ -182,7 +182,7 @@ class LeMoReImageProcessorMixin:
     ) -> np.ndarray:
         """Takes one `(H, W)` map where its image went, the `pixel_values` of shape `(C, H', W')`; int64 `(H', W')`."""
         if do_resize:
-            target = _target_size(label_map.shape, size)
+            target = target_size(label_map.shape, size)
             label_map = _resize_nearest(label_map, target.height, target.width)
         label_map = label_map.astype(np.int64)
         if do_reduce_labels:
@@ -197,7 +197,7 @@ class LeMoReImageProcessorMixin:
         self, image: Union[np.ndarray, "torch.Tensor"], input_data_format: str | ChannelDimension | None = None
     ) -> Union[np.ndarray, "torch.Tensor"]:
         """Brings a grey, RGB or RGBA array (uint8 or float32) to RGB `(3, H, W)`; transparency is laid over white."""
-        image = _channels_first(image, input_data_format)
+        image = channels_first(image, input_data_format)
         if len(image) == 3:
             return image
         if len(image) == 1:
@@ -282,15 +282,15 @@ class LeMoReImageProcessorPil(LeMoReImageProcessorMixin, PilBackend):
         **kwargs,
     ) -> np.ndarray:
         """Brings one image to a uint8 or float32 array `(C, H, W)`."""
-        image, input_data_format = _read_image(image, do_convert_rgb, input_data_format)
-        image = _channels_first(image, input_data_format)
+        image, input_data_format = read_image(image, do_convert_rgb, input_data_format)
+        image = channels_first(image, input_data_format)
         return self.convert_to_rgb(image, ChannelDimension.FIRST) if do_convert_rgb else image
 
     def resize(
         self, image: np.ndarray, size: SizeDict, resample: PILImageResampling | None = None, **kwargs
     ) -> np.ndarray:
         """Resizes `(C, H, W)` with PIL, antialiased."""
-        size = _target_size(image.shape[-2:], size)
+        size = target_size(image.shape[-2:], size)
         if image.dtype == np.uint8 and len(image) == 3:
             return super().resize(image, size, resample, **kwargs)
         # PIL has no image of other depths, and would weigh the colours of four channels by the last.
@@ -383,7 +383,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image)
 
 
-def _read_image(
+def read_image(
     image: Union[Image.Image, np.ndarray, "torch.Tensor"],
     do_convert_rgb: bool | None,
     input_data_format: str | ChannelDimension | None,
@@ -430,7 +430,7 @@ def _eight_bit(image: np.ndarray) -> np.ndarray:
     return ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def _channels_first(
+def channels_first(
     image: Union[np.ndarray, "torch.Tensor"], input_data_format: str | ChannelDimension | None
 ) -> Union[np.ndarray, "torch.Tensor"]:
     """`(C, H, W)` of a grey `(H, W)`, a `(C, H, W)` or an `(H, W, C)` array."""
@@ -512,7 +512,7 @@ def _check_stackable(images: list) -> None:
         )
 
 
-def _target_size(current: tuple[int, int], size: SizeDict) -> SizeDict:
+def target_size(current: tuple[int, int], size: SizeDict) -> SizeDict:
     """The height and width that `size` asks of an image of the `current` height and width."""
     if size.shortest_edge is None:
         return size

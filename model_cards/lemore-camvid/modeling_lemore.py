@@ -172,7 +172,7 @@ def _is_channels_last(hidden_state: torch.Tensor) -> bool:
     return hidden_state.is_contiguous(memory_format=torch.channels_last) and not hidden_state.is_contiguous()
 
 
-def _resize(hidden_state: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize_bilinear(hidden_state: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(hidden_state, size=size, mode="bilinear", align_corners=False)
 
 
@@ -196,11 +196,11 @@ def resample_axis_weight(weight: torch.Tensor, size: int) -> torch.Tensor:
         `torch.Tensor` of shape `(n, n)`, equal to `weight` where that is its size. Differentiable.
     """
     native = weight.shape[0]
-    tent = _tent_filter(native, size, weight)
+    tent = tent_filter(native, size, weight)
     return (tent @ weight.to(tent.dtype) @ tent.t() * (native / size)).to(weight.dtype)
 
 
-def _tent_filter(native: int, size: int, like: torch.Tensor) -> torch.Tensor:
+def tent_filter(native: int, size: int, like: torch.Tensor) -> torch.Tensor:
     """
     Linear interpolation of `native` positions at `size` of them as a `(size, native)` matrix, as `F.interpolate` does
     it with `align_corners=False` and `antialias=True`; in single precision for half-precision weights.
@@ -272,7 +272,7 @@ class LeMoReAxisView(nn.Module):
     def native_factors(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The resampled weights in two steps: read down to the native size and mix, then interpolate back."""
         native = self.weight.shape[0]
-        tent = _tent_filter(native, size, self.weight).to(self.weight.dtype)
+        tent = tent_filter(native, size, self.weight).to(self.weight.dtype)
         return self.weight @ tent.t() * (native / size), tent
 
     def _along_axis(self, weight: torch.Tensor, hidden_state: torch.Tensor) -> torch.Tensor:
@@ -625,7 +625,7 @@ class LeMoReGlobalBlock(GradientCheckpointingLayer):
         return tokens + self.drop_path(self.feed_forward(tokens))
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """
     Let the C library keep the buffers that a forward pass frees, for the next one.
 
@@ -687,7 +687,7 @@ class LeMoRePreTrainedModel(PreTrainedModel):
                 module.fuse_()
                 module.is_fused = True
         self.eval()
-        _keep_freed_memory()
+        keep_freed_memory()
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         # Any class of the family loads what another one saved, also as remote code.
@@ -835,8 +835,8 @@ class LeMoReGatedFusion(nn.Module):
         """Local features, and what `gate` (after its sigmoid) and `value` make of the global ones, at their size."""
         fused = self.local(local_feature)
         size = fused.shape[-2:]
-        gate = _resize(gate, size)
-        return fused * gate if value is None else torch.addcmul(_resize(value, size), fused, gate)
+        gate = resize_bilinear(gate, size)
+        return fused * gate if value is None else torch.addcmul(resize_bilinear(value, size), fused, gate)
 
 
 class LeMoReDecodeHead(nn.Module):
@@ -860,9 +860,9 @@ class LeMoReDecodeHead(nn.Module):
             if index < self.output_stage:
                 # Finer scales come to the output stride before they are fused, not after: fusing the decoder's many
                 # channels at stride 4 would take half of the network's time (our choice).
-                local_feature = _resize(local_feature, size)
+                local_feature = resize_bilinear(local_feature, size)
             fused = fusion(local_feature, gates[index], values[index])
-            fused_maps.append(_resize(fused, size) if index > self.output_stage else fused)
+            fused_maps.append(resize_bilinear(fused, size) if index > self.output_stage else fused)
         hidden_state = self.activation(functools.reduce(torch.add, fused_maps))
         return self.classifier(self.dropout(hidden_state))
 
@@ -1026,7 +1026,7 @@ def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: 
     num_labels = logits.shape[1]
     # Cross-entropy works class by class: channels-last logits would be copied at full size, forth and back.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32), memory_format=torch.contiguous_format)
-    logits = _resize(logits, labels.shape[-2:])
+    logits = resize_bilinear(logits, labels.shape[-2:])
     labels = labels.long()
     valid = labels != ignore_index
     invalid = valid & ((labels < 0) | (labels >= max(num_labels, 2)))
