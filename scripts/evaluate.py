@@ -69,15 +69,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    exported = is_export(args.model)
-    if exported:
-        check_export_options(args)
+    recipe = load_recipe(args.recipe, recipe_overrides(args), args.data_dir)
+    if is_export(args.model):
+        check_export_options(args, recipe)
     accelerator = Accelerator(cpu=shares_cpu(), mixed_precision=args.mixed_precision)
     if accelerator.device.type == "cpu":
         # The order of additions, and with it the last bits of a score, depends on the number of threads.
         torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    recipe = load_recipe(args.recipe, recipe_overrides(args), args.data_dir)
     if accelerator.is_main_process:
         check_output(args.output)
     check_normalization(Path(args.model), recipe)
@@ -90,7 +89,7 @@ def main() -> None:
         )
     else:
         dataset = RecipeDataset(samples, recipe)
-    model = ExportedNetwork(args.model, num_threads=1) if exported else load_trained_model(args.model, recipe.task)
+    model = load_network(args.model, recipe)
 
     report = evaluate_model(model, dataset, recipe, accelerator, args)
     if accelerator.is_main_process:
@@ -113,12 +112,16 @@ def check_output(output: Path) -> None:
         output.unlink()
 
 
-def check_export_options(args: argparse.Namespace) -> None:
+def check_export_options(args: argparse.Namespace, recipe: Recipe) -> None:
     """Refuse what makes no difference to an export, or no sense."""
     if args.runs is not None:
         raise ValueError(f"--runs keeps lines of trainings, --model {args.model} is an export: leave --runs out.")
     if args.mixed_precision != "no":
         raise ValueError(f"--mixed_precision: {args.model} is an export, whose precision was chosen with `export.py`.")
+    if recipe.task != "semantic-segmentation":
+        raise ValueError(
+            f"--model {args.model} is an export for segmentation, the recipe {recipe.name} for {recipe.task}."
+        )
 
 
 def check_normalization(folder: Path, recipe: Recipe) -> None:
@@ -134,8 +137,19 @@ def check_normalization(folder: Path, recipe: Recipe) -> None:
             )
 
 
+def load_network(name_or_path: str, recipe: Recipe) -> PreTrainedModel | ExportedNetwork:
+    """A checkpoint, or an export in its own runtime."""
+    if not is_export(name_or_path):
+        return load_trained_model(name_or_path, recipe.task)
+    return ExportedNetwork(name_or_path, num_threads=1)
+
+
 def evaluate_model(
-    model: PreTrainedModel, dataset: Any, recipe: Recipe, accelerator: Accelerator, args: argparse.Namespace
+    model: PreTrainedModel | ExportedNetwork,
+    dataset: Any,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
     """The scores; on the main process they are also printed and drawn."""
     if recipe.task == "image-classification":
@@ -169,7 +183,7 @@ def evaluate_model(
     return without_nan(scores) | {"num_images": result.num_images, "inference": settings}
 
 
-def class_names(recipe: Recipe, model: PreTrainedModel) -> list[str]:
+def class_names(recipe: Recipe, model: PreTrainedModel | ExportedNetwork) -> list[str]:
     """A name for each class of the confusion matrix; a single label makes two."""
     names = list(recipe.id2label.values())
     return names if model.config.num_labels > 1 or len(names) > 1 else ["background", *names]
@@ -223,12 +237,12 @@ def draw_image(image: EvaluatedImage, recipe: Recipe, names: list[str]) -> tuple
 
 
 def describe(
-    model: PreTrainedModel, recipe: Recipe, accelerator: Accelerator, args: argparse.Namespace
+    model: PreTrainedModel | ExportedNetwork, recipe: Recipe, accelerator: Accelerator, args: argparse.Namespace
 ) -> dict[str, Any]:
     """What was evaluated, on what."""
     return {
         "model": args.model,
-        **(describe_export(model) if is_export(args.model) else describe_checkpoint(model, recipe, args)),
+        **(describe_export(model) if isinstance(model, ExportedNetwork) else describe_checkpoint(model, recipe, args)),
         "model_type": model.config.model_type,
         "image_size": list(recipe.image_size),
         "dataset": recipe.title or recipe.name,

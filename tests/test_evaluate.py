@@ -465,8 +465,6 @@ def test_the_report_says_what_was_measured(run_script, tiny_lemore, model_dir, d
 
 @pytest.fixture(scope="module")
 def onnx_dir(tiny_lemore, tmp_path_factory):
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason="needs the extra lemore-hf[onnx]")
     folder = tmp_path_factory.mktemp("onnx") / "export"
     export_model(tiny_lemore, LeMoReImageProcessor(size={"height": SIZE[0], "width": SIZE[1]}), folder, "onnx")
     return folder
@@ -492,6 +490,8 @@ def test_what_an_export_cannot_be_evaluated_with_is_refused(run_script, tiny_lem
     export_model(tiny_lemore, LeMoReImageProcessor(), tmp_path / "labels", "torch", with_postprocessing=True)
     with pytest.raises(ValueError, match="--with-postprocessing"):
         run_script(*arguments(tmp_path / "labels", data_dir, output))
+    with pytest.raises(ValueError, match="for segmentation"):
+        run_script(*arguments(onnx_dir, data_dir, output, "--recipe", "imagenet1k"))
     assert not output.exists()
 
 
