@@ -260,7 +260,7 @@ class _SameShapeAgain:
     """
     Compiles a network for the shape of its input when that comes a second time in a row, as from a video or a folder.
 
-    With the sizes known OpenVINO computes all that depends on them beforehand; compiling takes as long as a dozen images.
+    With the sizes known OpenVINO computes all that depends on them beforehand, but compiling costs more than an image.
     """
 
     def __init__(self, compile_for: Callable[[tuple[int, ...] | None], Run]):
