@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .modeling_lemore import upsampled_cross_entropy
+
 
 class SegmentationCriterion(nn.Module):
     """
@@ -64,10 +66,18 @@ class SegmentationCriterion(nn.Module):
             raise ValueError(
                 f"There are {len(self.class_weights)} class weights for {logits.shape[1]} classes: give one a class."
             )
+        weights = self.class_weights
+        if self.ohem_threshold is None and not self.dice_weight and not self.lovasz_weight:
+            total = upsampled_cross_entropy(logits, labels, weights, self.ignore_index, self.label_smoothing)
+            return total / self.total_weight(labels)
         # Cross-entropy works class by class: channels-last logits would be copied at full size, forth and back.
         logits = logits.to(torch.float32, memory_format=torch.contiguous_format)
         logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
-        loss = self.cross_entropy(logits, labels)
+        counted = labels
+        if self.ohem_threshold is not None:
+            counted = labels.masked_fill(~self.hard_pixels(logits, labels), self.ignore_index)
+        total = upsampled_cross_entropy(logits, counted, weights, self.ignore_index, self.label_smoothing)
+        loss = total / self.total_weight(counted)
         if self.dice_weight or self.lovasz_weight:
             valid = (labels != self.ignore_index).flatten()
             probabilities = logits.softmax(1).movedim(1, -1).flatten(0, 2)[valid]  # (pixels, classes)
@@ -78,22 +88,12 @@ class SegmentationCriterion(nn.Module):
                 loss = loss + self.lovasz_weight * lovasz_softmax_loss(probabilities, targets)
         return loss
 
-    def cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        losses = F.cross_entropy(
-            logits,
-            labels,
-            weight=self.class_weights,
-            ignore_index=self.ignore_index,
-            reduction="none",
-            label_smoothing=self.label_smoothing,
-        )
-        weights = (labels != self.ignore_index).float()
-        if self.ohem_threshold is not None:
-            weights = weights * self.hard_pixels(logits, labels)
-        if self.class_weights is not None:
-            weights_of_labels = self.class_weights[labels.masked_fill(labels == self.ignore_index, 0)]
-            return (losses * weights).sum() / (weights_of_labels * weights).sum().clamp(min=1e-6)
-        return (losses * weights).sum() / weights.sum().clamp(min=1)
+    def total_weight(self, labels: torch.Tensor) -> torch.Tensor:
+        """What the sum of all pixels' losses is divided by: the classes' weights, 1 each without, of what is not void."""
+        valid = labels != self.ignore_index
+        if self.class_weights is None:
+            return valid.sum().clamp(min=1)
+        return (self.class_weights[labels.masked_fill(~valid, 0)] * valid).sum().clamp(min=1e-6)
 
     @torch.no_grad()
     def hard_pixels(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

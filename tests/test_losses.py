@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lemore_hf import modeling_lemore
 from lemore_hf.losses import (
     SegmentationCriterion,
     count_for_median_frequency,
@@ -16,6 +17,7 @@ from lemore_hf.losses import (
     lovasz_softmax_loss,
     median_frequency_weights,
 )
+from lemore_hf.modeling_lemore import upsampled_cross_entropy
 
 
 @pytest.fixture
@@ -46,6 +48,41 @@ def test_logits_are_upsampled_to_the_labels(batch):
     labels = torch.randint(0, 4, (2, 48, 64))
     upsampled = F.interpolate(logits, size=(48, 64), mode="bilinear")
     torch.testing.assert_close(SegmentationCriterion()(logits, labels), F.cross_entropy(upsampled, labels))
+
+
+@pytest.mark.parametrize("strip_bytes", [1, 40_000, 2**24], ids=["a row", "some rows", "whole images"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("label_size", [(48, 72), (51, 77), (6, 9)])
+def test_cross_entropy_by_rows_is_that_of_resized_logits(
+    monkeypatch, strip_bytes, weighted, label_smoothing, label_size
+):
+    monkeypatch.setattr(modeling_lemore._CrossEntropyByRows, "STRIP_BYTES", strip_bytes)
+    logits = (3 * torch.randn(2, 40, 6, 9, dtype=torch.double)).requires_grad_()
+    labels = torch.randint(0, 40, (2, *label_size))
+    labels[0, :2] = labels[:, :, -1] = 255
+    weight = torch.rand(40, dtype=torch.double) + 0.1 if weighted else None
+    resized = F.interpolate(logits, size=label_size, mode="bilinear")
+    expected = F.cross_entropy(
+        resized, labels, weight, ignore_index=255, label_smoothing=label_smoothing, reduction="sum"
+    )
+    total = upsampled_cross_entropy(logits, labels, weight, 255, label_smoothing)
+    assert type(total.grad_fn).__name__ == "_CrossEntropyByRowsBackward"
+    torch.testing.assert_close(total, expected)
+    # The factor stands for what a mean or a gradient scaler does to the loss.
+    gradients = [torch.autograd.grad(loss * 0.37, logits)[0] for loss in (total, expected)]
+    torch.testing.assert_close(*gradients)
+    with torch.no_grad():
+        torch.testing.assert_close(upsampled_cross_entropy(logits, labels, weight, 255, label_smoothing), expected)
+
+
+def test_cross_entropy_by_rows_under_autocast_keeps_single_precision():
+    logits, labels = torch.randn(1, 40, 6, 9, requires_grad=True), torch.randint(0, 40, (1, 48, 72))
+    expected = F.cross_entropy(F.interpolate(logits, size=(48, 72), mode="bilinear"), labels, reduction="sum")
+    with torch.autocast("cpu", torch.bfloat16):
+        total = upsampled_cross_entropy(logits, labels)
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (total, expected)))
 
 
 @pytest.mark.parametrize(
