@@ -27,6 +27,8 @@ class SegmentationCriterion(nn.Module):
         ohem_min_kept (`int`): The hardest pixels of a batch, which count whatever their probability.
         dice_weight (`float`): Weight of the soft Dice loss (Milletari et al., 3DV 2016), averaged over the classes present.
         lovasz_weight (`float`): Weight of the Lovász-softmax loss (Berman et al., CVPR 2018), over the classes present.
+        lovasz_stride (`int`): It takes one pixel out of as many rows and as many columns: it sorts all pixels for each
+            class, which on a CPU takes longer than the network (our choice).
         ignore_index (`int`): The void label, which no term counts.
 
     Raises:
@@ -41,6 +43,7 @@ class SegmentationCriterion(nn.Module):
         ohem_min_kept: int = 100_000,
         dice_weight: float = 0.0,
         lovasz_weight: float = 0.0,
+        lovasz_stride: int = 1,
         ignore_index: int = 255,
     ):
         super().__init__()
@@ -51,6 +54,7 @@ class SegmentationCriterion(nn.Module):
         self.ohem_min_kept = ohem_min_kept
         self.dice_weight = dice_weight
         self.lovasz_weight = lovasz_weight
+        self.lovasz_stride = lovasz_stride
         self.ignore_index = ignore_index
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -78,15 +82,17 @@ class SegmentationCriterion(nn.Module):
             counted = labels.masked_fill(~self.hard_pixels(logits, labels), self.ignore_index)
         total = upsampled_cross_entropy(logits, counted, weights, self.ignore_index, self.label_smoothing)
         loss = total / self.total_weight(counted)
-        if self.dice_weight or self.lovasz_weight:
-            valid = (labels != self.ignore_index).flatten()
-            probabilities = logits.softmax(1).movedim(1, -1).flatten(0, 2)[valid]  # (pixels, classes)
-            targets = labels.flatten()[valid]
-            if self.dice_weight:
-                loss = loss + self.dice_weight * dice_loss(probabilities, targets)
-            if self.lovasz_weight:
-                loss = loss + self.lovasz_weight * lovasz_softmax_loss(probabilities, targets)
+        if self.dice_weight:
+            loss = loss + self.dice_weight * dice_loss(*self.labelled_pixels(logits, labels))
+        if self.lovasz_weight:
+            grid = ..., *[slice(self.lovasz_stride // 2, None, self.lovasz_stride)] * 2
+            loss = loss + self.lovasz_weight * lovasz_softmax_loss(*self.labelled_pixels(logits[grid], labels[grid]))
         return loss
+
+    def labelled_pixels(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities `(pixels, num_labels)` and classes `(pixels,)` of what is not void."""
+        valid = (labels != self.ignore_index).flatten()
+        return logits.softmax(1).movedim(1, -1).flatten(0, 2)[valid], labels.flatten()[valid]
 
     def total_weight(self, labels: torch.Tensor) -> torch.Tensor:
         """What the sum of all pixels' losses is divided by: the classes' weights, 1 each without, of what is not void."""

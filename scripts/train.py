@@ -128,6 +128,8 @@ def main() -> None:
     samples = load_split(recipe, recipe.train_on, args.data_dir, args.streaming)
     recipe = with_classes_of(recipe, samples)
     micro_batch_size = divide_batch(recipe.batch_size, accelerator.num_processes, args.gradient_accumulation_steps)
+    if recipe.cutmix_alpha > 0 and micro_batch_size == 1:
+        raise ValueError("cutmix_alpha has no effect on one image at a time: raise batch_size, or set it to 0.")
     cache_device = accelerator.device if args.cache == "device" else None
     dataset = None if args.streaming else RecipeDataset(samples, recipe, True, args.seed, args.cache, cache_device)
     validation = None
@@ -149,7 +151,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=accelerator.device.type == "cuda")
     state = TrainingState(accelerator, model, optimizer, ema, fingerprint(args, recipe, accelerator))
     criterion = build_criterion(recipe, dataset).to(accelerator.device)
-    mix = mix_images(recipe) if recipe.task == "image-classification" else None
+    mix = mix_images(recipe)
     if args.resume:
         resume(state, args.output_dir)
     for group in optimizer.param_groups:
@@ -328,6 +330,7 @@ def build_criterion(recipe: Recipe, dataset: RecipeDataset | None) -> nn.Module:
         recipe.ohem_min_kept,
         recipe.dice_weight,
         recipe.lovasz_weight,
+        recipe.lovasz_stride,
     )
 
 

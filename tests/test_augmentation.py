@@ -233,3 +233,28 @@ def test_mix_images():
     assert pixels.shape == (4, 3, 32, 32)
     assert labels.shape == (4, 1000)
     torch.testing.assert_close(labels.sum(1), torch.ones(4))
+
+
+def test_cutmix_of_label_maps_pastes_a_rectangle_of_the_image_before():
+    assert mix_images(load_recipe("camvid", {"cutmix_alpha": 0})) is None
+    mix = mix_images(load_recipe("camvid", {"cutmix_alpha": 1}))
+    # Each pixel and each label tells the image and the place that it comes from.
+    origin = torch.arange(3 * 20 * 30).view(3, 20, 30)
+    pixels = origin[:, None].expand(-1, 3, -1, -1).float().contiguous(memory_format=torch.channels_last)
+    torch.manual_seed(0)
+    shares = []
+    for _ in range(200):
+        mixed_pixels, mixed_labels = mix(pixels, origin)
+        assert mixed_pixels.is_contiguous(memory_format=torch.channels_last)
+        assert (mixed_pixels == mixed_labels[:, None]).all()
+        pasted = mixed_labels != origin
+        assert (mixed_labels == torch.where(pasted, origin.roll(1, 0), origin)).all()
+        assert (pasted == pasted[0]).all()
+        rows, columns = pasted[0].any(1).sum(), pasted[0].any(0).sum()
+        assert pasted[0].sum() == rows * columns
+        shares.append(pasted.float().mean().item())
+    assert (origin == torch.arange(3 * 20 * 30).view(3, 20, 30)).all()
+    # The area is even between nothing and all, before the image's edge cuts some of it off.
+    assert min(shares) < 0.02
+    assert max(shares) > 0.7
+    assert 0.2 < sum(shares) / len(shares) < 0.5

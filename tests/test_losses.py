@@ -105,6 +105,7 @@ def test_a_batch_of_void_alone_gives_zero(batch, options):
         {"ohem_threshold": 0.3, "ohem_min_kept": 5},
         {"dice_weight": 1.0},
         {"lovasz_weight": 1.0},
+        {"lovasz_weight": 1.0, "lovasz_stride": 2},
     ],
 )
 def test_void_pixels_do_not_count(batch, options):
@@ -138,6 +139,18 @@ def test_lovasz_of_certain_predictions_is_one_minus_the_mean_jaccard_index():
         ]
         loss = lovasz_softmax_loss(F.one_hot(predictions, 2).float(), targets)
         torch.testing.assert_close(loss, 1 - torch.stack(jaccard).mean())
+
+
+def test_lovasz_takes_every_second_pixel_where_told_to(batch):
+    logits, labels = batch
+    added = SegmentationCriterion(lovasz_weight=0.5, lovasz_stride=2)(logits, labels) - SegmentationCriterion()(
+        logits, labels
+    )
+    rows, columns = [1, 3, 5], [1, 3, 5, 7]
+    some = SegmentationCriterion(lovasz_weight=1.0)
+    probabilities, targets = some.labelled_pixels(logits[:, :, rows][..., columns], labels[:, rows][..., columns])
+    assert len(targets) < 2 * 3 * 4  # one of the rows is void in the first image
+    torch.testing.assert_close(added, 0.5 * lovasz_softmax_loss(probabilities, targets))
 
 
 def test_dice_of_certain_predictions():

@@ -46,6 +46,7 @@ RECIPE = {
     "eval_batch_size": 4,
     "learning_rate": 2e-3,
     "ema_decay": 0.9,
+    "cutmix_alpha": 1.0,
     "class_weights": "median_frequency",
     "model_config": TINY_MODEL,
 }
@@ -247,6 +248,11 @@ def test_options_without_effect_are_refused(options, message, monkeypatch, capsy
     with pytest.raises(SystemExit):
         runpy.run_path(script)["parse_arguments"]()
     assert message in capsys.readouterr().err
+
+
+def test_cutmix_needs_two_images_at_a_time(tmp_path, recipe, data_dir):
+    output = run(recipe, data_dir, tmp_path / "out", "--batch_size", "1", expect=1)
+    assert "cutmix_alpha has no effect on one image at a time" in output
 
 
 def test_weights_that_are_damaged_are_refused(tmp_path, recipe, data_dir, uninterrupted):

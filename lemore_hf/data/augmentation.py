@@ -8,6 +8,7 @@ worker then hands over an eighth of the bytes.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -198,12 +199,44 @@ def _colour_map(brightness: float, contrast: float, saturation: float, turn: flo
     return brightness * contrast * hue @ saturate
 
 
-def mix_images(recipe: Recipe) -> v2.Transform | None:
-    """MixUp and CutMix, as the recipe's alphas say, for a normalised batch (B, 3, H, W) and int64 labels (B,); `None`
-    where both are off. They draw from torch's global generator, which a resumed run has to restore."""
+def mix_images(recipe: Recipe) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None:
+    """MixUp and CutMix, as the recipe's alphas say, for a batch (B, 3, H, W) and its int64 labels: (B,) or, in
+    segmentation, which knows CutMix alone, (B, H, W). `None` where both are off. They draw from torch's global
+    generator, which a resumed run has to restore."""
+    if recipe.task == "semantic-segmentation":
+        return CutMixMaps(recipe.cutmix_alpha) if recipe.cutmix_alpha > 0 else None
     mixes = [
         kind(alpha=alpha, num_classes=recipe.num_classes)
         for kind, alpha in ((v2.MixUp, recipe.mixup_alpha), (v2.CutMix, recipe.cutmix_alpha))
         if alpha > 0
     ]
     return v2.RandomChoice(mixes) if mixes else None
+
+
+class CutMixMaps:
+    """CutMix (Yun et al., ICCV 2019) of images and label maps: a rectangle of each image is that of the batch's image
+    before it, labels included. torchvision's mixes labels of whole images alone.
+
+    Args:
+        alpha: parameter of the beta distribution of the share of the area that stays, as in torchvision.
+    """
+
+    def __init__(self, alpha: float):
+        self.distribution = torch.distributions.Beta(torch.tensor([alpha]), torch.tensor([alpha]))
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (B, C, H, W) and labels (B, H, W) → new tensors of the same kind."""
+        side = math.sqrt(1 - self.distribution.sample().item())
+        rows, columns = (self._range(length, side) for length in labels.shape[-2:])
+        mixed = []
+        for batch in (images, labels):
+            batch = batch.clone(memory_format=torch.preserve_format)
+            batch[..., rows, columns] = batch.roll(1, 0)[..., rows, columns]
+            mixed.append(batch)
+        return tuple(mixed)
+
+    @staticmethod
+    def _range(length: int, side: float) -> slice:
+        """A share `side` of an axis around any position, cut at the ends."""
+        centre, reach = int(torch.randint(length, ())), round(side * length / 2)
+        return slice(max(0, centre - reach), centre + reach)

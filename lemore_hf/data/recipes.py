@@ -152,7 +152,7 @@ class Recipe:
     mixup_alpha: float = 0.0
     """Parameter of MixUp's beta distribution (classification); 0 is off."""
     cutmix_alpha: float = 0.0
-    """Parameter of CutMix's beta distribution (classification); 0 is off."""
+    """Parameter of CutMix's beta distribution; 0 is off."""
     shuffle_buffer_size: int = 1000
     """Samples in the shuffle buffer of a streamed set."""
 
@@ -196,6 +196,8 @@ class Recipe:
     """Weight of a Dice loss in addition."""
     lovasz_weight: float = 0.0
     """Weight of a Lovász-softmax loss in addition."""
+    lovasz_stride: int = 1
+    """It takes one pixel out of as many rows and as many columns."""
 
     def __post_init__(self):
         for field, annotation in _field_types().items():
@@ -305,7 +307,7 @@ class Recipe:
 
 
 _FIELDS_OF_THE_OTHER_TASK = {
-    "semantic-segmentation": ("mixup_alpha", "cutmix_alpha"),
+    "semantic-segmentation": ("mixup_alpha",),
     "image-classification": (
         *("class_weights", "ohem_threshold", "dice_weight", "lovasz_weight"),
         *("label_map", "reduce_labels", "allow_all_void"),
@@ -320,7 +322,11 @@ _RANGES = (
     (("label_smoothing",), 0.0, 0.99),
     (("mixup_alpha", "cutmix_alpha", "weight_decay", "poly_power", "head_lr_multiplier"), 0.0, math.inf),
     (("learning_rate", "max_grad_norm", "warmup_steps", "dice_weight", "lovasz_weight"), 0.0, math.inf),
-    (("max_steps", "batch_size", "eval_batch_size", "shuffle_buffer_size", "ohem_min_kept"), 1, math.inf),
+    (
+        ("max_steps", "batch_size", "eval_batch_size", "shuffle_buffer_size", "ohem_min_kept", "lovasz_stride"),
+        1,
+        math.inf,
+    ),
 )
 
 
