@@ -383,6 +383,26 @@ def _free_token_pyramid(original: Any) -> Any:
     return forward
 
 
+@register_patch("onnxruntime", "lemore_hf.modeling_lemore.LeMoReAxisView.forward")
+@register_patch("openvino", "lemore_hf.modeling_lemore.LeMoReAxisView.forward")
+def _axis_view_of_any_size(original: Any) -> Any:
+    """The choice that the view makes by the length of its axis, as a branch of the graph."""
+
+    def forward(self: LeMoReAxisView, hidden_state: torch.Tensor) -> torch.Tensor:
+        size, native = hidden_state.shape[self.axis], self.weight.shape[0]
+        mix, tent = self.native_factors(size)
+
+        def one_by_one(hidden_state: torch.Tensor, mix: torch.Tensor, tent: torch.Tensor) -> torch.Tensor:
+            return self._along_axis(tent, self._along_axis(mix, hidden_state))
+
+        def at_once(hidden_state: torch.Tensor, mix: torch.Tensor, tent: torch.Tensor) -> torch.Tensor:
+            return self._along_axis(tent @ mix, hidden_state)
+
+        return torch.cond(size > self.MAX_RESAMPLED * native, one_by_one, at_once, (hidden_state, mix, tent))
+
+    return forward
+
+
 @register_patch("onnxruntime", "lemore_hf.modeling_lemore.LeMoReDecodeHead.forward")
 def _head_of_products(original: Any) -> Any:
     """The fused head, upsampling along one axis after the other by matrix products: ONNX Runtime's `Resize` takes

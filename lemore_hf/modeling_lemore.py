@@ -7,6 +7,7 @@ Where a docstring says "our choice", the paper is silent and this implementation
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
@@ -230,6 +231,9 @@ class LeMoReAxisView(nn.Module):
 
     is_fused = False
     MAX_SIZES = 8  # that a fused view remembers its factors for
+    # Of an axis over its native size n₀. From about 2.4 up, reading down, mixing and interpolating back (2 n n₀ + n₀²)
+    # costs less than the resampled weights (n²): the cost of a pixel stays flat as images grow.
+    MAX_RESAMPLED = 2.5
 
     def __init__(self, size: int, axis: int):
         super().__init__()
@@ -263,9 +267,7 @@ class LeMoReAxisView(nn.Module):
         return self._factors[key]
 
     def _make_factors(self, size: int) -> tuple[torch.Tensor, ...]:
-        # From about 2.4 n₀ up, reading down, mixing and interpolating back (2 n n₀ + n₀²) costs less than the
-        # resampled weights (n²): the cost of a pixel stays flat as images grow.
-        if size > 2.5 * self.weight.shape[0]:
+        if size > self.MAX_RESAMPLED * self.weight.shape[0]:
             return self.native_factors(size)
         return (resample_axis_weight(self.weight, size),)
 
@@ -688,6 +690,28 @@ class LeMoRePreTrainedModel(PreTrainedModel):
                 module.is_fused = True
         self.eval()
         keep_freed_memory()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """As in all of Transformers.
+
+        Raises:
+            `ValueError`: where `is_fused` is asked to be what the checkpoint is not.
+        """
+        wanted = kwargs.get("is_fused", getattr(config, "is_fused", None))
+        stored = wanted
+        if pretrained_model_name_or_path is not None and wanted is not None:
+            with contextlib.suppress(OSError):  # weights without a configuration
+                stored = LeMoReConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)[0].get(
+                    "is_fused", False
+                )
+        if wanted != stored:
+            way_out = "and call `fuse()` on it" if wanted else "or, for training, the one that it was made of"
+            raise ValueError(
+                f"The checkpoint {pretrained_model_name_or_path} is {'' if stored else 'not '}fused, so that it "
+                f"cannot be loaded with `is_fused={wanted}`: load it as it is, {way_out}."
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         # Any class of the family loads what another one saved, also as remote code.

@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_modeling_lemore import MODEL_CLASSES, main_output, random_images, random_labels, tiny
 from torch import nn
+from transformers import AutoModel, AutoModelForSemanticSegmentation
 
 from lemore_hf import LeMoReBackbone, LeMoReConfig, LeMoReForSemanticSegmentation, LeMoReImageProcessor
 from lemore_hf.modeling_lemore import LeMoReAxisView
@@ -166,6 +167,21 @@ def test_a_configuration_builds_a_fused_model():
         model.state_dict().keys()
         == LeMoReForSemanticSegmentation(LeMoReConfig(image_size=64)).fuse().state_dict().keys()
     )
+
+
+@pytest.mark.parametrize("auto_class", [AutoModelForSemanticSegmentation, AutoModel])
+def test_a_checkpoint_is_loaded_as_what_it_is(auto_class, tmp_path):
+    model = trained()
+    model.save_pretrained(tmp_path / "plain")
+    model.fuse().save_pretrained(tmp_path / "fused")
+    with pytest.raises(ValueError, match=r"plain is not fused.*is_fused=True.*call `fuse\(\)`"):
+        auto_class.from_pretrained(tmp_path / "plain", is_fused=True)
+    with pytest.raises(ValueError, match=r"fused is fused.*is_fused=False.*for training"):
+        auto_class.from_pretrained(tmp_path / "fused", is_fused=False)
+    assert auto_class.from_pretrained(tmp_path / "fused", is_fused=True).config.is_fused
+    assert not auto_class.from_pretrained(tmp_path / "plain", is_fused=False).config.is_fused
+    (tmp_path / "plain" / "config.json").unlink()  # Then the configuration comes along.
+    assert not auto_class.from_pretrained(tmp_path / "plain", config=model.config).config.is_fused
 
 
 REMOTE_PROGRAM = """
