@@ -13,6 +13,7 @@ import functools
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -692,7 +693,13 @@ class LeMoRePreTrainedModel(PreTrainedModel):
         keep_freed_memory()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        config: LeMoReConfig | str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> LeMoRePreTrainedModel:
         """As in all of Transformers.
 
         Raises:
@@ -1106,54 +1113,68 @@ class _CrossEntropyByRows(torch.autograd.Function):
     STRIP_BYTES = 2**24
 
     @staticmethod
-    def forward(ctx, logits, labels, weight, ignore_index, label_smoothing):
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        weight: torch.Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+    ) -> torch.Tensor:
         batch_size, num_labels, height, width = logits.shape
         label_height, label_width = labels.shape[-2:]
         num_rows = max(1, _CrossEntropyByRows.STRIP_BYTES // (num_labels * label_width * logits.element_size()))
         weight = logits.new_ones(num_labels) if weight is None else weight.to(logits)
-        # Cross-entropy against the target q: (1 - ε) w of the true class and ε / C of each class's w.
-        smoothed = label_smoothing / num_labels * weight
-        total, gradient = logits.new_zeros(()), None
         # Bilinear resizing, separably: rows by a matrix product, columns by `F.interpolate`, which is fast for classes
         # that lie together.
         tent = tent_filter(height, label_height, logits)
         volume = logits.detach().permute(0, 2, 3, 1).reshape(batch_size, height, width * num_labels)
-        if ctx.needs_input_grad[0]:
-            gradient = torch.zeros_like(volume)
+        total, gradient = logits.new_zeros(()), torch.zeros_like(volume) if ctx.needs_input_grad[0] else None
         with torch.autocast("cpu", enabled=False):
             for image, image_labels in enumerate(labels):
                 for rows, row_labels in zip(tent.split(num_rows), image_labels.split(num_rows), strict=True):
-                    strip = (rows @ volume[image]).view(1, -1, width, num_labels).permute(0, 3, 1, 2)
-                    strip = resize_bilinear(strip, (len(rows), label_width))
-                    scores = strip.permute(0, 2, 3, 1).reshape(-1, num_labels).log_softmax(1)
-                    row_labels = row_labels.reshape(-1, 1)
-                    valid = row_labels != ignore_index
-                    row_labels = row_labels.masked_fill(~valid, 0)
-                    certain = (1 - label_smoothing) * weight[row_labels] * valid
-                    total -= (certain * scores.gather(1, row_labels)).sum()
-                    if label_smoothing:
-                        total -= (scores @ smoothed)[valid[:, 0]].sum()
-                    if gradient is None:
-                        continue
-                    # Of the scores before softmax: Σq p - q.
-                    difference = scores.exp_().mul_(certain + smoothed.sum() * valid)
-                    difference.scatter_add_(1, row_labels, -certain)
-                    if label_smoothing:
-                        difference.addcmul_(valid.to(smoothed), smoothed, value=-1)
-                    difference = difference.view(1, len(rows), label_width, num_labels).permute(0, 3, 1, 2)
-                    difference = torch.ops.aten.upsample_bilinear2d_backward(
-                        difference, [len(rows), label_width], [1, num_labels, len(rows), width], False
+                    size = (len(rows), label_width)
+                    strip = (rows @ volume[image]).view(1, len(rows), width, num_labels).permute(0, 3, 1, 2)
+                    scores = resize_bilinear(strip, size).permute(0, 2, 3, 1).reshape(-1, num_labels)
+                    loss, difference = _cross_entropy_of_pixels(
+                        scores, row_labels.reshape(-1, 1), weight, ignore_index, label_smoothing
                     )
-                    gradient[image].addmm_(rows.t(), difference.permute(0, 2, 3, 1).reshape(len(rows), -1))
+                    total += loss
+                    if gradient is not None:
+                        difference = difference.view(1, *size, num_labels).permute(0, 3, 1, 2)
+                        difference = torch.ops.aten.upsample_bilinear2d_backward(difference, size, strip.shape, False)
+                        gradient[image].addmm_(rows.t(), difference.permute(0, 2, 3, 1).reshape(len(rows), -1))
         if gradient is not None:
             ctx.save_for_backward(gradient.view(batch_size, height, width, num_labels).permute(0, 3, 1, 2))
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient_of_total):
+    def backward(ctx: Any, gradient_of_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * gradient_of_total, None, None, None, None
+
+
+def _cross_entropy_of_pixels(
+    scores: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, ignore_index: int, label_smoothing: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed cross-entropy of scores `(pixels, num_labels)` against labels `(pixels, 1)`, and its gradient.
+
+    The target q is (1 - ε) w of the true class and ε / C of every class's w: the loss is -Σ q log p, its gradient
+    p Σ q - q.
+    """
+    valid = labels != ignore_index
+    labels = labels.masked_fill(~valid, 0)
+    certain = (1 - label_smoothing) * weight[labels] * valid
+    spread = label_smoothing / len(weight) * weight
+    scores = scores.log_softmax(1)
+    loss = -(certain * scores.gather(1, labels)).sum()
+    if label_smoothing:
+        loss -= (scores @ spread)[valid[:, 0]].sum()
+    gradient = scores.exp_().mul_(certain + spread.sum() * valid).scatter_add_(1, labels, -certain)
+    if label_smoothing:
+        gradient.addcmul_(valid.to(spread), spread, value=-1)
+    return loss, gradient
 
 
 # Classification
