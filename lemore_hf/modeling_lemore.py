@@ -1095,7 +1095,8 @@ def upsampled_cross_entropy(
         A scalar tensor in single precision (double for double logits).
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    grows = all(to >= of for to, of in zip(labels.shape[-2:], logits.shape[-2:], strict=True))
+    sizes = list(zip(logits.shape[-2:], labels.shape[-2:], strict=True))
+    grows = all(of <= to for of, to in sizes) and any(of < to for of, to in sizes)
     # With fewer classes the whole takes less time than its parts.
     if logits.device.type == "cpu" and logits.shape[1] >= 32 and grows and not torch.compiler.is_compiling():
         return _CrossEntropyByRows.apply(logits, labels, weight, ignore_index, label_smoothing)

@@ -53,7 +53,7 @@ def test_logits_are_upsampled_to_the_labels(batch):
 @pytest.mark.parametrize("strip_bytes", [1, 40_000, 2**24], ids=["a row", "some rows", "whole images"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("label_size", [(48, 72), (51, 77), (6, 9)])
+@pytest.mark.parametrize("label_size", [(48, 72), (51, 77), (6, 10)])
 def test_cross_entropy_by_rows_is_that_of_resized_logits(
     monkeypatch, strip_bytes, weighted, label_smoothing, label_size
 ):
@@ -74,6 +74,16 @@ def test_cross_entropy_by_rows_is_that_of_resized_logits(
     torch.testing.assert_close(*gradients)
     with torch.no_grad():
         torch.testing.assert_close(upsampled_cross_entropy(logits, labels, weight, 255, label_smoothing), expected)
+
+
+@pytest.mark.parametrize("label_size", [(6, 9), (5, 12)])
+def test_cross_entropy_of_logits_that_do_not_grow_has_nothing_to_do_by_rows(label_size):
+    """Rows of what is there already would be made by a product of its height for every pixel."""
+    logits, labels = torch.randn(2, 40, 6, 9, requires_grad=True), torch.randint(0, 40, (2, *label_size))
+    total = upsampled_cross_entropy(logits, labels)
+    assert "ByRows" not in type(total.grad_fn).__name__
+    resized = F.interpolate(logits, size=label_size, mode="bilinear")
+    torch.testing.assert_close(total, F.cross_entropy(resized, labels, reduction="sum"))
 
 
 def test_cross_entropy_by_rows_under_autocast_keeps_single_precision():
