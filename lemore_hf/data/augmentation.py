@@ -222,21 +222,14 @@ class CutMixMaps:
     """
 
     def __init__(self, alpha: float):
-        self.distribution = torch.distributions.Beta(torch.tensor([alpha]), torch.tensor([alpha]))
+        self.cutmix = v2.CutMix(alpha=alpha)
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (B, C, H, W) and labels (B, H, W) → new tensors of the same kind."""
-        side = math.sqrt(1 - self.distribution.sample().item())
-        rows, columns = (self._range(length, side) for length in labels.shape[-2:])
+        left, top, right, bottom = self.cutmix.make_params([images])["box"]
         mixed = []
         for batch in (images, labels):
             batch = batch.clone(memory_format=torch.preserve_format)
-            batch[..., rows, columns] = batch.roll(1, 0)[..., rows, columns]
+            batch[..., top:bottom, left:right] = batch.roll(1, 0)[..., top:bottom, left:right]
             mixed.append(batch)
         return tuple(mixed)
-
-    @staticmethod
-    def _range(length: int, side: float) -> slice:
-        """A share `side` of an axis around any position, cut at the ends."""
-        centre, reach = int(torch.randint(length, ())), round(side * length / 2)
-        return slice(max(0, centre - reach), centre + reach)
