@@ -127,7 +127,6 @@ def test_a_close_layout_stays(monkeypatch):
 
 
 def test_a_failing_process_is_reported(tmp_path):
-    pytest.importorskip("onnxruntime")
     outcome = rounds.run_cell(Cell("inference", "lemore", "onnx", folder=str(tmp_path)))
     assert "model.onnx" in outcome["error"]
 
