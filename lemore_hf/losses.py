@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .modeling_lemore import upsampled_cross_entropy
+from .modeling_lemore import resize_bilinear, upsampled_cross_entropy
 
 
 class SegmentationCriterion(nn.Module):
@@ -70,17 +70,14 @@ class SegmentationCriterion(nn.Module):
             raise ValueError(
                 f"There are {len(self.class_weights)} class weights for {logits.shape[1]} classes: give one a class."
             )
-        weights = self.class_weights
-        if self.ohem_threshold is None and not self.dice_weight and not self.lovasz_weight:
-            total = upsampled_cross_entropy(logits, labels, weights, self.ignore_index, self.label_smoothing)
-            return total / self.total_weight(labels)
-        # Cross-entropy works class by class: channels-last logits would be copied at full size, forth and back.
-        logits = logits.to(torch.float32, memory_format=torch.contiguous_format)
-        logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+        if self.ohem_threshold is not None or self.dice_weight or self.lovasz_weight:
+            # Softmax works class by class: channels-last logits would be copied at full size, forth and back.
+            logits = logits.to(torch.float32, memory_format=torch.contiguous_format)
+            logits = resize_bilinear(logits, labels.shape[-2:])
         counted = labels
         if self.ohem_threshold is not None:
             counted = labels.masked_fill(~self.hard_pixels(logits, labels), self.ignore_index)
-        total = upsampled_cross_entropy(logits, counted, weights, self.ignore_index, self.label_smoothing)
+        total = upsampled_cross_entropy(logits, counted, self.class_weights, self.ignore_index, self.label_smoothing)
         loss = total / self.total_weight(counted)
         if self.dice_weight:
             loss = loss + self.dice_weight * dice_loss(*self.labelled_pixels(logits, labels))
