@@ -297,6 +297,7 @@ def test_what_inference_mode_remembers_serves_outside_of_it():
 
 COUNT_PAGE_FAULTS = """
 import resource
+import statistics
 import torch
 from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation
 
@@ -309,11 +310,13 @@ def page_faults():
 
 
 with torch.inference_mode():
-    for _ in range(3):
+    counts = []
+    for _ in range(12):
+        before = page_faults()
         model(pixel_values)
-    before = page_faults()
-    model(pixel_values)
-print(page_faults() - before)
+        counts.append(page_faults() - before)
+# The heap settles within a few passes, and now and then, as blocks happen to lie, it grows once more.
+print(statistics.median_high(counts[3:]))
 """
 
 
