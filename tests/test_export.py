@@ -242,7 +242,10 @@ def check_static_per_channel(path: Path) -> None:
     graph = onnx.load(path).graph
     makers = {output: node for node in graph.node for output in node.output}
     constants = {constant.name: onnx.numpy_helper.to_array(constant) for constant in graph.initializer}
-    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    first, *convolutions, last = [node for node in graph.node if node.op_type == "Conv"]
+    assert first.input[0] == graph.input[0].name
+    assert constants[first.input[1]].dtype == constants[last.input[1]].dtype == np.float32
+    assert constants[last.input[1]].shape[0] == 11
     assert {makers[name].op_type for node in convolutions for name in node.input[:2]} == {"DequantizeLinear"}
     for weight, scale in (makers[node.input[1]].input[:2] for node in convolutions):
         assert constants[weight].dtype == np.int8
