@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +32,7 @@ from .checkpointing import atomic_folder
 from .modeling_lemore import (
     MINIMUM_SIZE,
     LeMoReAxisView,
+    LeMoReCartesianEncoder,
     LeMoReDecodeHead,
     LeMoReForSemanticSegmentation,
     LeMoReTokenPyramid,
@@ -153,6 +155,7 @@ def export_model(
         [`ExportManifest`].
 
     Raises:
+        `TypeError`: for a model that is not [`LeMoReForSemanticSegmentation`].
         `ValueError`: for an unknown format or precision, one that the format does not have, int8 without calibration
             images, limits below the smallest size, more than 255 labels in a uint8 label map, or an output folder that
             holds anything but an export.
@@ -221,6 +224,8 @@ def _check_options(
     max_size: int | None,
     max_batch_size: int | None,
 ) -> None:
+    if not isinstance(model, LeMoReForSemanticSegmentation):
+        raise TypeError(f"Only a LeMoReForSemanticSegmentation can be exported, got a {type(model).__name__}.")
     if export_format not in FILES:
         raise ValueError(f"`export_format` must be one of {list(FILES)}, got {export_format!r}.")
     if precision not in ("float32", "float16", "int8"):
@@ -383,22 +388,38 @@ def _free_token_pyramid(original: Any) -> Any:
     return forward
 
 
-@register_patch("onnxruntime", "lemore_hf.modeling_lemore.LeMoReAxisView.forward")
-@register_patch("openvino", "lemore_hf.modeling_lemore.LeMoReAxisView.forward")
-def _axis_view_of_any_size(original: Any) -> Any:
-    """The choice that the view makes by the length of its axis, as a branch of the graph."""
+@register_patch("onnxruntime", "lemore_hf.modeling_lemore.LeMoReCartesianEncoder.sum_of_axis_views")
+@register_patch("openvino", "lemore_hf.modeling_lemore.LeMoReCartesianEncoder.sum_of_axis_views")
+def _axis_views_of_any_size(original: Any) -> Any:
+    """The choice that a view makes by the length of its axis, as a branch of the graph: one for both views, since
+    OpenVINO copies what goes into a branch and what comes out of it."""
 
-    def forward(self: LeMoReAxisView, hidden_state: torch.Tensor) -> torch.Tensor:
-        size, native = hidden_state.shape[self.axis], self.weight.shape[0]
-        mix, tent = self.native_factors(size)
+    def product(view: LeMoReAxisView, weight: torch.Tensor, hidden_state: torch.Tensor) -> torch.Tensor:
+        return weight @ hidden_state if view.axis == 2 else hidden_state @ weight.t()
 
-        def one_by_one(hidden_state: torch.Tensor, mix: torch.Tensor, tent: torch.Tensor) -> torch.Tensor:
-            return self._along_axis(tent, self._along_axis(mix, hidden_state))
+    def forward(self: LeMoReCartesianEncoder, hidden_state: torch.Tensor) -> torch.Tensor:
+        views = self.axis_views
+        sizes = [hidden_state.shape[view.axis] for view in views]
+        factors = [view.native_factors(size) for view, size in zip(views, sizes, strict=True)]
+        mixes, tents = map(list, zip(*factors, strict=True))
 
-        def at_once(hidden_state: torch.Tensor, mix: torch.Tensor, tent: torch.Tensor) -> torch.Tensor:
-            return self._along_axis(tent @ mix, hidden_state)
+        def one_by_one(hidden_state: torch.Tensor, mixes: list, tents: list) -> torch.Tensor:
+            return sum(
+                product(view, tent, product(view, mix, hidden_state))
+                for view, mix, tent in zip(views, mixes, tents, strict=True)
+            )
 
-        return torch.cond(size > self.MAX_RESAMPLED * native, one_by_one, at_once, (hidden_state, mix, tent))
+        def at_once(hidden_state: torch.Tensor, mixes: list, tents: list) -> torch.Tensor:
+            return sum(
+                product(view, tent @ mix, hidden_state) for view, mix, tent in zip(views, mixes, tents, strict=True)
+            )
+
+        # The mean of size / native size over the views, in whole numbers.
+        natives = [view.weight.shape[0] for view in views]
+        grid = math.prod(natives)
+        resampled = sum(size * (grid // native) for size, native in zip(sizes, natives, strict=True))
+        limit = LeMoReAxisView.MAX_RESAMPLED * grid * len(views)
+        return torch.cond(resampled > limit, one_by_one, at_once, (hidden_state, mixes, tents))
 
     return forward
 
@@ -437,21 +458,6 @@ def _head_of_products(original: Any) -> Any:
         return self.classifier(self.activation(sum(at_output) + upsampled))
 
     return forward
-
-
-@register_patch("openvino", "lemore_hf.modeling_lemore.LeMoReAxisView._along_axis")
-def _products_in_channels_last(original: Any) -> Any:
-    """Products along an axis of the volume with its channels last, as OpenVINO's convolutions leave it and take it:
-    there the permutations cost nothing, and a product along contiguous channels would move the whole volume twice."""
-
-    def along_axis(self: LeMoReAxisView, weight: torch.Tensor, hidden_state: torch.Tensor) -> torch.Tensor:
-        volume = hidden_state.permute(0, 2, 3, 1)
-        if self.axis == 3:
-            return (weight @ volume).permute(0, 3, 1, 2)
-        mixed = weight @ volume.flatten(2)  # (B, H, W·C)
-        return mixed.unflatten(2, (volume.shape[2], -1)).permute(0, 3, 1, 2)
-
-    return along_axis
 
 
 # Formats

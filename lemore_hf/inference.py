@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation
+from transformers import AutoConfig, AutoImageProcessor
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
+from .evaluation import load_trained_model
 from .export import MANIFEST, ExportManifest, network_input, require_packages
+from .pictures import to_rgb
 
 Run = Callable[[np.ndarray], np.ndarray]
 """A network in its runtime: what [`ExportManifest`] says that it takes → what it says that it gives."""
@@ -174,7 +176,7 @@ def read_pictures(folder: str | os.PathLike, limit: int) -> list[Image.Image]:
 def read_picture(path: Path) -> Image.Image:
     """The upright picture of a file, in RGB, read to its end."""
     with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return to_rgb(image)
 
 
 def find_pictures(folder: Path) -> list[Path]:
@@ -204,7 +206,7 @@ def _open_pytorch(path: Path, num_threads: int | None) -> Run:
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForSemanticSegmentation.from_pretrained(path.parent, dtype=torch.float32).to(device).eval()
+    model = load_trained_model(path.parent).to(device)
     model = model.fuse() if hasattr(model, "fuse") else model  # other families have no faster form
     return _torch_run(lambda pixel_values: model(pixel_values=pixel_values.to(device)).logits)
 

@@ -10,14 +10,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import math
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -259,13 +262,15 @@ class LeMoReAxisView(nn.Module):
         if not self.is_fused or torch.compiler.is_compiling() or needs_gradient or weight.is_inference():
             return self._make_factors(size)
         key = (size, weight.dtype, weight.device, weight.data_ptr(), weight._version)
-        if key not in self._factors:
-            while len(self._factors) >= self.MAX_SIZES:
-                self._factors.pop(next(iter(self._factors)), None)
+        factors = self._factors.get(key)  # other threads may forget what this one remembers
+        if factors is None:
             # What inference mode makes could not be used outside of it.
             with torch.inference_mode(False), torch.no_grad():
-                self._factors[key] = self._make_factors(size)
-        return self._factors[key]
+                factors = self._make_factors(size)
+            for oldest in list(self._factors)[: 1 - self.MAX_SIZES]:
+                self._factors.pop(oldest, None)
+            self._factors[key] = factors
+        return factors
 
     def _make_factors(self, size: int) -> tuple[torch.Tensor, ...]:
         if size > self.MAX_RESAMPLED * self.weight.shape[0]:
@@ -413,10 +418,17 @@ class LeMoReCartesianEncoder(nn.Module):
             return self.normalization(sum(view(hidden_state) for view in self.views.values()))
         # The transverse view has its share of the norm in its weights.
         transverse = self.views["transverse"](hidden_state) if "transverse" in self.views else self.axis_bias
-        along_axes = [view(hidden_state) for name, view in self.views.items() if name != "transverse"]
-        if not along_axes:
+        if not self.axis_views:
             return transverse
-        return torch.addcmul(transverse, functools.reduce(torch.add, along_axes), self.axis_scale)
+        return torch.addcmul(transverse, self.sum_of_axis_views(hidden_state), self.axis_scale)
+
+    @property
+    def axis_views(self) -> list[LeMoReAxisView]:
+        """The frontal and the lateral view, as far as the configuration has them."""
+        return [view for name, view in self.views.items() if name != "transverse"]
+
+    def sum_of_axis_views(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        return functools.reduce(torch.add, (view(hidden_state) for view in self.axis_views))
 
     def fuse_(self) -> None:
         scale, bias = _scale_and_bias(self.normalization)
@@ -426,7 +438,7 @@ class LeMoReCartesianEncoder(nn.Module):
             self.views["transverse"] = _with_weight(self.views["transverse"], weight, bias)
         else:
             self.axis_bias = nn.Parameter(bias[:, None, None].to(device, dtype))
-        if len(self.views) > ("transverse" in self.views):
+        if self.axis_views:
             self.axis_scale = nn.Parameter(scale[:, None, None].to(device, dtype))
         self.normalization = nn.Identity()
         _activate_in_place(self.activation)
@@ -676,6 +688,36 @@ class LeMoRePreTrainedModel(PreTrainedModel):
         fused.config.is_fused = True
         fused._fuse_parts()
         return fused
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs
+    ) -> None:
+        """What the backward pass computes again must not count a second time in the norms' running statistics."""
+
+        def checkpoint_once(function: Callable, *inputs):
+            if torch.compiler.is_compiling():  # there each batch is counted once
+                return gradient_checkpointing_func(function, *inputs)
+            runs = itertools.count()
+
+            def run(*inputs):
+                with contextlib.nullcontext() if next(runs) == 0 else self._running_statistics_kept():
+                    return function(*inputs)
+
+            return gradient_checkpointing_func(run, *inputs)
+
+        super()._set_gradient_checkpointing(enable, checkpoint_once, **kwargs)
+
+    @contextlib.contextmanager
+    def _running_statistics_kept(self) -> Iterator[None]:
+        norms = [module for module in self.modules() if getattr(module, "track_running_stats", False)]
+        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+        try:
+            for norm in norms:
+                norm.momentum, norm.num_batches_tracked = 0.0, None
+            yield
+        finally:
+            for norm, (momentum, count) in zip(norms, before, strict=True):
+                norm.momentum, norm.num_batches_tracked = momentum, count
 
     def post_init(self) -> None:
         if self.config.is_fused:

@@ -18,6 +18,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.functional import to_pil_image
 from transformers import PreTrainedConfig
 
+from .pictures import to_rgb
+
 ImageInput = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
 SegmentationInput = Image.Image | np.ndarray | torch.Tensor | Sequence[Mapping[str, Any]]
 
@@ -223,10 +225,7 @@ def _as_rgb(image: ImageInput) -> Image.Image:
         image = Image.open(image)
     elif not isinstance(image, Image.Image):
         image = to_pil_image(image)
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "I" or image.mode.startswith("I;16"):  # 16-bit greys, which `convert` would clip
-        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+    return to_rgb(image)
 
 
 def _as_class_numbers(segmentation: Image.Image | np.ndarray | torch.Tensor) -> np.ndarray:

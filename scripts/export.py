@@ -13,9 +13,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+from transformers import AutoImageProcessor
 
 import lemore_hf  # noqa: F401 (registers LeMoRe with the Auto classes)
+from lemore_hf.evaluation import load_trained_model
 from lemore_hf.export import FILES, export_model
 from lemore_hf.inference import Segmenter, comparison_sizes, label_agreement, read_pictures
 
@@ -54,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     precision = "int8" if arguments.int8 else "float16" if arguments.fp16 else "float32"
-    model = AutoModelForSemanticSegmentation.from_pretrained(arguments.model)
+    model = load_trained_model(arguments.model)
     image_processor = AutoImageProcessor.from_pretrained(arguments.model)
     calibration_images = read_pictures(arguments.int8, arguments.calibration_images) if arguments.int8 else []
 
@@ -89,5 +90,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, TypeError, ValueError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error

@@ -14,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 from quick_fit import quick_fit
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation
+from lemore_hf import LeMoReConfig, LeMoReForImageClassification, LeMoReForSemanticSegmentation
 from lemore_hf import export as export_module
+from lemore_hf.checkpointing import CheckpointError
 from lemore_hf.export import ExportManifest, export_model
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 from lemore_hf.inference import Segmenter, comparison_sizes, label_agreement, read_pictures
@@ -305,6 +307,22 @@ def test_command_line_names_what_is_wrong(checkpoint, tmp_path):
 def test_options_that_cannot_be_met(options, message, model, image_processor, tmp_path):
     with pytest.raises(ValueError, match=message):
         export_model(model, image_processor, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_a_segmentation_network_is_exported(checkpoint, image_processor, tmp_path):
+    peer = SegformerForSemanticSegmentation(SegformerConfig())
+    with pytest.raises(TypeError, match="got a SegformerForSemanticSegmentation"):
+        export_model(peer, image_processor, tmp_path / "out", "torch")
+
+    classifier = tmp_path / "classifier"
+    LeMoReForImageClassification(LeMoReConfig.from_pretrained(checkpoint)).save_pretrained(classifier)
+    image_processor.save_pretrained(classifier)
+    with pytest.raises(CheckpointError, match="does not hold all weights of LeMoReForSemanticSegmentation"):
+        Segmenter(classifier)
+    result = run_script("--model", classifier, "--format", "torch", "--output", tmp_path / "out")
+    assert result.returncode != 0
+    assert "does not hold all weights" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -268,6 +269,27 @@ def test_only_some_sizes_are_remembered_and_none_is_saved():
         main_output(fused, random_images(1, 40, width))
     assert max(map(len, factors_of(fused))) == LeMoReAxisView.MAX_SIZES
     assert fused.state_dict().keys() == names
+
+
+def test_threads_share_what_is_remembered():
+    """More sizes than are remembered, so that threads take from each other what they are about to read."""
+    view = next(
+        module for module in trained().fuse().requires_grad_(False).modules() if isinstance(module, LeMoReAxisView)
+    )
+    expected = {size: view._make_factors(size) for size in range(20, 32)}
+
+    def read(start: int) -> bool:
+        sizes = [20 + (start + step) % 12 for step in range(300)]
+        return all(torch.equal(view.factors(size)[0], expected[size][0]) for size in sizes)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            assert all(threads.map(read, range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(view._factors) <= LeMoReAxisView.MAX_SIZES + 8
 
 
 def test_axis_weights_are_made_again_for_new_weights_types_and_layouts():

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from lemore_hf import LeMoReImageProcessor
 from lemore_hf.data import scenes
 from lemore_hf.data.loading import (
     BadSampleError,
@@ -29,6 +30,7 @@ from lemore_hf.data.loading import (
     with_classes_of,
 )
 from lemore_hf.data.recipes import load_recipe
+from lemore_hf.inference import read_picture
 
 SIZE = (40, 48)
 VOID = 255
@@ -285,6 +287,21 @@ def test_what_is_not_split_is_held_out_evenly(tmp_path, kind, streaming):
         load_split(recipe, "test", tmp_path)
 
 
+def test_any_fraction_is_held_out(tmp_path):
+    write_pairs(tmp_path, [f"{index:02}" for index in range(10)])
+    for fraction, expected in ((0.4, 4), (0.3, 3), (0.2, 2), (0.5, 5)):
+        recipe = folder_recipe(validation_fraction=fraction)
+        train, validation = (load_split(recipe, split, tmp_path)["name"] for split in ("train", "validation"))
+        assert len(validation) == expected
+        assert len({*train, *validation}) == 10
+
+
+def test_too_few_samples_to_hold_one_out(tmp_path):
+    write_pairs(tmp_path, ["a", "b", "c"])
+    with pytest.raises(ValueError, match=r"3 samples .* none is left for validation with validation_fraction 0\.1"):
+        load_split(folder_recipe(), "validation", tmp_path)
+
+
 def test_label_maps_without_image_and_the_reverse_are_listed(tmp_path):
     write_pairs(tmp_path, ["a", "b", "c"])
     (tmp_path / "images" / "b.jpg").unlink()
@@ -378,6 +395,26 @@ def test_images_of_every_mode(mode):
     assert sample.image.shape == (3, *SIZE)
     if mode != "1":
         assert (sample.image.int() - 200).abs().max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "I", "I;16", "I;16 in mode I"])
+def test_training_sees_what_the_image_processor_sees(mode, tmp_path):
+    ramp = np.tile(np.linspace(0, 255, SIZE[1], dtype=np.uint8), (SIZE[0], 1))
+    if mode.startswith("I"):
+        values = ramp.astype(np.uint16) * 257 if mode == "I;16" else ramp.astype(np.int32)
+        image = Image.fromarray(values * 257 if "in mode I" in mode else values)
+    else:
+        image = Image.fromarray(ramp).convert(mode)
+        if "A" in mode:
+            image.putalpha(Image.fromarray(255 - ramp))
+    stored = encoded(image, "TIFF" if image.mode == "I" else "PNG")
+    (tmp_path / "picture").write_bytes(stored["bytes"])
+    processor = LeMoReImageProcessor(do_resize=False, do_rescale=False, do_normalize=False)
+    with Image.open(tmp_path / "picture") as file:
+        (expected,) = processor(file, return_tensors="np")["pixel_values"]
+    sample = SampleDecoder(folder_recipe())({"image": stored, "label": label_map(0)})
+    np.testing.assert_array_equal(sample.image.numpy(), expected)
+    np.testing.assert_array_equal(np.asarray(read_picture(tmp_path / "picture")).transpose(2, 0, 1), expected)
 
 
 def test_exif_orientation_is_applied():

@@ -535,16 +535,17 @@ def test_channels_last_gives_the_same_result(model_class):
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
-    gradients = []
+def test_gradient_checkpointing_gives_the_same_gradients_and_statistics(use_reentrant):
+    results = []
     for checkpointing in (False, True):
         model = tiny().train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         pixel_values = random_images().requires_grad_()
         model(pixel_values, labels=random_labels()).loss.backward()
-        gradients.append([pixel_values.grad, *(parameter.grad for parameter in model.parameters())])
-    for expected, actual in zip(*gradients, strict=True):
+        gradients = [parameter.grad for parameter in model.parameters()]
+        results.append([pixel_values.grad, *gradients, *model.buffers()])
+    for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
 
 

@@ -14,6 +14,7 @@ for batch in DataLoader(dataset, recipe.batch_size, sampler=sampler, collate_fn=
 
 import io
 import itertools
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import IterableDataset, Sampler, get_worker_info
 from tqdm.auto import tqdm
 
+from ..pictures import to_rgb
 from .augmentation import (
     ClassificationAugmentation,
     SegmentationAugmentation,
@@ -281,15 +283,25 @@ def _aliases(recipe: Recipe, split: str) -> list[str]:
 
 
 def _hold_out(samples, recipe: Recipe, split: str, folder: Path):
-    """Train or validation part of what is not split: every k-th sample in the order of names is held out."""
+    """Train or validation part of what is not split: a fraction, spread evenly over the order of names, is held out."""
     if split == "test":
         raise FileNotFoundError(f"{folder} is not split, so there is no test split; give it as sub-folders or files.")
     samples = without_decoding(samples)
-    step = round(1 / recipe.validation_fraction)
-    wanted = (lambda index: index % step == step // 2) if split == "validation" else (lambda i: i % step != step // 2)
+    fraction = recipe.validation_fraction
+
+    def wanted(index: int) -> bool:
+        held_out = math.floor(index * fraction + 0.5) > math.floor((index - 1) * fraction + 0.5)
+        return held_out == (split == "validation")
+
     if isinstance(samples, datasets.IterableDataset):
         return samples.filter(lambda _, index: wanted(index), with_indices=True)
-    return samples.select([index for index in range(len(samples)) if wanted(index)])
+    indices = [index for index in range(len(samples)) if wanted(index)]
+    if not indices:
+        raise ValueError(
+            f"Of the {len(samples)} samples in {folder} none is left for {split} with validation_fraction {fraction}: "
+            "add samples, change the fraction, or give the splits as sub-folders."
+        )
+    return samples.select(indices)
 
 
 def _normalize_columns(samples, recipe: Recipe):
@@ -458,11 +470,7 @@ def _open(value: Any) -> Image.Image:
 
 def _decode_image(value: Any) -> torch.Tensor:
     """Any picture as uint8 RGB (3, H, W), with rows of interleaved pixels, which torchvision resizes fastest."""
-    image = _open(value)
-    if image.mode.startswith("I"):
-        # Pillow clips 16 bit to 8; what is meant is its upper byte.
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    pixels = np.array(image.convert("RGB"))
+    pixels = np.array(to_rgb(_open(value)))
     return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) → (3, H, W)
 
 
