@@ -166,7 +166,7 @@ def check_split(samples: Dataset | IterableDataset, recipe: Recipe, split: str, 
 
 
 def print_report(report: Report, recipe: Recipe, split: str) -> None:
-    usable = report.num_samples - len(report.failures)
+    usable = report.sizes.total()
     print(f"\n{split}: {report.num_samples} samples, {usable} usable")
     if usable == 0:
         return

@@ -78,9 +78,18 @@ def option_words(options: dict[str, Any]) -> list[str]:
 
 
 def train(plan: dict[str, Any], name: str, folder: Path, args: argparse.Namespace) -> None:
+    options = {key: value for key, value in (plan["options"] | settings(plan, name)).items() if value is not False}
+    planned = folder / "plan.json"
+    if planned.is_file() and (before := json.loads(planned.read_text(encoding="utf-8"))) != options:
+        changed = sorted(key for key in before | options if before.get(key) != options.get(key))
+        raise ValueError(
+            f"{folder} was trained with other settings of {', '.join(changed)} than {name!r} has in the plan today: "
+            "name the variant anew, or delete the folder to train again."
+        )
     if (folder / "run.json").is_file():
         return
-    options = {key: value for key, value in (plan["options"] | settings(plan, name)).items() if value is not False}
+    folder.mkdir(parents=True, exist_ok=True)
+    planned.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
     data = ["--data_dir", str(args.data_dir)] if args.data_dir else []
     run("train.py", "--recipe", plan["recipe"], *data, "--output_dir", str(folder), "--resume", *option_words(options))
 

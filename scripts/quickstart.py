@@ -62,10 +62,13 @@ def main() -> None:
     held_out = RecipeDataset(load_split(recipe, held_out_split, args.dataset), recipe, cache="memory")
 
     started = time.perf_counter()
-    folder = args.output_dir / "model"
+    folder, settings_file = args.output_dir / "model", args.output_dir / "trained_with.json"
+    settings = {name: str(value) for name, value in vars(args).items() if name != "output_dir"}
     if (folder / "model.safetensors").is_file():
+        check_reuse(settings, settings_file, folder)
         print(f"Reusing the checkpoint in {folder}; delete it to train again.")
     else:
+        settings_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         fine_tune(recipe, train, held_out, folder, args)
 
     # From here on, only what a user of the checkpoint has.
@@ -88,6 +91,16 @@ def first_look(output_dir: Path) -> None:
     overlay = draw_segmentation(street, segments, config=segmenter.model.config)
     image_grid([street, overlay], columns=2).save(output_dir / "first_look.png")
     print(f"A drawn street, segmented with the released CamVid weights: {output_dir}/first_look.png")
+
+
+def check_reuse(settings: dict[str, str], settings_file: Path, folder: Path) -> None:
+    """A checkpoint of other data or settings is not what was asked for."""
+    before = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
+    if changed := [name for name in settings if before.get(name) != settings[name]]:
+        raise SystemExit(
+            f"{folder} holds a checkpoint that was trained with another {' and '.join(changed)}: "
+            "give another --output_dir, or delete it to train again."
+        )
 
 
 def describe_data(args: argparse.Namespace) -> Recipe:

@@ -128,8 +128,9 @@ def main() -> None:
     samples = load_split(recipe, recipe.train_on, args.data_dir, args.streaming)
     recipe = with_classes_of(recipe, samples)
     micro_batch_size = divide_batch(recipe.batch_size, accelerator.num_processes, args.gradient_accumulation_steps)
-    if recipe.cutmix_alpha > 0 and micro_batch_size == 1:
-        raise ValueError("cutmix_alpha has no effect on one image at a time: raise batch_size, or set it to 0.")
+    for option in ("cutmix_alpha", "mixup_alpha"):
+        if getattr(recipe, option) > 0 and micro_batch_size == 1:
+            raise ValueError(f"{option} has no effect on one image at a time: raise batch_size, or set it to 0.")
     cache_device = accelerator.device if args.cache == "device" else None
     dataset = None if args.streaming else RecipeDataset(samples, recipe, True, args.seed, args.cache, cache_device)
     validation = None

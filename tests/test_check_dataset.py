@@ -102,6 +102,24 @@ def test_a_label_map_without_image(check, folder):
     assert re.search(r"train: 1 label maps in .* have no image: 2\.", printed)
 
 
+def test_a_split_that_is_too_small_to_hold_anything_out(check, folder):
+    (folder / "classes.txt").rename(folder / "train" / "classes.txt")
+    status, output = check(folder / "train", "--recipe", "folder")
+    assert status == 1
+    assert "train: 4 samples, 4 usable" in output
+    assert "none is left for validation" in output
+
+
+def test_a_stream_without_samples(check, folder):
+    for part in ("images", "masks"):
+        (folder / "train" / part / "1.png").rename(folder / f"{part}.png")
+    for path in folder.glob("train/*/*.png"):
+        path.unlink()
+    status, output = check(folder, "--recipe", "folder", "--streaming", "--num_workers", "0")
+    assert status == 1
+    assert "train" in output.split("A training would fail")[1]
+
+
 def test_classification_counts_images(check, tmp_path):
     for name, count in {"cat": 3, "dog": 1}.items():
         for index in range(count):

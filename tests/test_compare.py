@@ -88,6 +88,14 @@ def test_a_plan_is_run_once_and_tabulated(compare, script, tmp_path, monkeypatch
     assert {"--max_steps", "--cache", "--resume"} <= set(started[0][1])
 
 
+def test_results_of_other_options_are_not_shown_as_those_of_the_plan(compare, script, monkeypatch):
+    monkeypatch.setattr(script, "run", lambda name, *words: None)
+    compare(PLAN)
+    compare({**PLAN, "notes": "Another note."})
+    with pytest.raises(ValueError, match="other settings of max_steps than 'first' has in the plan today"):
+        compare({**PLAN, "options": {**PLAN["options"], "max_steps": 3}})
+
+
 def test_a_failing_variant_stops_with_its_command(compare):
     with pytest.raises(SystemExit, match=r"train\.py ended with status .*--max_steps -1"):
         compare({**PLAN, "options": {**PLAN["options"], "max_steps": -1}})

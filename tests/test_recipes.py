@@ -142,6 +142,7 @@ def test_every_field_has_an_option_with_its_documentation():
     [
         ({"max_step": 5}, ValueError, r"unknown field 'max_step' \(did you mean 'max_steps'\?\)"),
         ({"num_classes": 12}, ValueError, "num_classes is 12, but class_names lists 11"),
+        ({"class_names": ["crack"], "palette": None}, ValueError, "num_classes is 1, .* name the background"),
         ({"class_names": ["a", "b", "a"]}, ValueError, r"class_names must differ.*\['a'\]"),
         ({"palette": [[0, 0, 0]]}, ValueError, "palette has 1 colours for 11 classes"),
         ({"crop_size": [360, 480, 3]}, TypeError, "crop_size must be 2 values of int"),
@@ -207,7 +208,7 @@ def test_classes_of_a_local_folder(tmp_path):
     assert load_recipe("folder", data_dir=tmp_path).class_names == ("floor", "wall")
     (tmp_path / "classes.txt").write_text("sky\nroad\n\ncar\n")
     assert load_recipe("folder", data_dir=tmp_path).class_names == ("sky", "road", "car")
-    assert load_recipe("folder", {"class_names": ["x"]}, data_dir=tmp_path).class_names == ("x",)
+    assert load_recipe("folder", {"class_names": ["x", "y"]}, data_dir=tmp_path).class_names == ("x", "y")
     assert load_recipe("camvid", data_dir=tmp_path).num_classes == 11
     (tmp_path / "classes.txt").unlink()
     (tmp_path / "id2label.json").write_text('{"1": "wall", "2": "floor"}')

@@ -255,6 +255,17 @@ def test_cutmix_needs_two_images_at_a_time(tmp_path, recipe, data_dir):
     assert "cutmix_alpha has no effect on one image at a time" in output
 
 
+def test_mixup_needs_two_images_at_a_time(tmp_path):
+    for color in ("red", "blue"):
+        (tmp_path / "data" / "train" / color).mkdir(parents=True)
+        Image.new("RGB", (40, 40), color).save(tmp_path / "data" / "train" / color / "one.png")
+    options = {"task": "image-classification", "class_names": ["red", "blue"], "scale_range": [0.1, 1]}
+    options |= {"image_size": [64, 64], "crop_size": [64, 64], "mixup_alpha": 0.2, "batch_size": 1}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(options))
+    output = run(tmp_path / "recipe.yaml", tmp_path / "data", tmp_path / "out", expect=1)
+    assert "mixup_alpha has no effect on one image at a time" in output
+
+
 def test_weights_that_are_damaged_are_refused(tmp_path, recipe, data_dir, uninterrupted):
     damaged = Path(shutil.copytree(uninterrupted / "final", tmp_path / "damaged"))
     weights = damaged / "model.safetensors"

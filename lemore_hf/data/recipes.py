@@ -220,6 +220,10 @@ class Recipe:
         count = self.num_classes
         if count is not None and count < 1:
             raise ValueError(f"num_classes must be at least 1, got {count}.")
+        if self.task == "semantic-segmentation" and count == 1:
+            raise ValueError(
+                "num_classes is 1, and what may only be one class cannot be learned: name the background as a class too."
+            )
         if self.task == "semantic-segmentation" and count is not None and count > IGNORE_INDEX:
             raise ValueError(
                 f"num_classes must be at most {IGNORE_INDEX} for segmentation, since {IGNORE_INDEX} is void; "
