@@ -4,10 +4,13 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import PIL.Image
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
@@ -208,3 +211,36 @@ def test_fine_tuning_with_trainer(tmp_path, freeze_encoder):
     with torch.no_grad():
         torch.testing.assert_close(loaded(pixel_values).logits, model.eval()(pixel_values).logits)
     assert loaded.config.id2label == model.config.id2label
+
+
+def test_quickstart_reuses_a_checkpoint_of_the_same_data_and_settings_alone(tmp_path, monkeypatch):
+    script = runpy.run_path(str(SCRIPTS / "quickstart.py"))
+    trained, main = [], script["main"].__globals__
+    for name in ("first_look", "score", "report", "draw_held_out"):
+        monkeypatch.setitem(main, name, lambda *_: None)
+    monkeypatch.setitem(main, "AutoModelForSemanticSegmentation", SimpleNamespace(from_pretrained=lambda _: None))
+
+    def fine_tune(recipe, train, held_out, folder, args):
+        trained.append(recipe.num_classes)
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+
+    monkeypatch.setitem(main, "fine_tune", fine_tune)
+    own = tmp_path / "own"
+    for part in ("images", "masks"):
+        (own / part).mkdir(parents=True)
+        for index in range(8):
+            PIL.Image.new("RGB" if part == "images" else "L", (64, 64), index % 2).save(own / part / f"{index}.png")
+    (own / "classes.txt").write_text("floor\nwall\n")
+
+    def quickstart(*words: str) -> None:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        arguments = ["quickstart.py", "--dataset", str(own), "--output_dir", str(tmp_path / "out"), *words]
+        monkeypatch.setattr(sys, "argv", arguments)
+        script["main"]()
+
+    quickstart()
+    quickstart()
+    assert trained == [2]
+    with pytest.raises(SystemExit, match="trained with another epochs: give another --output_dir"):
+        quickstart("--epochs", "1")
