@@ -37,6 +37,7 @@ class Segmenter:
 
     Raises:
         `FileNotFoundError`: where there is neither a checkpoint nor an export.
+        `CheckpointError`: for weights that are damaged, pickled, or not those of a whole segmentation network.
         `ImportError`: naming the extra to install where the runtime is missing.
     """
 

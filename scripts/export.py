@@ -16,6 +16,7 @@ from pathlib import Path
 from transformers import AutoImageProcessor
 
 import lemore_hf  # noqa: F401 (registers LeMoRe with the Auto classes)
+from lemore_hf.checkpointing import CheckpointError
 from lemore_hf.evaluation import load_trained_model
 from lemore_hf.export import FILES, export_model
 from lemore_hf.inference import Segmenter, comparison_sizes, label_agreement, read_pictures
@@ -90,5 +91,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except (CheckpointError, ImportError, OSError, TypeError, ValueError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
