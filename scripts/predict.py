@@ -20,6 +20,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 import lemore_hf  # noqa: F401 (registers LeMoRe with the Auto classes)
+from lemore_hf.checkpointing import CheckpointError
 from lemore_hf.inference import Segmenter
 from lemore_hf.prediction import (
     TARGETS,
@@ -107,4 +108,7 @@ def work(job: Job) -> tuple[Path, str | None]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (CheckpointError, ImportError, OSError, TypeError, ValueError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from quick_fit import quick_fit
 
-from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation
+from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation, LeMoReModel
 from lemore_hf import prediction as prediction_module
 from lemore_hf.export import export_model
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
@@ -242,6 +242,17 @@ def test_model_that_is_none_is_refused_before_anything_is_written(pictures, tmp_
     with pytest.raises(FileNotFoundError, match="not the graph of an export"):
         Segmenter(pictures / "notes.txt")
     result = run_script("--model", pictures, "--input", pictures, "--output", tmp_path / "out", "--processes", 2)
-    assert result.returncode != 0
+    assert result.returncode == 1
     assert "neither an export" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_without_a_head_are_refused_in_one_message(pictures, tmp_path):
+    headless = LeMoReModel(LeMoReConfig(hidden_sizes=(8, 8, 8, 8), stem_sizes=(8,), image_size=32))
+    headless.save_pretrained(tmp_path / "headless")
+    LeMoReImageProcessor().save_pretrained(tmp_path / "headless")
+    result = run_script("--model", tmp_path / "headless", "--input", pictures, "--output", tmp_path / "out")
+    assert result.returncode == 1
+    assert "CheckpointError" in result.stderr
+    assert "give a model that was trained for semantic-segmentation" in result.stderr
     assert not (tmp_path / "out").exists()
