@@ -80,8 +80,8 @@ def describe(args: argparse.Namespace, recipe: Recipe, hardware: str) -> dict:
     for folder in args.models:
         path = folder.parent / "run.json"
         run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        identity = {key: run.get(key) for key in ("configuration_hash", "seed", "steps")}
-        runs.append({"name": folder.resolve().parent.name, **identity})
+        kept = {key: run[key] for key in ("configuration_hash", "seed", "steps", "epochs", "hours") if key in run}
+        runs.append({"name": folder.resolve().parent.name, **kept})
     settings = {"average_of": runs, "seed": args.seed, "train_on": recipe.train_on}
     return {
         "recipe": recipe.name,
