@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import yaml
@@ -140,6 +141,7 @@ def tabulate(plan: dict[str, Any], args: argparse.Namespace) -> str:
     lines = [f"# {plan['title']}", ""]
     lines += [plan["notes"].strip(), ""] if plan["notes"] else []
     lines += ["| " + " | ".join(row) + " |" for row in (header, ["---"] * 2 + ["---:"] * (len(header) - 2), *rows)]
+    lines += seed_spreads(plan, {name: runs.get(run_name(args.plan, name)) for name in plan["variants"]})
     if plan["options"]:
         lines += ["", f"All: recipe `{plan['recipe']}`, `{' '.join(option_words(plan['options']))}`."]
     if found:
@@ -151,6 +153,26 @@ def tabulate(plan: dict[str, Any], args: argparse.Namespace) -> str:
             f"Printed by `scripts/compare.py --plan {args.plan.as_posix()}`. {hardware}, {versions}, {hours:.1f} hours.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def seed_spreads(plan: dict[str, Any], entries: dict[str, dict[str, Any] | None]) -> list[str]:
+    """Mean and sample standard deviation of variants that differ in nothing but their seed."""
+    groups: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        if entry is not None:
+            options = {key: value for key, value in settings(plan, name).items() if key != "seed"}
+            groups.setdefault(json.dumps(options, sort_keys=True), []).append(name)
+    lines = []
+    for names in groups.values():
+        spreads = []
+        for split in plan["splits"]:
+            evaluations = [entries[name]["evaluation"].get(split) for name in names]
+            scores = [100 * evaluation["mean_iou"] for evaluation in evaluations if evaluation]
+            if len(scores) > 1:
+                spreads.append(f"{split} mIoU {mean(scores):.2f} ± {stdev(scores):.2f} ({len(scores)} seeds)")
+        if spreads:
+            lines += ["", f"{names[0]}, mean and standard deviation: {', '.join(spreads)}."]
+    return lines
 
 
 if __name__ == "__main__":

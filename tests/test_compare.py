@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`scripts/compare.py`: a plan is trained, scored and tabulated once, and goes on where it was stopped."""
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -86,6 +87,28 @@ def test_a_plan_is_run_once_and_tabulated(compare, script, tmp_path, monkeypatch
     assert [name for name, _ in started] == ["train.py", "evaluate.py"]
     assert all(str(tmp_path / "out" / "plan-first") in " ".join(words) for _, words in started)
     assert {"--max_steps", "--cache", "--resume"} <= set(started[0][1])
+
+
+def test_seeds_are_summed_up(script, tmp_path):
+    plan = {"title": "Seeds", "recipe": "camvid", "notes": "", "splits": ["validation", "test"], "options": {}}
+    plan["variants"] = {"one": None, "two": {"seed": 1}, "three": {"seed": 2}, "other": {"max_steps": 5}}
+    runs = [
+        {"name": f"plan-{name}", "evaluation": {split: {"mean_iou": score} for split, score in scores.items()}}
+        for name, scores in {
+            "one": {"validation": 0.5, "test": 0.3},
+            "two": {"validation": 0.52, "test": 0.4},
+            "three": {"validation": 0.54},
+            "other": {"validation": 0.9, "test": 0.9},
+        }.items()
+    ]
+    common = {"parameters": 1, "multiply_accumulates": 1, "epochs": 1.0, "hours": 0.1, "hardware": "a CPU"}
+    lines = [json.dumps({**run, **common, "versions": {"torch": "2"}}) for run in runs]
+    (tmp_path / "runs.jsonl").write_text("\n".join(lines))
+    table = script.tabulate(plan, argparse.Namespace(plan=Path("plan.yaml"), runs=tmp_path / "runs.jsonl"))
+    (summary,) = [line for line in table.splitlines() if "standard deviation" in line]
+    assert summary == (
+        "one, mean and standard deviation: validation mIoU 52.00 ± 2.00 (3 seeds), test mIoU 35.00 ± 7.07 (2 seeds)."
+    )
 
 
 def test_results_of_other_options_are_not_shown_as_those_of_the_plan(compare, script, monkeypatch):
