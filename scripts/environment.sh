@@ -1,5 +1,5 @@
-# Source this: `source scripts/environment.sh [EXTRA]` makes the checkout's virtual environment where there is none,
-# installs the package with that extra, and activates it. Run again, it reuses what is there.
+# Source this: `source scripts/environment.sh EXTRA` (or "") makes the checkout's virtual environment where there is none,
+# installs the package with that extra, if any, and activates it. Run again, it reuses what is there.
 if [ ! -x .venv/bin/python ]; then
   "${PYTHON:-python3}" -m venv .venv
 fi

@@ -5,6 +5,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -244,3 +245,22 @@ def test_quickstart_reuses_a_checkpoint_of_the_same_data_and_settings_alone(tmp_
     assert trained == [2]
     with pytest.raises(SystemExit, match="trained with another epochs: give another --output_dir"):
         quickstart("--epochs", "1")
+
+
+@pytest.mark.parametrize("options", [(), ("--dataset", "my data", "--epochs", "2")])
+def test_quickstarts_options_go_to_the_script_and_not_to_pip(tmp_path, options):
+    """A stand-in for the environment's Python prints what it is started with."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("quickstart.sh", "environment.sh"):
+        shutil.copy(SCRIPTS / name, tmp_path / "scripts")
+    binaries = tmp_path / ".venv" / "bin"
+    binaries.mkdir(parents=True)
+    (binaries / "python").write_text('#!/bin/sh\nprintf "<%s>" "$@"\necho\n')
+    (binaries / "python").chmod(0o755)
+    (binaries / "activate").write_text(f'PATH="{binaries}:$PATH"\n')
+    (tmp_path / "pyproject.toml").touch()
+    command = ["bash", str(tmp_path / "scripts" / "quickstart.sh"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    *_, pip, quickstart = done.stdout.splitlines()
+    assert pip.endswith("<--editable><.>")
+    assert quickstart == "".join(f"<{word}>" for word in ("scripts/quickstart.py", *options))
