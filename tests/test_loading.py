@@ -36,6 +36,9 @@ SIZE = (40, 48)
 VOID = 255
 
 
+ENCODED = datasets.Image(decode=False)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _settings(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
@@ -205,12 +208,30 @@ def test_imagenet_in_its_schemas(tmp_path, streaming):
         write(tmp_path / "local" / "train" / wnid / f"{wnid}_1.JPEG", picture(1))
     (stored,) = list(load_split(recipe, "train", tmp_path / "hub", streaming))
     assert SampleDecoder(recipe)(stored).labels == 999
+    with pytest.raises(ValueError, match="has 2 folders, of which n01440764, n01443537 are none of the 1000 classes"):
+        load_split(recipe, "train", tmp_path / "local", streaming)
+    recipe = load_recipe("imagenet1k", {"crop_size": (32, 32), "resize": 40, "class_names": ["tench", "goldfish"]})
     samples = load_split(recipe, "train", tmp_path / "local", streaming)
     assert sorted(SampleDecoder(recipe)(stored).labels for stored in samples) == [0, 1]
     if not streaming:
         batch = collate([RecipeDataset(samples, recipe, training=True)[index] for index in range(2)])
         assert batch["pixel_values"].shape == (2, 3, 32, 32)
         assert batch["labels"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_class_folders_have_the_numbers_of_the_recipes_classes(tmp_path, streaming):
+    """Whatever their alphabetical order, and whichever of them a split lacks."""
+    for folder in ("train/cat", "train/dog", "train/fox", "val/dog", "val/fox"):
+        write(tmp_path / folder / "1.png", picture(0))
+    recipe = load_recipe("imagenet1k", {"crop_size": (32, 32), "resize": 40, "class_names": ["fox", "dog", "cat"]})
+    for split, expected in (("train", {"fox": 0, "dog": 1, "cat": 2}), ("validation", {"fox": 0, "dog": 1})):
+        samples = load_split(recipe, split, tmp_path, streaming)
+        decoded = [SampleDecoder(recipe)(stored) for stored in samples]
+        assert sorted(sample.labels for sample in decoded) == sorted(expected.values())
+        if not streaming:
+            folders = [Path(row["image"]["path"]).parent.name for row in samples.cast_column("image", ENCODED)]
+            assert [sample.labels for sample in decoded] == [expected[name] for name in folders]
 
 
 def test_class_names_of_an_image_classification_folder(tmp_path):
@@ -285,6 +306,24 @@ def test_what_is_not_split_is_held_out_evenly(tmp_path, kind, streaming):
     assert sorted(train + validation) == names
     with pytest.raises(FileNotFoundError, match="not split"):
         load_split(recipe, "test", tmp_path)
+
+
+def test_nothing_is_held_out_from_a_stream_of_several_files(tmp_path):
+    """They are shuffled and shared out among workers, so that training would see samples of the validation part."""
+    columns, features = image_columns([label_map(0, 1)] * 5, name=(list("abcde"), datasets.Value("string")))
+    for number in range(2):
+        write_parquet(tmp_path / f"part-{number}.parquet", columns, features)
+    assert len(load_split(folder_recipe(), "train", tmp_path)) == 9
+    with pytest.raises(ValueError, match=r"stream of 2 files .* give the splits as sub-folders or files, or do not"):
+        load_split(folder_recipe(), "train", tmp_path, streaming=True)
+
+
+def test_files_that_the_recipes_patterns_do_not_name(tmp_path):
+    columns, features = image_columns([label_map(0, 1)] * 10)
+    write_parquet(tmp_path / "everything.parquet", columns, features)
+    patterns = {"train": "my-train-*.parquet", "validation": "my-val-*.parquet"}
+    recipe = folder_recipe(splits={"train": "train", "validation": "val"}, data_files=patterns)
+    assert len(load_split(recipe, "train", tmp_path)) == 9
 
 
 def test_any_fraction_is_held_out(tmp_path):

@@ -166,7 +166,7 @@ def _read_parquet(files: list[Path], streaming: bool) -> datasets.Dataset | data
 
 
 def _parquet_files(recipe: Recipe, split: str, folder: Path) -> list[Path]:
-    if recipe.data_files is not None and (files := sorted(folder.glob(recipe.data_files.get(split, "")))):
+    if split in (recipe.data_files or {}) and (files := sorted(folder.glob(recipe.data_files[split]))):
         return files
     for alias in _aliases(recipe, split):
         for pattern in (f"{alias}.parquet", f"{alias}[-_.]*.parquet", f"{alias}/*.parquet"):
@@ -180,15 +180,39 @@ def _load_class_folders(
 ) -> datasets.Dataset | datasets.IterableDataset:
     for alias in _aliases(recipe, split):
         if (folder / alias).is_dir():
-            return datasets.load_dataset(
-                "imagefolder", data_dir=str(folder / alias), split="train", streaming=streaming, drop_labels=False
-            )
+            return _with_labels_of(recipe, _read_class_folders(folder / alias, streaming), folder / alias)
     if any((folder / alias).is_dir() for aliases in _SPLIT_ALIASES.values() for alias in aliases):
         raise FileNotFoundError(f"{folder} has no sub-folder {' or '.join(_aliases(recipe, split))}.")
-    whole = datasets.load_dataset(
+    whole = _with_labels_of(recipe, _read_class_folders(folder, streaming), folder)
+    return _hold_out(whole, recipe, split, folder)
+
+
+def _read_class_folders(folder: Path, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+    return datasets.load_dataset(
         "imagefolder", data_dir=str(folder), split="train", streaming=streaming, drop_labels=False
     )
-    return _hold_out(whole, recipe, split, folder)
+
+
+def _with_labels_of(recipe: Recipe, samples: datasets.Dataset | datasets.IterableDataset, folder: Path):
+    """Folders are numbered in the order of their names, all that there are: here they get the recipe's classes."""
+    if recipe.num_classes is None:
+        return samples
+    folders = samples.features["label"].names
+    if not set(folders) <= recipe.label2id.keys():
+        if len(folders) == recipe.num_classes:  # such as WordNet's numbers, which stand in the order of the classes
+            return samples
+        unknown = [name for name in folders if name not in recipe.label2id]
+        raise ValueError(
+            f"{folder} has {len(folders)} folders, of which {_listed(unknown)} are none of the {recipe.num_classes} "
+            f"classes of the recipe {recipe.name}: rename them, or give the recipe's class_names."
+        )
+    names = datasets.ClassLabel(names=list(recipe.id2label.values()))
+    classes = [recipe.label2id[name] for name in folders]
+    if isinstance(samples, datasets.IterableDataset):
+        features = datasets.Features({**samples.features, "label": names})
+        return samples.map(lambda label: {"label": classes[label]}, input_columns="label", features=features)
+    labels = [classes[label] for label in samples["label"]]
+    return samples.remove_columns("label").add_column("label", labels, feature=names)
 
 
 def _load_folders(
@@ -294,6 +318,11 @@ def _hold_out(samples, recipe: Recipe, split: str, folder: Path):
         return held_out == (split == "validation")
 
     if isinstance(samples, datasets.IterableDataset):
+        if samples.num_shards > 1:  # which are shuffled and shared out, so that a sample's number is not its own
+            raise ValueError(
+                f"{folder} is a stream of {samples.num_shards} files without splits, of which no part can be held out: "
+                "give the splits as sub-folders or files, or do not stream."
+            )
         return samples.filter(lambda _, index: wanted(index), with_indices=True)
     indices = [index for index in range(len(samples)) if wanted(index)]
     if not indices:
