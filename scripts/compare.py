@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 SCRIPTS = Path(__file__).parent
+IDENTITY = ("configuration_hash", "seed", "steps")  # of a run, beside its name, as `evaluate.py` knows it
 PLAN_KEYS = {"title", "notes", "recipe", "splits", "options", "variants"}
 
 
@@ -101,7 +102,7 @@ def settings(plan: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def evaluate(plan: dict[str, Any], folder: Path, split: str, args: argparse.Namespace) -> None:
-    if split in known_runs(args.runs).get(folder.name, {}).get("evaluation", {}):
+    if split in (known_run(folder, args.runs) or {}).get("evaluation", {}):
         return
     data = ["--data_dir", str(args.data_dir)] if args.data_dir else []
     output = folder / f"{split}.json"
@@ -115,10 +116,14 @@ def run(script: str, *words: str) -> None:
         raise SystemExit(f"{script} ended with status {status}: {' '.join(command)}")
 
 
-def known_runs(path: Path) -> dict[str, dict[str, Any]]:
-    """The last line of each name."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return {run["name"]: run for run in map(json.loads, lines)}
+def known_run(folder: Path, runs: Path) -> dict[str, Any] | None:
+    """The line of the training in a folder; where there is none, the last line of its name."""
+    lines = runs.read_text(encoding="utf-8").splitlines() if runs.is_file() else []
+    known = [run for run in map(json.loads, lines) if run["name"] == folder.name]
+    if (folder / "run.json").is_file():
+        trained = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        known = [run for run in known if all(run.get(key) == trained.get(key) for key in IDENTITY)]
+    return known[-1] if known else None
 
 
 def tabulate(plan: dict[str, Any], args: argparse.Namespace) -> str:
@@ -126,9 +131,10 @@ def tabulate(plan: dict[str, Any], args: argparse.Namespace) -> str:
     has_paper = any("paper" in (options or {}) for options in plan["variants"].values())
     header = ["variant", "options", "parameters", "M MACs", "epochs"]
     header += [f"{split} mIoU" for split in plan["splits"]] + (["paper's mIoU"] if has_paper else [])
-    rows, runs, found = [], known_runs(args.runs), []
+    entries = {name: known_run(args.output_dir / run_name(args.plan, name), args.runs) for name in plan["variants"]}
+    rows, found = [], []
     for name, options in plan["variants"].items():
-        entry = runs.get(run_name(args.plan, name))
+        entry = entries[name]
         if entry is None:
             continue
         found.append(entry)
@@ -141,7 +147,7 @@ def tabulate(plan: dict[str, Any], args: argparse.Namespace) -> str:
     lines = [f"# {plan['title']}", ""]
     lines += [plan["notes"].strip(), ""] if plan["notes"] else []
     lines += ["| " + " | ".join(row) + " |" for row in (header, ["---"] * 2 + ["---:"] * (len(header) - 2), *rows)]
-    lines += seed_spreads(plan, {name: runs.get(run_name(args.plan, name)) for name in plan["variants"]})
+    lines += seed_spreads(plan, entries)
     if plan["options"]:
         lines += ["", f"All: recipe `{plan['recipe']}`, `{' '.join(option_words(plan['options']))}`."]
     if found:

@@ -104,7 +104,9 @@ def test_seeds_are_summed_up(script, tmp_path):
     common = {"parameters": 1, "multiply_accumulates": 1, "epochs": 1.0, "hours": 0.1, "hardware": "a CPU"}
     lines = [json.dumps({**run, **common, "versions": {"torch": "2"}}) for run in runs]
     (tmp_path / "runs.jsonl").write_text("\n".join(lines))
-    table = script.tabulate(plan, argparse.Namespace(plan=Path("plan.yaml"), runs=tmp_path / "runs.jsonl"))
+    table = script.tabulate(
+        plan, argparse.Namespace(plan=Path("plan.yaml"), runs=tmp_path / "runs.jsonl", output_dir=tmp_path)
+    )
     (summary,) = [line for line in table.splitlines() if "standard deviation" in line]
     assert summary == (
         "one, mean and standard deviation: validation mIoU 52.00 ± 2.00 (3 seeds), test mIoU 35.00 ± 7.07 (2 seeds)."
@@ -117,6 +119,17 @@ def test_results_of_other_options_are_not_shown_as_those_of_the_plan(compare, sc
     compare({**PLAN, "notes": "Another note."})
     with pytest.raises(ValueError, match="other settings of max_steps than 'first' has in the plan today"):
         compare({**PLAN, "options": {**PLAN["options"], "max_steps": 3}})
+
+
+def test_an_older_line_of_the_same_name_is_no_score_of_a_new_training(compare, script, tmp_path, monkeypatch):
+    compare(PLAN, "--only", "first")
+    (line,) = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
+    older = {**line, "configuration_hash": "another"}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(older) + "\n")
+    started = []
+    monkeypatch.setattr(script, "run", lambda name, *words: started.append(name))
+    assert "| first |" not in compare(PLAN, "--only", "first")
+    assert started == ["evaluate.py"]
 
 
 def test_a_failing_variant_stops_with_its_command(compare):
