@@ -126,10 +126,12 @@ def main() -> int:
         try:
             samples = load_split(recipe, split, args.data_dir, args.streaming)
         except (FileNotFoundError, ValueError) as error:
-            if isinstance(error, FileNotFoundError) and split != "train" and not args.split:
-                print(f"\n{split}: not there")
-            else:
+            if args.split or not isinstance(error, FileNotFoundError) or split in split_names(recipe.train_on):
                 problems.append(f"{split}: {error}")
+            elif split in split_names(recipe.validate_on):
+                problems.append(f"{split}: {error} Or train without validation: --eval_every 0.")
+            else:
+                print(f"\n{split}: not there")
             continue
         recipe = with_classes_of(recipe, samples)
         report = check_split(samples, recipe, split, args)

@@ -135,8 +135,12 @@ def main() -> None:
     dataset = None if args.streaming else RecipeDataset(samples, recipe, True, args.seed, args.cache, cache_device)
     validation = None
     if args.eval_every:
-        validation_samples = load_split(recipe, recipe.validate_on, args.data_dir)
-        validation = RecipeDataset(validation_samples, recipe, cache="memory" if args.cache else None)
+        validation_samples = load_split(recipe, recipe.validate_on, args.data_dir, args.streaming)
+        if args.streaming:
+            place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+            validation = StreamedRecipeDataset(validation_samples, recipe, **place)
+        else:
+            validation = RecipeDataset(validation_samples, recipe, cache="memory" if args.cache else None)
 
     # Model, optimizer, schedule
     model = build_model(args, recipe)
@@ -476,11 +480,15 @@ def export_model(model: PreTrainedModel, recipe: Recipe, folder: Path) -> None:
     else:
         height, width = recipe.resize or recipe.image_size
         size = {"height": height, "width": width}
+    crop = {}
+    if recipe.task == "image-classification":
+        crop = {"do_center_crop": True, "crop_size": dict(zip(("height", "width"), recipe.crop_size, strict=True))}
     processor = LeMoReImageProcessor(
         size=size,
         image_mean=list(recipe.image_mean),
         image_std=list(recipe.image_std),
         do_reduce_labels=recipe.reduce_labels,
+        **crop,
     )
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)

@@ -4,6 +4,7 @@
 
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,15 @@ def test_a_split_that_is_too_small_to_hold_anything_out(check, folder):
     assert "none is left for validation" in output
 
 
+def test_what_training_needs_has_to_be_there(check, folder):
+    shutil.rmtree(folder / "validation")
+    status, printed = check(folder, "--recipe", "folder")
+    assert status == 1
+    assert "A training would fail (1):\n  validation: " in printed
+    assert "Or train without validation: --eval_every 0." in printed
+    assert "test: not there" in printed
+
+
 def test_a_stream_without_samples(check, folder):
     for part in ("images", "masks"):
         (folder / "train" / part / "1.png").rename(folder / f"{part}.png")
@@ -123,9 +133,10 @@ def test_a_stream_without_samples(check, folder):
 def test_classification_counts_images(check, tmp_path):
     for name, count in {"cat": 3, "dog": 1}.items():
         for index in range(count):
-            path = tmp_path / "data" / "train" / name / f"{index}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.zeros((*SIZE, 3), dtype=np.uint8)).save(path)
+            for split in ("train", "validation"):
+                path = tmp_path / "data" / split / name / f"{index}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.zeros((*SIZE, 3), dtype=np.uint8)).save(path)
     options = ["--recipe", "folder", "--task", "image-classification", "--scale_range", "0.1", "1.0"]
     status, printed = check(tmp_path / "data", *options)
     assert status == 0

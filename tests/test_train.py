@@ -15,12 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from launching import kill, launch
 from PIL import Image
-from transformers import AutoModelForSemanticSegmentation
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-from lemore_hf import LeMoReForSemanticSegmentation
+from lemore_hf import LeMoReConfig, LeMoReForImageClassification, LeMoReForSemanticSegmentation
 from lemore_hf.checkpointing import list_checkpoints, load_checkpoint
+from lemore_hf.data.augmentation import normalize, resize_for_evaluation
 from lemore_hf.data.loading import EpochSampler, RecipeDataset, load_split
 from lemore_hf.data.recipes import load_recipe
 from lemore_hf.data.scenes import load_scenes
@@ -221,7 +223,7 @@ def test_a_bad_sample_is_named_and_nothing_is_lost(tmp_path, recipe, processes):
 
 
 def test_a_stream_is_trained_on_and_resumed_to_the_same_weights(tmp_path, recipe, data_dir):
-    options = ("--streaming", "--class_weights", "none", "--max_steps", "6", "--eval_every", "0")
+    options = ("--streaming", "--class_weights", "none", "--max_steps", "6", "--eval_every", "3")
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     run(recipe, data_dir, whole, *options, cached=False)
     shutil.copytree(whole, halves)
@@ -290,3 +292,15 @@ def test_class_weights_are_counted_in_the_training_set(recipe, data_dir):
     assert np.allclose(weights["sqrt_median_frequency"] ** 2, weights["median_frequency"])
     with pytest.raises(ValueError, match="'sqrt_median_frequency' needs the whole set"):
         build_criterion(loaded, None)
+
+
+def test_an_exported_classifier_sees_what_it_was_evaluated_on(tmp_path):
+    recipe = load_recipe("imagenet1k", {"class_names": ["a", "b"], "crop_size": [32, 32], "resize": 40})
+    export = runpy.run_path(str(ROOT / "scripts" / "train.py"))["export_model"]
+    small = {"hidden_sizes": (8, 8, 8, 8), "stem_sizes": (8,), "image_size": 32}
+    export(LeMoReForImageClassification(LeMoReConfig(**small)), recipe, tmp_path / "final")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "final")
+    wide, tall = (torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in ((50, 90), (120, 60)))
+    processed = processor([wide, tall], return_tensors="pt").pixel_values
+    evaluated = torch.stack([resize_for_evaluation(image, recipe) for image in (wide, tall)])
+    torch.testing.assert_close(processed, normalize(evaluated, recipe), atol=0.02, rtol=0)
