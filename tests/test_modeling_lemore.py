@@ -852,3 +852,33 @@ def test_gradients_of_dilated_depthwise_convolutions_are_right_in_bfloat16(memor
     expected = weight_gradient(torch.contiguous_format, enabled=False)
     error = (weight_gradient(memory_format, enabled=True) - expected).norm() / expected.norm()
     assert error < 0.02
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"image_size": 16}, "`image_size` must be at least 32"),
+        ({"token_stride": 48}, "`token_stride` must be a multiple of 32"),
+        ({"output_stride": 7}, "`output_stride` must be one of"),
+        ({"hidden_act": "foo"}, "`hidden_act` must be one of"),
+        ({"drop_path_rate": 0.1, "use_residual": False, "use_nested_attention": False}, "no residual branch to drop"),
+    ],
+)
+def test_fields_given_to_from_pretrained_are_checked(override, message, tmp_path):
+    """Before any weight is loaded, rather than when a trained model is to be saved."""
+    LeMoReModel(LeMoReConfig(hidden_sizes=(8, 8, 8, 8), stem_sizes=(8,), image_size=64)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        LeMoReModel.from_pretrained(tmp_path, **override)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_whatever_hooks_a_convolution_is_called_in_training_too(autocast):
+    """Pruning, adapters and probes hook or wrap modules: none may be passed by."""
+    model = LeMoReModel(LeMoReConfig(hidden_sizes=(8, 8, 8, 8), stem_sizes=(8,), image_size=64)).train()
+    convolutions = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)}
+    called = set()
+    for name in convolutions:
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(torch.randn(2, 3, 64, 64))
+    assert called == convolutions

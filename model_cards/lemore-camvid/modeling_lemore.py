@@ -101,11 +101,17 @@ class LeMoReConvLayer(nn.Module):
         self.is_dilated_depthwise = dilation > 1 and groups > 1
 
     def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
-        if self.is_dilated_depthwise and hidden_state.device.type == "cpu" and torch.is_grad_enabled():
+        if self.is_dilated_depthwise and self._trains_in_half_precision(hidden_state):
             hidden_state = self._convolve_in_float32(hidden_state)
         else:
             hidden_state = self.convolution(hidden_state)
         return self.activation(self.normalization(hidden_state))
+
+    @staticmethod
+    def _trains_in_half_precision(hidden_state: torch.Tensor) -> bool:
+        if hidden_state.device.type != "cpu" or not torch.is_grad_enabled():
+            return False
+        return torch.is_autocast_enabled("cpu") or hidden_state.dtype in (torch.bfloat16, torch.float16)
 
     def _convolve_in_float32(self, hidden_state: torch.Tensor) -> torch.Tensor:
         """The convolution, at least in single precision: oneDNN 3.12 (PyTorch 2.14) returns wrong weight gradients for
@@ -113,6 +119,8 @@ class LeMoReConvLayer(nn.Module):
         dtype, compute_dtype = hidden_state.dtype, torch.promote_types(hidden_state.dtype, torch.float32)
         with torch.autocast("cpu", enabled=False):
             convolution = self.convolution
+            if convolution.weight.dtype == compute_dtype:
+                return convolution(hidden_state.to(compute_dtype)).to(dtype)
             bias = convolution.bias
             return F.conv2d(
                 hidden_state.to(compute_dtype),
@@ -668,6 +676,10 @@ class LeMoRePreTrainedModel(PreTrainedModel):
         "hidden_states": LeMoReStage,
         "attentions": OutputRecorder(LeMoReNestedAttention, index=1),
     }
+
+    def __init__(self, config: LeMoReConfig, *inputs: Any, **kwargs: Any):
+        config.validate_architecture()  # again: `from_pretrained(..., field=value)` sets fields of a finished config
+        super().__init__(config, *inputs, **kwargs)
 
     def fuse(self) -> LeMoRePreTrainedModel:
         """
