@@ -60,12 +60,15 @@ class SegmentationCriterion(nn.Module):
     def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            logits (`torch.Tensor` of shape `(batch_size, num_labels, height, width)`): Scores at any stride.
+            logits (`torch.Tensor` of shape `(batch_size, num_labels, height, width)`):
+                Scores at any stride. A single label is binary: labels 0 and 1, and two class weights.
             labels (`torch.LongTensor` of shape `(batch_size, label_height, label_width)`): Ground truth.
 
         Returns:
             A scalar in single precision; 0, with gradients of 0, where all pixels are void.
         """
+        if logits.shape[1] == 1:  # a single logit is the second class's, over 0 for the first
+            logits = torch.cat([torch.zeros_like(logits), logits], 1)
         if self.class_weights is not None and len(self.class_weights) != logits.shape[1]:
             raise ValueError(
                 f"There are {len(self.class_weights)} class weights for {logits.shape[1]} classes: give one a class."
@@ -103,9 +106,10 @@ class SegmentationCriterion(nn.Module):
         """Whether each pixel is hard: `(batch_size, label_height, label_width)`."""
         probability = (-F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="none")).exp()
         probability = probability.masked_fill(labels == self.ignore_index, torch.inf)
-        kept = min(self.ohem_min_kept, probability.numel())
-        kth_hardest = probability.flatten().kthvalue(kept).values
-        return (probability < self.ohem_threshold) | (probability <= kth_hardest)
+        is_hard = probability < self.ohem_threshold
+        if kept := min(self.ohem_min_kept, probability.numel()):
+            is_hard |= probability <= probability.flatten().kthvalue(kept).values
+        return is_hard
 
 
 def dice_loss(probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -158,9 +162,7 @@ def count_for_median_frequency(
     pixel_counts = torch.zeros(num_labels, dtype=torch.long)
     pixels_where_present = torch.zeros(num_labels, dtype=torch.long)
     for labels in label_maps:
-        counts = torch.bincount(labels.flatten(), minlength=max(num_labels, ignore_index + 1))
-        counts[ignore_index] = 0
-        counts = counts[:num_labels]
+        counts = torch.bincount(labels[labels != ignore_index], minlength=num_labels)[:num_labels]
         pixel_counts += counts
         pixels_where_present += counts.sum() * (counts > 0)
     return pixel_counts, pixels_where_present

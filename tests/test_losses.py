@@ -17,7 +17,7 @@ from lemore_hf.losses import (
     lovasz_softmax_loss,
     median_frequency_weights,
 )
-from lemore_hf.modeling_lemore import upsampled_cross_entropy
+from lemore_hf.modeling_lemore import segmentation_loss, upsampled_cross_entropy
 
 
 @pytest.fixture
@@ -196,3 +196,29 @@ def test_median_frequency_weights():
     assert where_present.tolist() == [6, 8, 4, 0]
     # Frequencies 5/6, 3/8, 1/2: the median is 1/2. The last class never occurs.
     assert median_frequency_weights(counts, where_present) == pytest.approx([0.6, 4 / 3, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("void", [-100, -1, 255])
+def test_void_of_any_number_is_not_counted(void):
+    maps = [torch.tensor([[0, 1, 2, void]]), torch.tensor([[2, void, void, void]])]
+    counts, where_present = count_for_median_frequency(maps, 3, void)
+    assert counts.tolist() == [1, 1, 2]
+    assert where_present.tolist() == [3, 3, 4]
+
+
+def test_hard_example_mining_by_its_threshold_alone(batch):
+    logits, labels = batch
+    losses = F.cross_entropy(logits, labels, ignore_index=255, reduction="none")[labels != 255]
+    expected = losses[losses > -np.log(0.4)].mean()
+    criterion = SegmentationCriterion(ohem_threshold=0.4, ohem_min_kept=0)
+    torch.testing.assert_close(criterion(logits, labels), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"dice_weight": 1.0}, {"lovasz_weight": 1.0}, {"class_weights": [0.5, 2.0]}])
+def test_a_single_label_is_the_second_of_two(options):
+    logits, labels = torch.randn(2, 1, 4, 6), torch.randint(0, 2, (2, 8, 12))
+    criterion = SegmentationCriterion(**options)
+    both = torch.cat([torch.zeros_like(logits), logits], 1)
+    torch.testing.assert_close(criterion(logits, labels), criterion(both, labels))
+    if not options:
+        torch.testing.assert_close(criterion(logits, labels), segmentation_loss(logits, labels))
