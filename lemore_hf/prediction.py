@@ -53,7 +53,7 @@ def find_inputs(patterns: Sequence[str], output_dir: Path) -> dict[Path, Path]:
             found = {path: Path(path.name)}
         else:
             files = (Path(name) for name in sorted(glob.glob(pattern, recursive=True)))
-            found = {file: Path(file.name) for file in files if file.is_file()}
+            found = {file: Path(file.name) for file in files if file.is_file() and not _is_inside(file, output_dir)}
         if not found:
             raise FileNotFoundError(
                 f"{pattern!r} names no pictures or videos: pass files, folders that hold some, or glob patterns. "
@@ -64,10 +64,14 @@ def find_inputs(patterns: Sequence[str], output_dir: Path) -> dict[Path, Path]:
     return inputs
 
 
+def _is_inside(path: Path, folder: Path) -> bool:
+    return folder.resolve() in path.resolve().parents
+
+
 def _media(folder: Path, output_dir: Path) -> Iterator[Path]:
     suffixes = PICTURE_SUFFIXES | VIDEO_SUFFIXES
     for path in sorted(folder.rglob("*")):
-        inside_output = output_dir.resolve() in path.resolve().parents
+        inside_output = _is_inside(path, output_dir)
         if path.suffix.lower() in suffixes and path.is_file() and not inside_output:
             yield path
 
@@ -175,7 +179,8 @@ def overlay_image(
 ) -> Image.Image:
     """A label map over its picture. A binary network's one label is its class 1, over a background."""
     names = config.id2label if config.num_labels > 1 else {0: "background", 1: config.id2label[0]}
-    return draw_segmentation(image, labels, names, _palette(config), alpha=alpha, legend=legend)
+    # No prediction is void: of many classes, one may have the number that stands for it in label maps.
+    return draw_segmentation(image, labels, names, _palette(config), alpha=alpha, legend=legend, ignore_index=-1)
 
 
 def _palette(config: PreTrainedConfig) -> list:

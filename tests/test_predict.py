@@ -247,6 +247,21 @@ def test_model_that_is_none_is_refused_before_anything_is_written(pictures, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_glob_pattern_passes_over_its_own_results(tmp_path):
+    for name in ("a.png", "out/masks/a.png", "out/overlays/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    found = find_inputs([str(tmp_path / "**" / "*.png")], tmp_path / "out")
+    assert list(found) == [(tmp_path / "a.png").resolve()]
+
+
+def test_every_class_is_laid_over_the_picture():
+    config = LeMoReConfig(num_labels=300, image_size=32, semantic_loss_ignore_index=-100)
+    picture = Image.new("RGB", (4, 4), (1, 2, 3))
+    drawn = overlay_image(picture, np.full((4, 4), 255), config, alpha=1.0, legend=False)
+    assert (np.asarray(drawn) != (1, 2, 3)).any()
+
+
 def test_weights_without_a_head_are_refused_in_one_message(pictures, tmp_path):
     headless = LeMoReModel(LeMoReConfig(hidden_sizes=(8, 8, 8, 8), stem_sizes=(8,), image_size=32))
     headless.save_pretrained(tmp_path / "headless")
