@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import torch
 from huggingface_hub import (
@@ -175,7 +176,7 @@ def _card_files(folder: Path) -> list[Path]:
         raise PublishingError(f"{folder} has no {CARD}: render it with `write_card`, from an evaluation's JSON.")
     text = (folder / CARD).read_text(encoding="utf-8")
     links = re.findall(r"!\[[^\]]*\]\(([^)\s]+)", text) + re.findall(r"<img[^>]*\ssrc=[\"']([^\"']+)", text)
-    pictures = sorted({link for link in links if "://" not in link})
+    pictures = sorted({unquote(link) for link in links if "://" not in link})
     outside = [link for link in pictures if not (folder / link).resolve().is_relative_to(folder.resolve())]
     missing = [link for link in pictures if not (folder / link).is_file()]
     if bad := outside + missing:
@@ -332,7 +333,7 @@ def _pictures(folder: Path) -> list[tuple[str, str]]:
     """(caption, path) of the pictures beside the card."""
     paths = sorted(path for place in (folder, folder / "figures") for path in place.glob("*"))
     return [
-        (path.stem.replace("_", " ").replace("-", " "), path.relative_to(folder).as_posix())
+        (path.stem.replace("_", " ").replace("-", " "), quote(path.relative_to(folder).as_posix()))
         for path in paths
         if path.suffix.lower() in PICTURE_SUFFIXES
     ]

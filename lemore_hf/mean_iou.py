@@ -37,6 +37,9 @@ class MeanIoU(evaluate.Metric):
 
     def __init__(self, *args: Any, num_labels: int, ignore_index: int | None = 255, **kwargs: Any) -> None:
         self.matrix = ConfusionMatrix(num_labels, ignore_index)
+        # Options of the Hub's metric that are met as they are.
+        self._met = {"num_labels": num_labels, "ignore_index": ignore_index, "reduce_labels": False}
+        self._met |= {"label_map": None, "nan_to_num": None}
         super().__init__(*args, **kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -50,17 +53,24 @@ class MeanIoU(evaluate.Metric):
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
         """Count one image."""
+        self._refuse_others(kwargs)
         self.matrix.update(_as_label_map(prediction), _as_label_map(reference))
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
         """Count a batch of images."""
+        self._refuse_others(kwargs)
         if len(predictions) != len(references):
             raise ValueError(f"{len(predictions)} predictions and {len(references)} references: one each is needed")
         for prediction, reference in zip(predictions, references, strict=True):
             self.add(prediction=prediction, reference=reference)
 
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, Any]:
-        """Scores of all that was added, and of the images given here; the metric starts anew afterwards."""
+        """Scores of all that was added, and of the images given here; the metric starts anew afterwards.
+
+        Raises:
+            TypeError: for options of the Hub's metric that differ from this one's.
+        """
+        self._refuse_others(kwargs)
         if (predictions is None) != (references is None):
             raise ValueError("predictions and references belong together: one of them is missing")
         if predictions is not None:
@@ -74,6 +84,16 @@ class MeanIoU(evaluate.Metric):
             "per_category_iou": np.array(scores["per_class_iou"]),
             "per_category_accuracy": np.array(scores["per_class_accuracy"]),
         }
+
+    def _refuse_others(self, options: dict[str, Any]) -> None:
+        """What was counted cannot be changed by options that come later."""
+        if other := {
+            name: value for name, value in options.items() if name not in self._met or self._met[name] != value
+        }:
+            raise TypeError(
+                f"{', '.join(f'{name}={value!r}' for name, value in other.items())} cannot be set here: give num_labels "
+                "and ignore_index to MeanIoU(...), and labels as they are to be counted."
+            )
 
 
 def _as_label_map(image: Any) -> Any:

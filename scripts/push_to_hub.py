@@ -20,7 +20,7 @@ from pathlib import Path
 import lemore_hf
 from lemore_hf.checkpointing import atomic_folder
 from lemore_hf.data.recipes import load_recipe
-from lemore_hf.hub import WEIGHTS, PublishingError, ensure_card, push_folder, validate_folder
+from lemore_hf.hub import CARD, WEIGHTS, PublishingError, ensure_card, push_folder, validate_folder
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -47,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = json.loads(args.results.read_text(encoding="utf-8")) if args.results else None
         name = args.recipe or (results or {}).get("recipe")
         card = {"results": results, "recipe": load_recipe(name) if name else None, "license": args.license}
+        if args.figures and results is None and (args.model / CARD).is_file():
+            raise PublishingError(
+                f"--figures: {args.model} has a card already; give --results, so that it shows them."
+            )
         if args.refresh_code:
             refresh_code(args.model)
         add_figures(args.model, args.figures)

@@ -371,3 +371,9 @@ def test_evaluate_metric_streams_and_has_the_keys_of_mean_iou(tmp_path):
         assert math.isnan(metric.compute()["mean_iou"])  # Started anew.
         with pytest.raises(ValueError, match="2 predictions and 1 references"):
             metric.add_batch(predictions=predictions[:2], references=labels[:1])
+        same = {"num_labels": 7, "ignore_index": 255, "reduce_labels": False}
+        whole = {"predictions": predictions, "references": labels}
+        assert metric.compute(**whole, **same)["mean_iou"] == expected["mean_iou"]
+        with pytest.raises(TypeError, match=r"ignore_index=0, reduce_labels=True cannot be set here"):
+            metric.compute(**whole, num_labels=7, ignore_index=0, reduce_labels=True)
+        assert math.isnan(metric.compute()["mean_iou"])  # Nothing was counted.

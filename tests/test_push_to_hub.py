@@ -329,6 +329,15 @@ def test_output_is_exactly_the_folder_that_would_be_uploaded(folder, tmp_path):
         push([*options, "--output", str(tmp_path)])
     assert (tmp_path / "curves.png").is_file()
 
+    # A name with a space is shown like any other; a card that stays as it is would not show it.
+    Image.new("RGB", (9, 9)).save(tmp_path / "my plot.png")
+    push([*options, "--figures", str(tmp_path / "my plot.png"), "--output", str(output)])
+    assert "![my plot](figures/my%20plot.png)" in (output / "README.md").read_text()
+    assert (output / "figures" / "my plot.png").is_file()
+    without_results = ["--model", str(folder), "--repo_id", "someone/lemore-test", "--dry_run"]
+    with pytest.raises(SystemExit, match="has a card already; give --results"):
+        push([*without_results, "--figures", str(tmp_path / "curves.png")])
+
 
 # Runs the script again and again in one process, and prints how each run ended.
 PUBLISH_EACH = """
