@@ -53,6 +53,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = average_models([load_trained_model(folder, recipe.task) for folder in args.models]).to(device)
+    processor = AutoImageProcessor.from_pretrained(args.models[0])
     samples = load_split(recipe, recipe.train_on, args.data_dir)
     recipe = with_classes_of(recipe, samples)
 
@@ -69,7 +70,7 @@ def main() -> None:
 
     with atomic_folder(args.output_dir / "final") as folder:
         model.eval().save_pretrained(folder)
-        AutoImageProcessor.from_pretrained(args.models[0]).save_pretrained(folder)
+        processor.save_pretrained(folder)
     summary = describe(args, recipe, hardware_name(device))
     (args.output_dir / "run.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
 

@@ -145,7 +145,8 @@ def measured_report(arguments: argparse.Namespace) -> dict[str, Any]:
     report = new_report(arguments, machine)
 
     with TemporaryDirectory() as scratch:
-        folder = (arguments.work_dir or Path(scratch)).absolute()
+        # A peer's graph takes one size alone.
+        folder = (arguments.work_dir or Path(scratch)).absolute() / "{}x{}".format(*arguments.size)
         folder.mkdir(parents=True, exist_ok=True)
         failed = prepare_all(report, arguments, folder)
         if arguments.prepare_only:

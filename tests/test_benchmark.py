@@ -314,7 +314,7 @@ def test_bad_options(arguments, message, script, monkeypatch, capsys):
 
 def test_command_line(tmp_path):
     file, chart = tmp_path / "results" / "benchmark.json", tmp_path / "chart.png"
-    broken = tmp_path / "work" / "lemore" / "onnx"
+    broken = tmp_path / "work" / "64x96" / "lemore" / "onnx"
     broken.mkdir(parents=True)
     (broken / "model.onnx").write_text("not a graph")
     options = ["--tables", "1", "--models", "lemore", "--runtimes", "eager", "onnx", "--batch-sizes", "1"]
