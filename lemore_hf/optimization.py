@@ -1,15 +1,13 @@
 # Copyright 2026 The LeMoRe-HF contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizer parameter groups and averages of weights."""
+"""Optimizer parameter groups and the moving average of weights."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 HEAD_PREFIXES = ("decode_head.", "classifier.")
 
@@ -84,41 +82,3 @@ class ExponentialMovingAverage:
             else:
                 average.copy_(value)
         torch._foreach_lerp_(averaged, current, 1 - decay)
-
-
-@torch.no_grad()
-def average_models(models: Sequence[PreTrainedModel]) -> PreTrainedModel:
-    """
-    A model whose weights and batch-norm statistics are the means of those of others, which must have been trained from
-    common weights. The statistics are a rough guess: measure them anew (`torch.optim.swa_utils.update_bn`).
-
-    Args:
-        models (`Sequence[PreTrainedModel]`): Two or more of the same shape and classes; they stay as they are.
-
-    Raises:
-        `ValueError`: for a single model, for models that differ in their weights' names or shapes or in their classes,
-            and for models that were made for inference with `fuse()`.
-    """
-    if len(models) < 2:
-        raise ValueError(f"There is nothing to average in {len(models)} model: give two or more.")
-    average = copy.deepcopy(models[0])
-    if getattr(average.config, "is_fused", False):
-        raise ValueError("Fused weights are products of the trained ones, no mean of them: average before `fuse()`.")
-    states = [model.state_dict() for model in models]
-    for number, (model, state) in enumerate(zip(models, states, strict=True), start=1):
-        for name in sorted(states[0].keys() | state.keys()):
-            shapes = [tuple(values[name].shape) if name in values else None for values in (states[0], state)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(
-                    f"Model {number} cannot be averaged with the first: `{name}` is {shapes[1]} there and {shapes[0]} "
-                    "in the first. Give trainings of one network."
-                )
-        if model.config.id2label != average.config.id2label:
-            raise ValueError(
-                f"Model {number} has the classes {list(model.config.id2label.values())}, the first "
-                f"{list(average.config.id2label.values())}: give trainings of the same classes."
-            )
-    for name, value in average.state_dict().items():
-        if value.is_floating_point():
-            value.copy_(torch.stack([state[name] for state in states]).mean(0))
-    return average

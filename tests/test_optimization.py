@@ -9,12 +9,7 @@ import torch
 from torch import nn
 
 from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation
-from lemore_hf.optimization import (
-    ExponentialMovingAverage,
-    average_models,
-    freeze_batch_norm_statistics,
-    parameter_groups,
-)
+from lemore_hf.optimization import ExponentialMovingAverage, freeze_batch_norm_statistics, parameter_groups
 
 
 @pytest.fixture
@@ -67,39 +62,3 @@ def test_frozen_batch_norm_statistics_stay(model):
         model.state_dict()["decode_head.fusions.0.local.normalization.running_mean"],
         before["decode_head.fusions.0.local.normalization.running_mean"],
     )
-
-
-def test_average_of_models_is_the_mean_of_their_weights(model):
-    models = [copy.deepcopy(model) for _ in range(3)]
-    for number, other in enumerate(models):
-        for value in other.state_dict().values():
-            if value.is_floating_point():
-                value += number**2
-            else:
-                value += number
-    states = [copy.deepcopy(other.state_dict()) for other in models]
-    average = average_models(models)
-    for name, value in average.state_dict().items():
-        if value.is_floating_point():
-            torch.testing.assert_close(value, states[0][name] + 5 / 3)
-    for other, state in zip(models, states, strict=True):
-        assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
-
-
-def test_only_trainings_of_one_network_are_averaged(model):
-    with pytest.raises(ValueError, match="give two or more"):
-        average_models([model])
-    small = {"hidden_sizes": (8, 8, 8, 8), "stem_sizes": (8,), "image_size": 64}
-    wider = LeMoReForSemanticSegmentation(LeMoReConfig(**{**small, "hidden_sizes": (8, 8, 8, 16)}))
-    with pytest.raises(
-        ValueError, match=r"Model 3 cannot be averaged .* is \(224, 40, 1, 1\) there and \(224, 32, 1, 1\)"
-    ):
-        average_models([model, model, wider])
-    fewer_views = LeMoReForSemanticSegmentation(LeMoReConfig(**small, views=["transverse"]))
-    with pytest.raises(ValueError, match="is None there"):
-        average_models([model, fewer_views])
-    renamed = LeMoReForSemanticSegmentation(LeMoReConfig(**small, id2label={0: "cat", 1: "dog"}))
-    with pytest.raises(ValueError, match=r"Model 2 has the classes .*'cat', 'dog'"):
-        average_models([model, renamed])
-    with pytest.raises(ValueError, match="before `fuse"):
-        average_models([model.eval().fuse(), model])

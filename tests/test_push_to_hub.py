@@ -189,18 +189,6 @@ def test_card_tells_of_the_run_that_the_weights_come_from(folder):
     assert "from the weights of `crops/final`; seed 3;\n1.25 hours on a CPU with PyTorch 2.14.1." in text
 
 
-def test_card_tells_which_trainings_were_averaged(folder):
-    parts = [{"name": "first", "steps": 300, "epochs": 5.1, "hours": 1.25}, {"name": "elsewhere"}]
-    run = {"average_of": parts, "train_on": "train+validation", "seed": 0, "hardware": "a CPU"}
-    text = write_card(folder, "someone/lemore-test", {**RESULTS, "run": run}).read_text()
-    lines = text.splitlines()
-    start = lines.index("## Training")
-    assert lines[start + 2] == (
-        "The mean of the weights of 2 trainings, batch-norm statistics measured anew over `train+validation`:"
-    )
-    assert lines[start + 4 : start + 6] == ["- first, 300 steps, 5.1 epochs, 1.25 hours", "- elsewhere"]
-
-
 def test_card_without_results_claims_nothing(folder):
     write_card(folder, "someone/lemore-test")
     card = ModelCard.load(folder / "README.md")
