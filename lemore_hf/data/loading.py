@@ -206,13 +206,16 @@ def _with_labels_of(recipe: Recipe, samples: datasets.Dataset | datasets.Iterabl
             f"{folder} has {len(folders)} folders, of which {_listed(unknown)} are none of the {recipe.num_classes} "
             f"classes of the recipe {recipe.name}: rename them, or give the recipe's class_names."
         )
-    names = datasets.ClassLabel(names=list(recipe.id2label.values()))
     classes = [recipe.label2id[name] for name in folders]
-    if isinstance(samples, datasets.IterableDataset):
-        features = datasets.Features({**samples.features, "label": names})
-        return samples.map(lambda label: {"label": classes[label]}, input_columns="label", features=features)
-    labels = [classes[label] for label in samples["label"]]
-    return samples.remove_columns("label").add_column("label", labels, feature=names)
+    features = datasets.Features(
+        {**samples.features, "label": datasets.ClassLabel(names=list(recipe.id2label.values()))}
+    )
+    return samples.map(
+        lambda labels: {"label": [classes[label] for label in labels]},
+        batched=True,
+        input_columns="label",
+        features=features,
+    )
 
 
 def _load_folders(
