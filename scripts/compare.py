@@ -13,14 +13,18 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import yaml
 
+from lemore_hf.data.recipes import Recipe
+
 SCRIPTS = Path(__file__).parent
 IDENTITY = ("configuration_hash", "seed", "steps")  # of a run, beside its name, as `evaluate.py` knows it
+RECIPE_FIELDS = {field.name for field in fields(Recipe)}
 PLAN_KEYS = {"title", "notes", "recipe", "splits", "options", "variants"}
 
 
@@ -46,7 +50,7 @@ def main() -> None:
         folder = args.output_dir / run_name(args.plan, name)
         train(plan, name, folder, args)
         for split in plan["splits"]:
-            evaluate(plan, folder, split, args)
+            evaluate(plan, name, folder, split, args)
     text = tabulate(plan, args)
     args.table.write_text(text, encoding="utf-8")
     print(text)
@@ -80,7 +84,7 @@ def option_words(options: dict[str, Any]) -> list[str]:
 
 
 def train(plan: dict[str, Any], name: str, folder: Path, args: argparse.Namespace) -> None:
-    options = {key: value for key, value in (plan["options"] | settings(plan, name)).items() if value is not False}
+    options = training_options(plan, name)
     planned = folder / "plan.json"
     if planned.is_file() and (before := json.loads(planned.read_text(encoding="utf-8"))) != options:
         changed = sorted(key for key in before | options if before.get(key) != options.get(key))
@@ -101,13 +105,19 @@ def settings(plan: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in (plan["variants"][name] or {}).items() if key != "paper"}
 
 
-def evaluate(plan: dict[str, Any], folder: Path, split: str, args: argparse.Namespace) -> None:
+def training_options(plan: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in (plan["options"] | settings(plan, name)).items() if value is not False}
+
+
+def evaluate(plan: dict[str, Any], name: str, folder: Path, split: str, args: argparse.Namespace) -> None:
     if split in (known_run(folder, args.runs) or {}).get("evaluation", {}):
         return
     data = ["--data_dir", str(args.data_dir)] if args.data_dir else []
     output = folder / f"{split}.json"
     words = ["--model", str(folder / "final"), "--split", split, "--output", str(output), "--runs", str(args.runs)]
-    run("evaluate.py", "--recipe", plan["recipe"], *data, *words)
+    # A network is scored on images as it was trained on: resized and normalized alike.
+    recipe = {key: value for key, value in training_options(plan, name).items() if key in RECIPE_FIELDS}
+    run("evaluate.py", "--recipe", plan["recipe"], *data, *words, *option_words(recipe))
 
 
 def run(script: str, *words: str) -> None:

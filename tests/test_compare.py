@@ -89,6 +89,15 @@ def test_a_plan_is_run_once_and_tabulated(compare, script, tmp_path, monkeypatch
     assert {"--max_steps", "--cache", "--resume"} <= set(started[0][1])
 
 
+def test_a_variant_is_scored_on_images_as_it_was_trained_on(compare, tmp_path):
+    # Scored with the recipe's own mean, a network that was trained with another would be refused.
+    compare(
+        {**PLAN, "variants": {"enlarged": {"resize": [128, 192], "image_size": [128, 192], "image_mean": [0.5] * 3}}}
+    )
+    scores = json.loads((tmp_path / "out" / "plan-enlarged" / "validation.json").read_text())
+    assert scores["image_size"] == [128, 192]
+
+
 def test_seeds_are_summed_up(script, tmp_path):
     plan = {"title": "Seeds", "recipe": "camvid", "notes": "", "splits": ["validation", "test"], "options": {}}
     plan["variants"] = {"one": None, "two": {"seed": 1}, "three": {"seed": 2}, "other": {"max_steps": 5}}
