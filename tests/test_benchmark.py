@@ -182,6 +182,25 @@ def test_full_size_logits_are_torchvisions():
         torch.testing.assert_close(network(pixel_values).logits, reference(pixel_values)["out"])
 
 
+def test_half_a_graph_of_an_interrupted_preparation_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "count", lambda *arguments: {})
+    cell = Cell("prepare", "lraspp-mobilenet-v3-large", "onnx", folder=str(tmp_path))
+
+    def interrupted(model, cell, target, *arguments):
+        (target / "model.onnx").write_text("half")
+        raise KeyboardInterrupt
+
+    def whole(model, cell, target, *arguments):
+        (target / "model.onnx").write_text("whole")
+
+    monkeypatch.setattr(preparation, "_export_peer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        preparation.prepare(cell)
+    monkeypatch.setattr(preparation, "_export_peer", whole)
+    preparation.prepare(cell)
+    assert (tmp_path / cell.model / "onnx" / "model.onnx").read_text() == "whole"
+
+
 def test_fitted_classifiers_draw_the_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "PICTURE_SIZE", (192, 256))
     preparation.draw_picture(tmp_path)

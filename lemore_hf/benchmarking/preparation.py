@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..checkpointing import atomic_folder
 from ..data.scenes import draw_scene
 from ..export import export_model, quantize_onnx, quantize_openvino, quietly
 from ..image_processing_lemore import LeMoReImageProcessor
@@ -71,9 +72,8 @@ def _export(cell: Cell, runtime: str, target: Path) -> None:
             calibration_images=images,
         )
         return
-    target.mkdir(parents=True, exist_ok=True)
-    with quietly():
-        _export_peer(model, cell, target, export_format, images)
+    with atomic_folder(target) as folder, quietly():  # half a graph would be taken for one the next time
+        _export_peer(model, cell, folder, export_format, images)
 
 
 def _export_peer(model: nn.Module, cell: Cell, target: Path, export_format: str, images: list[Image.Image]) -> None:
