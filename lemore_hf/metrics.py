@@ -354,8 +354,8 @@ def trainer_metrics(
 ) -> TrainerMetrics:
     """Streaming mean IoU for `Trainer`; set `TrainingArguments(batch_eval_metrics=True)` so that nothing accumulates.
 
-    `preprocess_logits_for_metrics` turns logits into label maps of the labels' size (int32, the smallest type that all
-    backends of `torch.distributed` gather); `compute_metrics` counts them and, at the last batch, returns `mean_iou`,
+    `preprocess_logits_for_metrics` turns logits into label maps of the labels' size, of their own where `Trainer.predict`
+    has no labels (int32, the smallest type that all backends of `torch.distributed` gather); `compute_metrics` counts them and, at the last batch, returns `mean_iou`,
     `mean_accuracy`, `overall_accuracy`, and `iou_<class>` and `accuracy_<class>` of every class (nan as in
     `ConfusionMatrix`), and starts anew. Batches may differ in size. With several processes their images must agree in width, since `Trainer`
     itself pads labels in height only; it also drops repeated samples, and gives every process the whole counts.
@@ -372,8 +372,10 @@ def trainer_metrics(
     matrix = ConfusionMatrix(num_labels, ignore_index)
     names = _class_names(matrix.num_classes, num_labels, id2label)
 
-    def preprocess_logits_for_metrics(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    def preprocess_logits_for_metrics(logits: Tensor | tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
         logits = logits[0] if isinstance(logits, (tuple, list)) else logits
+        if labels is None:
+            return label_maps(logits, logits.shape[-2:]).to(torch.int32)
         # The logits belong to the image above the padding.
         height = int((labels != _TRAINER_PADDING).any(-1).any(0).sum())
         size = (height or labels.shape[-2], labels.shape[-1])

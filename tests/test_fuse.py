@@ -141,6 +141,23 @@ def test_survives_saving_and_loading(model_class, tmp_path):
     assert torch.equal(main_output(loaded, random_images()), main_output(fused, random_images()))
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_an_empty_batch_has_no_logits(size):
+    model, images = tiny(), torch.zeros(0, 3, *size)
+    assert model(images).logits.shape == model.fuse()(images).logits.shape == (0, 5, *(-(-side // 8) for side in size))
+
+
+def test_wrapped_and_offloaded_weights_are_refused():
+    model = tiny()
+    with pytest.raises(ValueError, match="meta device"):
+        tiny().to("meta").fuse()
+    layer = model.decode_head.classifier
+    model.decode_head.classifier = nn.Module()  # as peft wraps it
+    model.decode_head.classifier.base_layer = layer
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        model.fuse()
+
+
 def test_fusing_again_gives_an_equal_copy():
     fused = trained().fuse()
     again = fused.fuse()

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training criteria against their definitions, void and absent classes included."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -74,6 +75,22 @@ def test_cross_entropy_by_rows_is_that_of_resized_logits(
     torch.testing.assert_close(*gradients)
     with torch.no_grad():
         torch.testing.assert_close(upsampled_cross_entropy(logits, labels, weight, 255, label_smoothing), expected)
+
+
+def test_cross_entropy_by_rows_can_be_differentiated_twice():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 40, 4, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(40, (2, 16, 20)).masked_fill(torch.rand(2, 16, 20) < 0.2, 255)
+    weight = torch.rand(40, dtype=torch.float64)
+    resized = functools.partial(F.interpolate, size=(16, 20), mode="bilinear")
+    second = []
+    for total in (
+        upsampled_cross_entropy(logits, labels, weight, label_smoothing=0.1),
+        F.cross_entropy(resized(logits), labels, weight, ignore_index=255, label_smoothing=0.1, reduction="sum"),
+    ):
+        (gradient,) = torch.autograd.grad(total, logits, create_graph=True)
+        second.append(torch.autograd.grad(gradient.square().sum(), logits)[0])
+    torch.testing.assert_close(*second)
 
 
 @pytest.mark.parametrize("label_size", [(6, 9), (5, 12)])

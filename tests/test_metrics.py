@@ -15,8 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import confusion_matrix, jaccard_score
-from transformers import EvalPrediction
+from transformers import EvalPrediction, Trainer, TrainingArguments
 
+from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation
 from lemore_hf.metrics import BoundaryIoU, ConfusionMatrix, scores_from_confusion_matrix, trainer_metrics
 
 REPOSITORY = Path(__file__).parents[1]
@@ -268,6 +269,18 @@ def test_trainer_functions_stream_over_batches_of_different_sizes_and_padding():
     once = ConfusionMatrix(3)
     once.update(logits, labels)
     assert again["mean_iou"] == once.compute()["mean_iou"]
+
+
+def test_trainer_predicts_without_labels(tmp_path):
+    model = LeMoReForSemanticSegmentation(LeMoReConfig(num_labels=3, image_size=64))
+    images = [{"pixel_values": torch.randn(3, 64, 96)} for _ in range(3)]
+    arguments = TrainingArguments(tmp_path, per_device_eval_batch_size=2, report_to="none", use_cpu=True)
+    trainer = Trainer(model, arguments, **trainer_metrics(3)._asdict())
+    predictions = trainer.predict(images).predictions
+    assert predictions.shape == (3, 8, 12)
+    with torch.no_grad():
+        logits = model.eval()(torch.stack([image["pixel_values"] for image in images])).logits
+    assert (predictions == logits.argmax(1).numpy()).all()
 
 
 TRAINER_PROGRAM = """

@@ -7,6 +7,7 @@ import doctest
 import functools
 import importlib.util
 import math
+import pickle
 import sys
 from pathlib import Path
 
@@ -547,6 +548,89 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_statistics(use_reen
         results.append([pixel_values.grad, *gradients, *model.buffers()])
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_model_with_gradient_checkpointing_counts_for_itself(copied):
+    original = tiny().train()
+    original.gradient_checkpointing_enable()
+    expected, copies = copy.deepcopy(original.state_dict()), []
+    for model in (copied(original), tiny().train()):
+        model(random_images(), labels=random_labels()).loss.backward()
+        copies.append(list(model.buffers()))
+    for actual, once in zip(*copies, strict=True):
+        torch.testing.assert_close(actual, once)
+    for name, value in original.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+
+
+# Frozen parts
+
+
+def test_what_is_frozen_gives_the_same_features_after_training():
+    model = tiny()
+    before = main_output(model.lemore, random_images())
+    model.lemore.requires_grad_(False)
+    head = copy.deepcopy(model.decode_head.state_dict())
+    optimizer = torch.optim.SGD(model.decode_head.parameters(), lr=0.1)
+    for _ in range(3):
+        model.train()
+        model(random_images(), labels=random_labels()).loss.backward()
+        optimizer.step()
+    assert torch.equal(main_output(model.eval().lemore, random_images()), before)
+    changed = [name for name, value in model.decode_head.state_dict().items() if not torch.equal(value, head[name])]
+    assert any("running_mean" in name for name in changed), "the head's own norms are trained"
+
+
+def test_batch_norms_with_weights_to_train_are_trained():
+    model = tiny().train()
+    assert all(module.training for module in model.modules())
+
+
+def test_one_token_is_too_little_to_train_on():
+    model = tiny().train()
+    with pytest.raises(ValueError, match=r"more than 64 pixels .* got shape \(1, 3, 64, 40\)"):
+        model(random_images(1, 64, 40))
+    model(random_images(2, 64, 40))
+    model(random_images(1, 64, 65))
+    model.requires_grad_(False).train()(random_images(1, 64, 40))
+
+
+def test_a_palette_for_fewer_classes_is_left_out():
+    config = LeMoReConfig(**TINY, palette=[[level, 0, 0] for level in range(5)])
+    assert LeMoReForSemanticSegmentation(config).config.palette == config.palette is not None
+    config.num_labels = 6
+    with CaptureLogger(logging.get_logger("transformers.models.lemore")) as captured:
+        assert LeMoReForSemanticSegmentation(config).config.palette is None
+    assert "`palette` has 5 colours for 6 classes" in captured.out
+
+
+def test_functional_transforms():
+    """Ensembles by `vmap` and gradients by `torch.func.grad`, of a fused model and of many classes too."""
+    models = [tiny(), tiny(num_labels=5)]
+    for fused in (False, True):
+        members = [model.fuse() if fused else model for model in models]
+        states = torch.func.stack_module_state(members)
+        for size in ((64, 96), (33, 47)):
+            images = random_images(1, *size)
+
+            def ensemble(parameters, buffers, model=members[0], images=images):
+                return torch.func.functional_call(model, (parameters, buffers), (images,)).logits
+
+            with torch.no_grad():
+                actual = torch.vmap(ensemble)(*states)
+                expected = torch.stack([model(images).logits for model in members])
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+    model = tiny(num_labels=40)
+    parameters, labels = dict(model.named_parameters()), random_labels()
+    actual = torch.func.grad(
+        lambda values: torch.func.functional_call(model, values, (random_images(),), {"labels": labels}).loss
+    )(parameters)
+    model(random_images(), labels=labels).loss.backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(actual[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 # Compilation and export
