@@ -17,7 +17,7 @@ from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from .evaluation import load_trained_model
 from .export import MANIFEST, ExportManifest, network_input, require_packages
-from .pictures import to_rgb
+from .pictures import files_below, to_rgb
 
 Run = Callable[[np.ndarray], np.ndarray]
 """A network in its runtime: what [`ExportManifest`] says that it takes → what it says that it gives."""
@@ -182,7 +182,7 @@ def read_picture(path: Path) -> Image.Image:
 
 def find_pictures(folder: Path) -> list[Path]:
     """Pictures in a folder and below it, by their suffixes, in the order of their names."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
+    return [path for path in files_below(folder) if path.suffix.lower() in PICTURE_SUFFIXES]
 
 
 def _folder_of(path: Path) -> Path:

@@ -5,6 +5,7 @@
 import contextlib
 import glob
 import importlib.util
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from PIL import Image
 from transformers import PreTrainedConfig
 
 from .inference import PICTURE_SUFFIXES, Segmenter, read_picture
+from .pictures import files_below
 from .visualization import default_palette, draw_segmentation
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
@@ -45,9 +47,14 @@ def find_inputs(patterns: Sequence[str], output_dir: Path) -> dict[Path, Path]:
         `FileNotFoundError`: for a pattern that nothing matches, or a folder without pictures and videos.
     """
     inputs: dict[Path, Path] = {}
+    known: set[Path] = set()
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
+            if output_dir.resolve() in (path.resolve(), *path.resolve().parents):
+                raise FileNotFoundError(
+                    f"{pattern!r} lies in the output folder {output_dir}, whose files are results."
+                )
             found = {file: file.relative_to(path) for file in _media(path, output_dir)}
         elif path.is_file():
             found = {path: Path(path.name)}
@@ -60,7 +67,9 @@ def find_inputs(patterns: Sequence[str], output_dir: Path) -> dict[Path, Path]:
                 f"Folders are searched for {', '.join(sorted(PICTURE_SUFFIXES | VIDEO_SUFFIXES))}."
             )
         for file, name in found.items():
-            inputs.setdefault(file.resolve(), name)
+            if file.resolve() not in known:  # the same by another name or a link
+                known.add(file.resolve())
+                inputs[file] = name
     return inputs
 
 
@@ -70,9 +79,8 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 def _media(folder: Path, output_dir: Path) -> Iterator[Path]:
     suffixes = PICTURE_SUFFIXES | VIDEO_SUFFIXES
-    for path in sorted(folder.rglob("*")):
-        inside_output = _is_inside(path, output_dir)
-        if path.suffix.lower() in suffixes and path.is_file() and not inside_output:
+    for path in files_below(folder):
+        if path.suffix.lower() in suffixes and not _is_inside(path, output_dir):
             yield path
 
 
@@ -195,7 +203,7 @@ def _narrow(labels: np.ndarray, config: PreTrainedConfig) -> np.ndarray:
 def _predict_video(segmenter: Segmenter, source: Path, targets: dict[str, Path], alpha: float) -> None:
     writers: dict[str, _VideoWriter] = {}
     with contextlib.ExitStack() as stack:
-        for image, rate in _frames(source):
+        for image, moment, rate in _frames(source):
             with _refusing(ValueError):
                 labels = segmenter(image)
             pictures = {"masks": _narrow(labels, segmenter.config)}
@@ -204,13 +212,13 @@ def _predict_video(segmenter: Segmenter, source: Path, targets: dict[str, Path],
             for kind, target in targets.items():
                 if kind not in writers:
                     writers[kind] = stack.enter_context(_VideoWriter(target, kind, rate))
-                writers[kind].add(pictures[kind])
+                writers[kind].add(pictures[kind], moment)
     if not writers:
         raise UnreadableInputError("it has no frames")
 
 
-def _frames(source: Path) -> Iterator[tuple[Image.Image, Fraction]]:
-    """The upright frames of a video, each with the frame rate."""
+def _frames(source: Path) -> Iterator[tuple[Image.Image, Fraction, Fraction]]:
+    """The upright frames of a video, each with its time in seconds and the video's frame rate."""
     import av
 
     with _refusing(Exception):
@@ -220,7 +228,8 @@ def _frames(source: Path) -> Iterator[tuple[Image.Image, Fraction]]:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
         frames = container.decode(stream)
-        while True:
+        rate = stream.average_rate or Fraction(25)
+        for number in itertools.count():
             with _refusing(Exception):
                 frame = next(frames, None)
                 image = None if frame is None else frame.to_image()
@@ -228,11 +237,15 @@ def _frames(source: Path) -> Iterator[tuple[Image.Image, Fraction]]:
                 return
             if frame.rotation:
                 image = image.rotate(frame.rotation, expand=True)
-            yield image, stream.average_rate or Fraction(25)
+            # Phones film at rates that vary.
+            moment = number / rate if frame.pts is None else frame.pts * frame.time_base
+            yield image, moment, rate
 
 
 class _VideoWriter:
     """Masks without loss as FFV1 in Matroska, overlays as H.264 in MP4."""
+
+    CLOCK = Fraction(1, 90_000)  # in seconds; MPEG's
 
     def __init__(self, path: Path, kind: str, rate: Fraction):
         import av
@@ -240,12 +253,13 @@ class _VideoWriter:
         self.is_mask = kind == "masks"
         self.container = av.open(str(path), "w", format="matroska" if self.is_mask else "mp4")
         self.stream = self.container.add_stream("ffv1" if self.is_mask else "libx264", rate=rate)
+        self.stream.codec_context.time_base = self.CLOCK
         self.started = False
 
     def __enter__(self) -> "_VideoWriter":
         return self
 
-    def add(self, picture: np.ndarray) -> None:
+    def add(self, picture: np.ndarray, moment: Fraction) -> None:
         import av
 
         if not self.is_mask:
@@ -257,6 +271,7 @@ class _VideoWriter:
             self.stream.pix_fmt = pixel_format if self.is_mask else "yuv420p"
             self.started = True
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format=pixel_format)
+        frame.pts, frame.time_base = round(moment / self.CLOCK), self.CLOCK
         self.container.mux(self.stream.encode(frame))
 
     def __exit__(self, kind: type | None, *rest: object) -> None:

@@ -138,15 +138,16 @@ def main() -> int:
         print_report(report, recipe, split)
         problems += [f"{split}: {failure}" for failure in report.failures]
         pictures += [(f"{split}: {sample.name}", sample) for sample in report.pictures]
-    if pictures:
-        draw_samples(pictures, recipe, args.num_pictures).save(args.picture)
-        print(f"\n{len(pictures)} samples are drawn in {args.picture}.")
     if problems:
         print(f"\nA training would fail ({len(problems)}):")
         print("\n".join(f"  {problem}" for problem in problems))
-        return 1
-    print("\nEvery sample can be trained on.")
-    return 0
+    else:
+        print("\nEvery sample can be trained on.")
+    if pictures:
+        args.picture.parent.mkdir(parents=True, exist_ok=True)
+        draw_samples(pictures, recipe, args.num_pictures).save(args.picture)
+        print(f"\n{len(pictures)} samples are drawn in {args.picture}.")
+    return 1 if problems else 0
 
 
 def check_split(samples: Dataset | IterableDataset, recipe: Recipe, split: str, args: argparse.Namespace) -> Report:
@@ -206,4 +207,7 @@ def draw_samples(pictures: list[tuple[str, Sample]], recipe: Recipe, columns: in
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (OSError, TypeError, ValueError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error

@@ -10,6 +10,7 @@ run the same command again to go on after an interruption. Inputs that cannot be
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -103,6 +104,10 @@ def work(job: Job) -> tuple[Path, str | None]:
     try:
         predict_file(segmenter, source, targets, alpha)
     except UnreadableInputError as error:
+        return source, str(error)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # the fault of this input alone
+            raise
         return source, str(error)
     return source, None
 

@@ -71,6 +71,31 @@ def test_a_good_set(folder, tmp_path):
         assert picture.height > 2 * SIZE[0]
 
 
+def test_problems_are_told_before_anything_else_can_fail(check, folder):
+    Image.new("L", (48, 40), 9).save(folder / "train" / "masks" / "0.png")
+    Image.new("RGB", (48, 20)).save(folder / "train" / "images" / "1.png")
+    Image.new("L", (48, 20)).save(folder / "train" / "masks" / "1.png")
+    (folder / "a file").touch()
+    code, output = check(
+        folder, "--recipe", "folder", "--resize", "none", "--picture", str(folder / "a file" / "x.png")
+    )
+    assert "stored labels 9 are out of range" in output
+    assert "48×20 pixels of it, and needs at least 32" in output
+    assert "a file" in code, "not a traceback"
+    assert check(folder, "--recipe", "fodler")[0].startswith("FileNotFoundError: There is no recipe 'fodler'")
+
+
+def test_linked_folders_belong_to_the_set(check, folder):
+    for part in ("images", "masks"):
+        (folder / "train" / part).rename(folder / f"elsewhere {part}")
+        (folder / "train" / part).mkdir()
+        (folder / "train" / part / "more").symlink_to(folder / f"elsewhere {part}", target_is_directory=True)
+        (folder / "train" / part / "round").symlink_to(folder / "train" / part, target_is_directory=True)
+    code, output = check(folder, "--recipe", "folder", "--num_pictures", "0")
+    assert code == 0
+    assert "train: 4 samples, 4 usable" in output
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_every_sample_that_would_fail_is_named_with_its_reason(check, folder, tmp_path, streaming):
     train = folder / "train"

@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,39 @@ def test_video_gives_lossless_labels_and_an_overlay(segmenter, tmp_path):
         assert [frame.to_ndarray(format="rgb24").shape for frame in overlays.decode(video=0)] == [(64, 96, 3)] * 3
 
 
+def test_video_keeps_the_time_of_each_frame(segmenter, tmp_path):
+    import av
+
+    times = [Fraction(0), Fraction(1, 10), Fraction(1, 5), Fraction(5), Fraction(51, 10)]
+    with av.open(str(tmp_path / "film.mkv"), "w") as film:
+        stream = film.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for number, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 96, 3), 40 * number, np.uint8))
+            frame.pts, frame.time_base = int(time * 1000), Fraction(1, 1000)
+            film.mux(stream.encode(frame))
+        film.mux(stream.encode())
+    targets = {"masks": tmp_path / "masks.mkv", "overlays": tmp_path / "overlays.mp4"}
+    predict_file(segmenter, tmp_path / "film.mkv", targets)
+    for target in targets.values():
+        with av.open(str(target)) as result:
+            assert [round(frame.time, 3) for frame in result.decode(video=0)] == [float(time) for time in times]
+
+
+def test_links_are_read_by_their_own_names(pictures, tmp_path):
+    (tmp_path / "blob").write_bytes(b"a film")
+    (pictures / "film.mp4").symlink_to(tmp_path / "blob")
+    (pictures / "again.png").symlink_to(pictures / "one.png")
+    (pictures / "linked").symlink_to(pictures / "more", target_is_directory=True)
+    inputs = find_inputs([str(pictures)], tmp_path / "out")
+    assert inputs[pictures / "film.mp4"] == Path("film.mp4")
+    resolved = [path.resolve() for path in inputs]
+    assert len(set(resolved)) == len(resolved), "each picture once"
+    with pytest.raises(FileNotFoundError, match="lies in the output folder"):
+        find_inputs([str(pictures)], pictures)
+
+
 def test_damaged_video_leaves_nothing(segmenter, tmp_path):
     (tmp_path / "film.mp4").write_bytes(b"no film at all")
     with pytest.raises(prediction_module.UnreadableInputError):
@@ -207,7 +241,7 @@ def test_inputs_from_files_folders_and_patterns(pictures, tmp_path):
     everything = find_inputs([str(pictures), str(pictures / "one.png")], output)
     assert {str(name) for name in everything.values()} == {"one.png", "two.png", "more/one.jpg", "damaged.jpg"}
     pattern = find_inputs([str(pictures / "**" / "one.*")], output)
-    assert {path.relative_to(pictures.resolve()).as_posix() for path in pattern} == {"one.png", "more/one.jpg"}
+    assert {path.relative_to(pictures).as_posix() for path in pattern} == {"one.png", "more/one.jpg"}
     for missing in (tmp_path / "absent.png", tmp_path / "*.jpg", tmp_path / "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(FileNotFoundError, match="names no pictures or videos"):

@@ -152,6 +152,9 @@ def test_every_field_has_an_option_with_its_documentation():
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
         ({"learning_rate": -1}, ValueError, "learning_rate must be at least 0"),
         ({"learning_rate": float("nan")}, ValueError, "learning_rate must be finite"),
+        ({"max_grad_norm": 0}, ValueError, "max_grad_norm must be positive, or none"),
+        ({"image_mean": [123.675, 116.28, 103.53]}, ValueError, "image_mean and image_std are of values in 0…1"),
+        ({"image_std": [0.2, 0.2, 0.0]}, ValueError, "image_mean and image_std are of values in 0…1"),
         ({"flip_prob": 1.5}, ValueError, "flip_prob must be in 0.0…1.0"),
         ({"scale_range": [2.0, 0.5]}, ValueError, "scale_range must be"),
         ({"task": "detection"}, ValueError, "task must be 'semantic-segmentation' or"),
@@ -211,9 +214,17 @@ def test_classes_of_a_local_folder(tmp_path):
     assert load_recipe("folder", {"class_names": ["x", "y"]}, data_dir=tmp_path).class_names == ("x", "y")
     assert load_recipe("camvid", data_dir=tmp_path).num_classes == 11
     (tmp_path / "classes.txt").unlink()
-    (tmp_path / "id2label.json").write_text('{"1": "wall", "2": "floor"}')
-    with pytest.raises(ValueError, match="from 0 without gaps"):
-        load_recipe("folder", data_dir=tmp_path)
+    for text in ('{"1": "wall", "2": "floor"}', '["wall", "floor"]', '{"wall": 0}', '{"00": "wall"}', "{"):
+        (tmp_path / "id2label.json").write_text(text)
+        with pytest.raises(ValueError, match=r"id2label\.json must be .* from 0 without gaps"):
+            load_recipe("folder", data_dir=tmp_path)
+
+
+def test_class_names_as_windows_saves_them_and_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "classes.txt").write_text("sky\r\nroad\r\n", encoding="utf-8-sig")
+    assert load_recipe("folder", data_dir="~/data").class_names == ("sky", "road")
 
 
 def test_short_runs_shorten_the_warm_up():

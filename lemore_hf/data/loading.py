@@ -30,11 +30,13 @@ from PIL import Image, ImageOps
 from torch.utils.data import IterableDataset, Sampler, get_worker_info
 from tqdm.auto import tqdm
 
-from ..pictures import to_rgb
+from ..modeling_lemore import MINIMUM_SIZE
+from ..pictures import files_below, to_rgb
 from .augmentation import (
     ClassificationAugmentation,
     SegmentationAugmentation,
     resize_for_evaluation,
+    resized_size,
     sample_generator,
 )
 from .recipes import IGNORE_INDEX, SPLITS, Recipe, split_names
@@ -285,7 +287,7 @@ def _find_folders(recipe: Recipe, split: str, folder: Path) -> tuple[Path, Path,
 def _files_by_name(folder: Path, suffix: str) -> dict[str, Path]:
     """Image files below a folder whose stem ends with the suffix, by relative path without suffix and extension."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in files_below(folder):
         if path.suffix.lower() not in _IMAGE_EXTENSIONS or not path.stem.endswith(suffix) or path.name[0] == ".":
             continue
         name = path.relative_to(folder).with_suffix("").as_posix().removesuffix(suffix)
@@ -299,7 +301,7 @@ def _listed_names(recipe: Recipe, split: str, folder: Path) -> set[str]:
     for alias in _aliases(recipe, split):
         path = folder / recipe.split_file.format(split=alias)
         if path.is_file():
-            return {line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}
+            return {line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()}
     raise FileNotFoundError(f"There is no list of the {split} split at {folder / recipe.split_file}.")
 
 
@@ -429,6 +431,7 @@ class SampleDecoder:
                     f"the image has {image.shape[2]}×{image.shape[1]} pixels and the label map "
                     f"{labels.shape[1]}×{labels.shape[0]}"
                 )
+            self._check_size(tuple(labels.shape))
             return Sample(image, labels, name)
         except Exception as error:  # whatever a decoder raises, the sample's name is what helps
             number = "" if index is None else f" {index}"
@@ -438,6 +441,15 @@ class SampleDecoder:
                 name,
                 str(error),
             ) from error
+
+    def _check_size(self, stored: tuple[int, int]) -> None:
+        """What evaluation gives the network must not be too small for it; training pads."""
+        height, width = resized_size(stored, self.recipe)
+        if min(height, width) < MINIMUM_SIZE:
+            raise ValueError(
+                f"the network is given {width}×{height} pixels of it, and needs at least {MINIMUM_SIZE} on each side: "
+                "leave it out, or enlarge images by the recipe's resize"
+            )
 
     def _decode_labels(self, value: Any) -> torch.Tensor:
         stored = _open_labels(value)
@@ -709,7 +721,7 @@ def collate(samples: list[dict[str, Any] | None]) -> dict[str, Any] | None:
     `None` for a batch that a resumed stream reads past.
 
     Raises:
-        ValueError: if the samples differ in size.
+        BadSampleError: if the samples differ in size; names the first that does.
     """
     if samples[0] is None:
         return None
@@ -719,10 +731,10 @@ def collate(samples: list[dict[str, Any] | None]) -> dict[str, Any] | None:
             batch[key] = torch.tensor(batch[key])
             continue
         if len({value.shape for value in batch[key]}) > 1:
-            raise ValueError(
-                f"The {key} of a batch differ in size ({_listed([tuple(v.shape) for v in batch[key]])}): evaluate them "
-                "with --eval_batch_size 1."
-            )
+            odd = next(index for index, value in enumerate(batch[key]) if value.shape != batch[key][0].shape)
+            reason = f"the {key} of a batch differ in size ({_listed([tuple(v.shape) for v in batch[key]])})"
+            name = batch["name"][odd]
+            raise BadSampleError(f"Sample {name!r}: {reason}. Evaluate them with --eval_batch_size 1.", name, reason)
         batch[key] = torch.stack(batch[key])
     return batch
 

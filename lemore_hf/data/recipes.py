@@ -287,8 +287,15 @@ class Recipe:
         if self.warmup_steps >= self.max_steps:
             # A short trial run (--max_steps 20) should not need a second option.
             object.__setattr__(self, "warmup_steps", self.max_steps // 10)
-        if min(self.image_std) <= 0:
-            raise ValueError(f"image_std must be positive, got {self.image_std}.")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise ValueError(f"max_grad_norm must be positive, or none for no limit; got {self.max_grad_norm}.")
+        if not all(0 <= value <= 1 for value in self.image_mean) or not all(
+            0 < value <= 1 for value in self.image_std
+        ):
+            raise ValueError(
+                f"image_mean and image_std are of values in 0…1, got {self.image_mean} and {self.image_std}: divide what "
+                "is of 0…255 by 255."
+            )
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -325,7 +332,7 @@ _RANGES = (
     (("hue",), 0.0, 0.5),
     (("label_smoothing",), 0.0, 0.99),
     (("mixup_alpha", "cutmix_alpha", "weight_decay", "poly_power", "head_lr_multiplier"), 0.0, math.inf),
-    (("learning_rate", "max_grad_norm", "warmup_steps", "dice_weight", "lovasz_weight"), 0.0, math.inf),
+    (("learning_rate", "warmup_steps", "dice_weight", "lovasz_weight"), 0.0, math.inf),
     (
         ("max_steps", "batch_size", "eval_batch_size", "shuffle_buffer_size", "ohem_min_kept", "lovasz_stride"),
         1,
@@ -444,16 +451,22 @@ def _with_dependents(changes: dict[str, Any]) -> dict[str, Any]:
 
 def _classes_of_folder(folder: Path) -> list[str]:
     """Class names from `classes.txt` or `id2label.json`; an empty list where there is neither."""
+    folder = folder.expanduser()
     if (folder / "classes.txt").is_file():
-        lines = (folder / "classes.txt").read_text(encoding="utf-8").splitlines()
+        lines = (folder / "classes.txt").read_text(encoding="utf-8-sig").splitlines()
         return [line.strip() for line in lines if line.strip()]
-    if (folder / "id2label.json").is_file():
-        id2label = json.loads((folder / "id2label.json").read_text(encoding="utf-8"))
-        ids = sorted(int(key) for key in id2label)
-        if ids != list(range(len(ids))):
-            raise ValueError(f"{folder / 'id2label.json'} must number the classes from 0 without gaps, got {ids}.")
-        return [str(id2label[str(index)]) for index in ids]
-    return []
+    path = folder / "id2label.json"
+    if not path.is_file():
+        return []
+    expected = f'{path} must be a mapping that numbers the classes from 0 without gaps, as {{"0": "sky", "1": "road"}}'
+    try:
+        id2label = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{expected}: {error}.") from error
+    if not isinstance(id2label, dict) or set(id2label) != {str(index) for index in range(len(id2label))}:
+        shown = list(id2label)[:8] if isinstance(id2label, dict) else id2label
+        raise ValueError(f"{expected}; its keys are {shown}.")
+    return [str(id2label[str(index)]) for index in range(len(id2label))]
 
 
 def _build(values: Mapping[str, Any], origin: str) -> Recipe:
