@@ -33,6 +33,7 @@ class TrainingState:
     Attributes:
         step (`int`): Optimizer steps done.
         best (`dict`, *optional*): Step and score of the best validation so far.
+        scores (`dict`): All scores of the last validation; empty where there was none.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class TrainingState:
         self.fingerprint = fingerprint
         self.step = 0
         self.best: dict[str, float] | None = None
+        self.scores: dict[str, float] = {}
         self._seconds_before, self._started = 0.0, time.perf_counter()
 
     @property
@@ -74,6 +76,7 @@ class TrainingState:
         state = {
             "step": self.step,
             "best": self.best,
+            "scores": self.scores,
             "seconds": self.seconds,
             "ema_updates": self.ema.num_updates if self.ema is not None else 0,
             "scaler": scaler.state_dict() if scaler is not None else None,
@@ -90,6 +93,7 @@ class TrainingState:
         tensors, state = load_checkpoint(folder)
         self._check_fingerprint(state["fingerprint"], folder)
         self.step, self.best, self._seconds_before = state["step"], state["best"], state["seconds"]
+        self.scores = state["scores"]
         self.model.load_state_dict(_part(tensors, "model"))
         if self.ema is not None:
             self.ema.module.load_state_dict(_part(tensors, "ema"))

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from lemore_hf.data.recipes import Recipe
+from lemore_hf.data.recipes import Recipe, load_recipe
 
 SCRIPTS = Path(__file__).parent
 IDENTITY = ("configuration_hash", "seed", "steps")  # of a run, beside its name, as `evaluate.py` knows it
@@ -43,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     plan = load_plan(args.plan)
+    args.table.parent.mkdir(parents=True, exist_ok=True)
     names = args.only or ([] if args.table_only else list(plan["variants"]))
     if unknown := [name for name in names if name not in plan["variants"]]:
         raise ValueError(f"--only {' '.join(unknown)}: the variants of {args.plan} are {', '.join(plan['variants'])}.")
@@ -62,6 +63,10 @@ def load_plan(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} must be a mapping with title, recipe and variants, and may have {sorted(PLAN_KEYS)}."
         )
+    if not isinstance(plan["variants"], dict) or not plan["variants"]:
+        raise ValueError(f"The variants of {path} must map a name to options for each, got {plan['variants']!r}.")
+    if (recipe := load_recipe(plan["recipe"])).task != "semantic-segmentation":
+        raise ValueError(f"The table of a plan is of mean IoU: {path} has the recipe {recipe.name} for {recipe.task}.")
     return {"notes": "", "splits": ["validation"], "options": {}, **plan}
 
 

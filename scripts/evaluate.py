@@ -70,6 +70,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     recipe = load_recipe(args.recipe, recipe_overrides(args), args.data_dir)
+    check_options(args, recipe)
     if is_export(args.model):
         check_export_options(args, recipe)
     accelerator = Accelerator(cpu=shares_cpu(), mixed_precision=args.mixed_precision)
@@ -110,6 +111,16 @@ def check_output(output: Path) -> None:
         pass
     if is_new:
         output.unlink()
+
+
+def check_options(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Refuse, before the work, what would have no effect or could not be written."""
+    views = [name for name in ("flip", "window", "window_stride") if getattr(args, name)]
+    views += ["scales"] if args.scales != [1.0] else []
+    if views and recipe.task != "semantic-segmentation":
+        raise ValueError(f"--{views[0]} is for segmentation, the recipe {recipe.name} is for {recipe.task}.")
+    if args.runs is not None and args.runs.is_dir():
+        raise ValueError(f"--runs {args.runs} is a folder: give the name of a file.")
 
 
 def check_export_options(args: argparse.Namespace, recipe: Recipe) -> None:

@@ -50,11 +50,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--compare", metavar="FOLDER", type=Path, help="compare with PyTorch on this folder's pictures"
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.calibration_images < 1:
+        parser.error(f"--calibration-images must be at least 1, got {arguments.calibration_images}")
+    return arguments
 
 
 def main() -> None:
     arguments = parse_arguments()
+    images = read_pictures(arguments.compare, 6) if arguments.compare else []
     precision = "int8" if arguments.int8 else "float16" if arguments.fp16 else "float32"
     model = load_trained_model(arguments.model)
     image_processor = AutoImageProcessor.from_pretrained(arguments.model)
@@ -77,7 +81,6 @@ def main() -> None:
 
     if arguments.compare:
         exported, reference = Segmenter(arguments.output), Segmenter(arguments.model)
-        images = read_pictures(arguments.compare, 6)
         agreements = []
         for height, width in comparison_sizes(model.config, manifest):
             for batch_size in sorted({1, min(3, len(images), manifest.max_batch_size or 3)}):

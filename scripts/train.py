@@ -60,6 +60,18 @@ from lemore_hf.peers import PEERS, build_peer, head_prefixes
 from lemore_hf.training_state import TrainingState
 from lemore_hf.visualization import plot_training_curve
 
+# Of a recipe: what changes nothing about what a run computes.
+DESCRIPTIVE_FIELDS = {
+    "title",
+    "status",
+    "paper_mean_iou",
+    "license",
+    "citation",
+    "notes",
+    "palette",
+    "eval_batch_size",
+}
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -181,7 +193,7 @@ def main() -> None:
         disable=not accelerator.is_main_process,
     )
     pending: list[tuple[int, list[str], torch.Tensor]] = []  # Losses that have not been looked at yet.
-    scores: dict[str, float] = {}
+    is_finished = state.step == recipe.max_steps and (args.output_dir / "run.json").is_file()
     try:
         while state.step < recipe.max_steps:
             prepared_model.train()
@@ -231,11 +243,11 @@ def main() -> None:
             if is_due["eval"]:
                 # Batch-norm statistics differ between processes; those of the main one are saved.
                 broadcast(list(averaged_model.buffers()))
-                scores = evaluate(
+                state.scores = evaluate(
                     averaged_model, validation, recipe, accelerator, num_workers=eval_workers, progress=False
                 )
-                log.write(step=state.step, **scores)
-                score = next(iter(scores.values()))
+                log.write(step=state.step, **state.scores)
+                score = next(iter(state.scores.values()))
                 if state.best is None or score > state.best["score"]:
                     state.best = {"step": state.step, "score": score}
                     is_due["save"] = bool(args.save_every)  # The best is kept, whenever it comes.
@@ -250,12 +262,14 @@ def main() -> None:
 
     # Results
     if accelerator.is_main_process:
-        export_model(averaged_model, recipe, args.output_dir / "final")
-        log.plot()
-        summary = write_summary(args, recipe, accelerator, state, dataset)
+        if not is_finished:  # else only what was left to do: a card may stand beside the model by now
+            export_model(averaged_model, recipe, args.output_dir / "final")
+            log.plot()
+            write_summary(args, recipe, accelerator, state, dataset)
         if args.push_to_hub:
+            summary = json.loads((args.output_dir / "run.json").read_text(encoding="utf-8"))
             # What the last validation has found; without one the card says that there is no evaluation.
-            results = {**scores, "split": recipe.validate_on, "run": summary} if scores else None
+            results = {**state.scores, "split": recipe.validate_on, "run": summary} if state.scores else None
             push_folder(args.output_dir / "final", args.push_to_hub, results=results, recipe=recipe)
     accelerator.end_training()
 
@@ -268,6 +282,10 @@ def prepare_output_folder(args: argparse.Namespace, accelerator: Accelerator) ->
     if not args.resume and list_checkpoints(args.output_dir):
         raise CheckpointError(
             f"{args.output_dir} already holds a run: add --resume to go on with it, or choose another --output_dir."
+        )
+    if not list_checkpoints(args.output_dir) and (args.output_dir / "run.json").is_file():
+        raise CheckpointError(
+            f"{args.output_dir} already holds a finished run without checkpoints: choose another --output_dir."
         )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -313,6 +331,8 @@ def build_model(args: argparse.Namespace, recipe: Recipe) -> PreTrainedModel:
         raise CheckpointError(
             f"The weights in {args.init_from} are truncated or damaged ({error}): download or copy them again."
         ) from error
+    except OSError as error:
+        raise OSError(f"--init_from {args.init_from} is no folder here, or cannot be read: {error}") from error
 
 
 def build_criterion(recipe: Recipe, dataset: RecipeDataset | None) -> nn.Module:
@@ -403,8 +423,10 @@ def batches_of_steps(
 
 def fingerprint(args: argparse.Namespace, recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
     """Settings that decide what a run computes."""
-    data = {f"recipe.{name}": value for name, value in recipe.to_dict().items() if name not in ("status", "notes")}
-    options = ("seed", "init_from", "peer", "streaming", "mixed_precision", "gradient_accumulation_steps")
+    data = {f"recipe.{name}": value for name, value in recipe.to_dict().items() if name not in DESCRIPTIVE_FIELDS}
+    options = ["seed", "init_from", "peer", "streaming", "mixed_precision", "gradient_accumulation_steps"]
+    if args.streaming:
+        options.append("num_workers")  # each reads a part of its own
     run = {name: getattr(args, name) for name in options}
     return json.loads(json.dumps({**data, **run, "num_processes": accelerator.num_processes}))
 
@@ -501,7 +523,7 @@ def write_summary(
     accelerator: Accelerator,
     state: TrainingState,
     dataset: RecipeDataset | None,
-) -> dict[str, Any]:
+) -> None:
     """`run.json`: what was run, for how long and on what; `scripts/evaluate.py` adds the test score to it."""
     settings = json.dumps(state.fingerprint, sort_keys=True)
     summary = {
@@ -520,11 +542,10 @@ def write_summary(
         "settings": state.fingerprint,
     }
     (args.output_dir / "run.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
-    return summary
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (CheckpointError, FileNotFoundError, FloatingPointError, PublishingError, ValueError) as error:
+    except (CheckpointError, FloatingPointError, OSError, PublishingError, TypeError, ValueError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error

@@ -151,5 +151,9 @@ def test_mistakes_in_a_plan_are_named(compare):
         compare(PLAN, "--only", "third")
     with pytest.raises(ValueError, match="must be a mapping with title, recipe and variants"):
         compare({"title": "No variants"})
+    with pytest.raises(ValueError, match="must map a name to options"):
+        compare({**PLAN, "variants": {}})
+    with pytest.raises(ValueError, match="recipe imagenet1k for image-classification"):
+        compare({**PLAN, "recipe": "imagenet1k"})
     with pytest.raises(ValueError, match="must be a mapping with title, recipe and variants"):
         compare({**PLAN, "variant": {}})

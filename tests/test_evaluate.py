@@ -511,6 +511,11 @@ def test_bad_input_is_refused_before_the_work(run_script, model_dir, data_dir, t
     with pytest.raises(ValueError, match="is a folder"):
         run_script(*arguments(model_dir, data_dir, tmp_path))
     output = tmp_path / "metrics.json"
+    with pytest.raises(ValueError, match=r"--runs .* is a folder"):
+        run_script(*arguments(model_dir, data_dir, output, "--runs", str(tmp_path)))
+    for view in (["--flip"], ["--window", "32", "32"], ["--scales", "1", "2"]):
+        with pytest.raises(ValueError, match=rf"{view[0]} is for segmentation, the recipe imagenet1k is for image"):
+            run_script("--model", str(model_dir), "--recipe", "imagenet1k", "--output", str(output), *view)
     with pytest.raises(FileNotFoundError, match="validation split"):
         run_script(*arguments(model_dir, data_dir, output, "--split", "validation"))
     LeMoReImageProcessor(image_mean=[0.5, 0.5, 0.5]).save_pretrained(model_dir)

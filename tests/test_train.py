@@ -178,6 +178,53 @@ def test_resuming_with_other_settings_is_refused(recipe, data_dir, uninterrupted
     assert "already holds a run" in output
 
 
+def test_resuming_a_finished_run_leaves_its_results_alone(tmp_path, recipe, data_dir, uninterrupted):
+    folder = tmp_path / "finished"
+    shutil.copytree(uninterrupted, folder)
+    (folder / "final" / "README.md").write_text("A card that was written since.")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    # What describes a recipe, or how it is evaluated, is no other run.
+    run(recipe, data_dir, folder, "--resume", "--title", "Streets", "--citation", "A book", "--eval_batch_size", "1")
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert {path: after.get(path) for path in before} == before
+    scores = load_checkpoint(list_checkpoints(folder)[-1])[1]["scores"]
+    assert scores["mean_iou"] == log_of(folder)[-1]["mean_iou"], "what a card is published with"
+    # Without its checkpoints it is still a run that nothing may overwrite.
+    for checkpoint in list_checkpoints(folder):
+        shutil.rmtree(checkpoint)
+    for options in ([], ["--resume"]):
+        assert "holds a finished run without checkpoints" in run(recipe, data_dir, folder, *options, expect=1)
+
+
+def test_images_of_another_size_in_validation_lose_no_step(tmp_path, recipe):
+    for split, sizes in (("train", [(64, 64)] * 4), ("validation", [(64, 64), (64, 64), (70, 64)])):
+        for kind, mode in (("images", "RGB"), ("masks", "L")):
+            (tmp_path / "data" / split / kind).mkdir(parents=True)
+            for index, size in enumerate(sizes):
+                Image.new(mode, size, 1).save(tmp_path / "data" / split / kind / f"{index}.png")
+    options = ["--class_weights", "none", "--max_steps", "3", "--save_every", "100", "--eval_every", "2"]
+    output = run(recipe, tmp_path / "data", tmp_path / "out", *options, expect=1)
+    assert "Sample '2'" in output
+    assert "--eval_batch_size 1" in output
+    assert load_checkpoint(list_checkpoints(tmp_path / "out")[-1])[1]["step"] == 2
+    run(recipe, tmp_path / "data", tmp_path / "out", *options, "--resume", "--eval_batch_size", "1")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max_steps", "many"], r"TypeError: .*max_steps must be int"),
+        (["--init_from", "nowhere"], "--init_from nowhere is no folder here"),
+        (["--output_dir", __file__], "exists"),
+    ],
+)
+def test_mistakes_end_in_a_line(options, message, tmp_path, recipe, data_dir, monkeypatch):
+    words = ["--recipe", str(recipe), "--data_dir", str(data_dir), "--output_dir", str(tmp_path), *options]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    with pytest.raises(SystemExit, match=message):
+        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, recipe, data_dir):
     output = run(recipe, data_dir, tmp_path, "--learning_rate", "1e18", "--save_every", "1", expect=1)
     assert "The loss of step" in output
