@@ -180,9 +180,14 @@ def _drop_path(rate: float) -> nn.Module:
 
 def _is_channels_last(hidden_state: torch.Tensor) -> bool:
     """Whether products along the axes can take the memory as it lies; graphs for other runtimes are all contiguous."""
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or _is_transformed():
         return False
     return hidden_state.is_contiguous(memory_format=torch.channels_last) and not hidden_state.is_contiguous()
+
+
+def _is_transformed() -> bool:
+    """Whether `torch.func` (`vmap`, `grad`, ...) looks on, under which tensors have no memory to ask about."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def resize_bilinear(hidden_state: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -267,7 +272,8 @@ class LeMoReAxisView(nn.Module):
             return (self.weight,)
         weight = self.weight
         needs_gradient = torch.is_grad_enabled() and weight.requires_grad
-        if not self.is_fused or torch.compiler.is_compiling() or needs_gradient or weight.is_inference():
+        is_traced = torch.compiler.is_compiling() or _is_transformed()
+        if not self.is_fused or is_traced or needs_gradient or weight.is_inference():
             return self._make_factors(size)
         key = (size, weight.dtype, weight.device, weight.data_ptr(), weight._version)
         factors = self._factors.get(key)  # other threads may forget what this one remembers
@@ -299,7 +305,8 @@ class LeMoReAxisView(nn.Module):
                 mixed = torch.bmm(weight.expand(batch_size, -1, -1), volume.flatten(2)).unflatten(2, (width, -1))
             else:
                 mixed = torch.bmm(weight.expand(batch_size * height, -1, -1), volume.flatten(0, 1))
-            return mixed.view(batch_size, -1, *mixed.shape[-2:]).permute(0, 3, 1, 2)
+                mixed = mixed.unflatten(0, (batch_size, height))
+            return mixed.permute(0, 3, 1, 2)
         return torch.matmul(weight, hidden_state) if self.axis == 2 else F.linear(hidden_state, weight)
 
     def fuse_(self) -> None:
@@ -586,7 +593,7 @@ class LeMoReNestedAttention(nn.Module):
         # ψV₁ + ψV₂ + ψV₃ = ψ(V₁ + V₂ + V₃)
         value = self.value(tokens).unflatten(1, (-1, self.num_heads, self.value_dim)).sum(1)
         context = value.flatten(3) @ attention.transpose(-2, -1)  # (B, heads, value_dim, H·W)
-        context = context.reshape(tokens.shape[0], -1, *tokens.shape[2:])
+        context = context.flatten(1, 2).unflatten(2, tokens.shape[2:])
         return self.projection(self.activation(context)), attention
 
     def combined_map(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -659,6 +666,33 @@ def keep_freed_memory() -> None:
     torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
 
+def _checkpoint_once(layer: nn.Module, checkpointing_func: Callable, function: Callable, *inputs: Any) -> Any:
+    """Gradient checkpointing of a layer in which what the backward pass computes again does not count a second time in
+    the norms' running statistics."""
+    if torch.compiler.is_compiling():  # there each batch is counted once
+        return checkpointing_func(function, *inputs)
+    runs = itertools.count()
+
+    def run(*inputs: Any) -> Any:
+        with contextlib.nullcontext() if next(runs) == 0 else _running_statistics_kept(layer):
+            return function(*inputs)
+
+    return checkpointing_func(run, *inputs)
+
+
+@contextlib.contextmanager
+def _running_statistics_kept(layer: nn.Module) -> Iterator[None]:
+    norms = [module for module in layer.modules() if getattr(module, "track_running_stats", False)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
 class LeMoRePreTrainedModel(PreTrainedModel):
     """Weights initialization, and what the LeMoRe models have in common with all of Transformers."""
 
@@ -679,6 +713,12 @@ class LeMoRePreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: LeMoReConfig, *inputs: Any, **kwargs: Any):
         config.validate_architecture()  # again: `from_pretrained(..., field=value)` sets fields of a finished config
+        if config.palette is not None and len(config.palette) < config.num_labels:
+            logger.warning(
+                f"`palette` has {len(config.palette)} colours for {config.num_labels} classes, as of a checkpoint for "
+                "others: it is left out. Give `palette=` to choose colours."
+            )
+            config.palette = None
         super().__init__(config, *inputs, **kwargs)
 
     def fuse(self) -> LeMoRePreTrainedModel:
@@ -693,43 +733,47 @@ class LeMoRePreTrainedModel(PreTrainedModel):
         keep freed buffers of up to 32 MiB, those of images up to about 1400×1400 pixels; for larger ones set
         `MALLOC_MMAP_MAX_=0` and `MALLOC_TRIM_THRESHOLD_=17179869184` in the environment (glibc).
 
+        The copy remembers axis weights that it resampled: change its weights by `load_state_dict` or under
+        `torch.no_grad()`, which it notices, not through `.data`.
+
         Returns:
             [`LeMoRePreTrainedModel`] of the same class; of a fused model an equal copy.
+
+        Raises:
+            `ValueError`: while adapters wrap its layers, or weights are offloaded from memory.
         """
+        if any(hasattr(module, "base_layer") for module in self.modules()):
+            raise ValueError("Layers are wrapped by adapters: merge these first, with peft's `merge_and_unload()`.")
+        if any(parameter.is_meta for parameter in self.parameters()):
+            raise ValueError(
+                "Weights are on the meta device, as after offloading: load the model without `device_map`."
+            )
         fused = copy.deepcopy(self)
         fused.config.is_fused = True
         fused._fuse_parts()
         return fused
 
+    def train(self, mode: bool = True) -> LeMoRePreTrainedModel:
+        """
+        As in PyTorch, but for frozen batch norms: where `requires_grad` of their weights is off, as under adapters or in
+        an encoder below a head that is trained alone, they stay in evaluation mode. Otherwise what is frozen would give
+        other features after training, and an adapter's file would lack the statistics it was trained with (our choice).
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
+                module.eval()
+        return self
+
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs
     ) -> None:
-        """What the backward pass computes again must not count a second time in the norms' running statistics."""
-
-        def checkpoint_once(function: Callable, *inputs):
-            if torch.compiler.is_compiling():  # there each batch is counted once
-                return gradient_checkpointing_func(function, *inputs)
-            runs = itertools.count()
-
-            def run(*inputs):
-                with contextlib.nullcontext() if next(runs) == 0 else self._running_statistics_kept():
-                    return function(*inputs)
-
-            return gradient_checkpointing_func(run, *inputs)
-
-        super()._set_gradient_checkpointing(enable, checkpoint_once, **kwargs)
-
-    @contextlib.contextmanager
-    def _running_statistics_kept(self) -> Iterator[None]:
-        norms = [module for module in self.modules() if getattr(module, "track_running_stats", False)]
-        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-        try:
-            for norm in norms:
-                norm.momentum, norm.num_batches_tracked = 0.0, None
-            yield
-        finally:
-            for norm, (momentum, count) in zip(norms, before, strict=True):
-                norm.momentum, norm.num_batches_tracked = momentum, count
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+        for module in self.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module._gradient_checkpointing_func = functools.partial(
+                    _checkpoint_once, module, gradient_checkpointing_func
+                )
 
     def post_init(self) -> None:
         if self.config.is_fused:
@@ -843,12 +887,26 @@ class LeMoReModel(LeMoRePreTrainedModel):
             [`LeMoReModelOutput`].
 
         Raises:
-            `ValueError`: for pixel values that are not 4-D, have another channel count, or are smaller than 32×32.
+            `ValueError`: for pixel values that are not 4-D, have another channel count, or are smaller than 32×32; in
+            training also for a single image of a single token.
         """
+        self._check_batch(pixel_values)
         _, *local_features = self.encoder(pixel_values)
         tokens = self.token_pyramid(local_features)
         global_features = self.global_block(tokens)
         return LeMoReModelOutput(last_hidden_state=global_features, local_features=tuple(local_features))
+
+    def _check_batch(self, pixel_values: torch.Tensor) -> None:
+        """Batch norms cannot be trained on one value a channel."""
+        side = self.config.token_stride
+        if not self.training or pixel_values.shape[0] > 1 or max(pixel_values.shape[2:], default=0) > side:
+            return
+        if any(module.training for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)):
+            raise ValueError(
+                f"A training batch of one image needs more than {side} pixels on a side, for more than one token; got "
+                f"shape {tuple(pixel_values.shape)}. Take more images in a batch (and leave out a last one alone, with "
+                "`drop_last`) or larger ones."
+            )
 
 
 class LeMoReBackbone(BackboneMixin, LeMoRePreTrainedModel):
@@ -994,7 +1052,7 @@ class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
         if 0 <= config.semantic_loss_ignore_index < num_values:
             raise ValueError(
                 f"`semantic_loss_ignore_index`={config.semantic_loss_ignore_index} is one of the {num_values} labels: "
-                "choose a value outside of them, for example -100."
+                "choose a value outside of them, for example -1."
             )
         self.lemore = LeMoReModel(config)
         self.decode_head = LeMoReDecodeHead(config)
@@ -1152,8 +1210,19 @@ def upsampled_cross_entropy(
     sizes = list(zip(logits.shape[-2:], labels.shape[-2:], strict=True))
     grows = all(of <= to for of, to in sizes) and any(of < to for of, to in sizes)
     # With fewer classes the whole takes less time than its parts.
-    if logits.device.type == "cpu" and logits.shape[1] >= 32 and grows and not torch.compiler.is_compiling():
+    by_rows = logits.device.type == "cpu" and logits.shape[1] >= 32 and grows
+    if by_rows and not torch.compiler.is_compiling() and not _is_transformed():
         return _CrossEntropyByRows.apply(logits, labels, weight, ignore_index, label_smoothing)
+    return _cross_entropy_at_once(logits, labels, weight, ignore_index, label_smoothing)
+
+
+def _cross_entropy_at_once(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weight: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> torch.Tensor:
     # Cross-entropy works class by class: channels-last logits would be copied at full size, forth and back.
     logits = resize_bilinear(logits.contiguous(), labels.shape[-2:])
     return F.cross_entropy(
@@ -1200,13 +1269,17 @@ class _CrossEntropyByRows(torch.autograd.Function):
                         difference = torch.ops.aten.upsample_bilinear2d_backward(difference, size, strip.shape, False)
                         gradient[image].addmm_(rows.t(), difference.permute(0, 2, 3, 1).reshape(len(rows), -1))
         if gradient is not None:
-            ctx.save_for_backward(gradient.view(batch_size, height, width, num_labels).permute(0, 3, 1, 2))
+            gradient = gradient.view(batch_size, height, width, num_labels).permute(0, 3, 1, 2)
+            ctx.save_for_backward(gradient, logits, labels, weight)
+            ctx.options = ignore_index, label_smoothing
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient_of_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
+        gradient, logits, labels, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # `create_graph=True`: the gradient is to be differentiated again
+            total = _cross_entropy_at_once(logits, labels, weight, *ctx.options)
+            (gradient,) = torch.autograd.grad(total, logits, create_graph=True)
         return gradient * gradient_of_total, None, None, None, None
 
 
@@ -1237,6 +1310,9 @@ def _cross_entropy_of_pixels(
 
 class LeMoReForImageClassification(LeMoRePreTrainedModel):
     """LeMoRe with a linear classifier on the average of its global features, e.g. for pretraining on ImageNet."""
+
+    # The loss is a mean over images: `Trainer` is to average it over accumulation steps, whatever the problem type.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: LeMoReConfig):
         super().__init__(config)
