@@ -3,7 +3,6 @@
 """Pictures as the image processor sees them, for all that finds, decodes or draws one itself."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -17,13 +16,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(pixels).convert("RGB")
 
 
-def files_below(folder: Path) -> Iterator[Path]:
-    """Files in a folder and those below it, sorted by path; linked folders count, each once (`Path.rglob` leaves them
-    out)."""
+def files_below(folder: Path) -> list[Path]:
+    """Files in a folder and those below it, sorted by path. Linked folders count, which `Path.rglob` leaves out: each
+    once, and by its own name where that is below the folder too."""
     entered: set[str] = set()
     found: list[Path] = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        entered.add(os.path.realpath(parent))
-        folders[:] = [name for name in folders if os.path.realpath(os.path.join(parent, name)) not in entered]
-        found += (Path(parent, name) for name in names)
-    yield from sorted(path for path in found if path.is_file())
+    pending = [folder]
+    for start in pending:  # which grows by the links that are met
+        for parent, folders, names in os.walk(start):
+            if os.path.realpath(parent) in entered:
+                folders.clear()
+                continue
+            entered.add(os.path.realpath(parent))
+            pending += (Path(parent, name) for name in sorted(folders) if os.path.islink(Path(parent, name)))
+            found += (Path(parent, name) for name in names)
+    return sorted(path for path in found if path.is_file())

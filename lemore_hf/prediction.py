@@ -51,7 +51,7 @@ def find_inputs(patterns: Sequence[str], output_dir: Path) -> dict[Path, Path]:
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            if output_dir.resolve() in (path.resolve(), *path.resolve().parents):
+            if path.resolve() == output_dir.resolve() or _is_inside(path, output_dir):
                 raise FileNotFoundError(
                     f"{pattern!r} lies in the output folder {output_dir}, whose files are results."
                 )

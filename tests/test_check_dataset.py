@@ -90,6 +90,7 @@ def test_linked_folders_belong_to_the_set(check, folder):
         (folder / "train" / part).rename(folder / f"elsewhere {part}")
         (folder / "train" / part).mkdir()
         (folder / "train" / part / "more").symlink_to(folder / f"elsewhere {part}", target_is_directory=True)
+        (folder / "train" / part / "the same").symlink_to(folder / f"elsewhere {part}", target_is_directory=True)
         (folder / "train" / part / "round").symlink_to(folder / "train" / part, target_is_directory=True)
     code, output = check(folder, "--recipe", "folder", "--num_pictures", "0")
     assert code == 0

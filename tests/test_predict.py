@@ -217,6 +217,8 @@ def test_links_are_read_by_their_own_names(pictures, tmp_path):
     assert inputs[pictures / "film.mp4"] == Path("film.mp4")
     resolved = [path.resolve() for path in inputs]
     assert len(set(resolved)) == len(resolved), "each picture once"
+    (pictures / "a link").symlink_to(pictures / "more", target_is_directory=True)
+    assert pictures / "more" / "one.jpg" in find_inputs([str(pictures)], tmp_path / "out"), "by its own name"
     with pytest.raises(FileNotFoundError, match="lies in the output folder"):
         find_inputs([str(pictures)], pictures)
 
