@@ -354,11 +354,12 @@ def trainer_metrics(
 ) -> TrainerMetrics:
     """Streaming mean IoU for `Trainer`; set `TrainingArguments(batch_eval_metrics=True)` so that nothing accumulates.
 
-    `preprocess_logits_for_metrics` turns logits into label maps of the labels' size, of their own where `Trainer.predict`
-    has no labels (int32, the smallest type that all backends of `torch.distributed` gather); `compute_metrics` counts them and, at the last batch, returns `mean_iou`,
-    `mean_accuracy`, `overall_accuracy`, and `iou_<class>` and `accuracy_<class>` of every class (nan as in
-    `ConfusionMatrix`), and starts anew. Batches may differ in size. With several processes their images must agree in width, since `Trainer`
-    itself pads labels in height only; it also drops repeated samples, and gives every process the whole counts.
+    `preprocess_logits_for_metrics` turns logits into label maps (int32, the smallest type that all backends of
+    `torch.distributed` gather) of the labels' size, or of their own where `Trainer.predict` has no labels;
+    `compute_metrics` counts them and, at the last batch, returns `mean_iou`, `mean_accuracy`, `overall_accuracy`, and
+    `iou_<class>` and `accuracy_<class>` of every class (nan as in `ConfusionMatrix`), and starts anew. Batches may differ
+    in size. With several processes their images must agree in width, since `Trainer` itself pads labels in height only;
+    it also drops repeated samples, and gives every process the whole counts.
     An evaluation that was interrupted leaves its counts behind: take a new pair, and a new `Trainer`, after that.
 
     Args:
