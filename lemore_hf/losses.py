@@ -27,8 +27,11 @@ class SegmentationCriterion(nn.Module):
         ohem_min_kept (`int`): The hardest pixels of a batch, which count whatever their probability.
         dice_weight (`float`): Weight of the soft Dice loss (Milletari et al., 3DV 2016), averaged over the classes present.
         lovasz_weight (`float`): Weight of the Lovász-softmax loss (Berman et al., CVPR 2018), over the classes present.
-        lovasz_stride (`int`): It takes one pixel out of as many rows and as many columns: it sorts all pixels for each
-            class, which on a CPU takes longer than the network (our choice).
+        lovasz_stride (`int`): It takes one pixel out of as many rows and as many columns, since it sorts all pixels for
+            each class (our choice).
+        stride (`int`): All terms look at one pixel out of as many rows and as many columns, from an offset drawn for
+            each batch: on a CPU the loss of every pixel takes as long as the network (our choice). `lovasz_stride`
+            counts what is left.
         ignore_index (`int`): The void label, which no term counts.
 
     Raises:
@@ -44,6 +47,7 @@ class SegmentationCriterion(nn.Module):
         dice_weight: float = 0.0,
         lovasz_weight: float = 0.0,
         lovasz_stride: int = 1,
+        stride: int = 1,
         ignore_index: int = 255,
     ):
         super().__init__()
@@ -55,6 +59,7 @@ class SegmentationCriterion(nn.Module):
         self.dice_weight = dice_weight
         self.lovasz_weight = lovasz_weight
         self.lovasz_stride = lovasz_stride
+        self.stride = stride
         self.ignore_index = ignore_index
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -73,10 +78,13 @@ class SegmentationCriterion(nn.Module):
             raise ValueError(
                 f"There are {len(self.class_weights)} class weights for {logits.shape[1]} classes: give one a class."
             )
+        if self.stride > 1:
+            logits, labels = sample_pixels(logits, labels, self.stride, torch.randint(self.stride, (2,)).tolist())
         if self.ohem_threshold is not None or self.dice_weight or self.lovasz_weight:
             # Softmax works class by class: channels-last logits would be copied at full size, forth and back.
             logits = logits.to(torch.float32, memory_format=torch.contiguous_format)
-            logits = resize_bilinear(logits, labels.shape[-2:])
+            if logits.shape[-2:] != labels.shape[-2:]:
+                logits = resize_bilinear(logits, labels.shape[-2:])
         counted = labels
         if self.ohem_threshold is not None:
             counted = labels.masked_fill(~self.hard_pixels(logits, labels), self.ignore_index)
@@ -112,6 +120,33 @@ class SegmentationCriterion(nn.Module):
         return is_hard
 
 
+def sample_pixels(
+    logits: torch.Tensor, labels: torch.Tensor, stride: int, offset: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every `stride`-th row and column, from `offset` on, of label maps and of the logits that are resized to them,
+    without resizing them.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, num_labels, height, width)`): Scores at any stride.
+        labels (`torch.LongTensor` of shape `(batch_size, label_height, label_width)`): Ground truth.
+        stride (`int`): Rows and columns from one pixel to the next.
+        offset (`Sequence[int]`): First row and column, below `stride` each; the last of a smaller map.
+
+    Returns:
+        Logits in single precision `(batch_size, num_labels, rows, columns)` and labels `(batch_size, rows, columns)`.
+    """
+    first = [min(start, length - 1) for start, length in zip(offset, labels.shape[-2:], strict=True)]
+    centres = [
+        (2 * torch.arange(start, length, stride, device=logits.device) + 1) / length - 1  # -1 and 1 are the borders
+        for start, length in zip(first, labels.shape[-2:], strict=True)
+    ]
+    grid = torch.stack(torch.meshgrid(*reversed(centres), indexing="xy"), -1).expand(len(logits), -1, -1, -1)
+    # Channels-last logits would stay so, which all terms are slower with.
+    logits = logits.to(torch.float32, memory_format=torch.contiguous_format)
+    sampled = F.grid_sample(logits, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return sampled, labels[:, first[0] :: stride, first[1] :: stride]
+
+
 def dice_loss(probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Soft Dice loss `1 − 2 Σpt / (Σp + Σt)`, averaged over the classes among the targets.
 
@@ -133,16 +168,27 @@ def lovasz_softmax_loss(probabilities: torch.Tensor, targets: torch.Tensor) -> t
         probabilities (`torch.Tensor` of shape `(pixels, num_labels)`): After softmax.
         targets (`torch.LongTensor` of shape `(pixels,)`): Classes, without void.
     """
-    one_hot = F.one_hot(targets, probabilities.shape[1]).to(probabilities.dtype)
-    errors, order = (one_hot - probabilities).abs().sort(0, descending=True)
-    truth = one_hot.gather(0, order)
-    total = truth.sum(0)
-    intersection = total - truth.cumsum(0)
-    union = total + (1 - truth).cumsum(0)
+    # (classes, pixels): what is sorted and summed up lies together.
+    truth = (
+        F.one_hot(targets, probabilities.shape[1]).t().to(probabilities.dtype, memory_format=torch.contiguous_format)
+    )
+    errors = (truth - probabilities.t()).abs()
+    order = _descending_order(errors.detach())
+    truth = truth.gather(1, order)
+    total = truth.sum(1, keepdim=True)
+    intersection = total - truth.cumsum(1)
+    union = total + (1 - truth).cumsum(1)
     jaccard = 1 - intersection / union
-    gradient = torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])
-    present = total > 0
-    return ((errors * gradient).sum(0) * present).sum() / present.sum().clamp(min=1)
+    gradient = torch.cat([jaccard[:, :1], jaccard.diff(dim=1)], 1)
+    present = total[:, 0] > 0
+    return ((errors.gather(1, order) * gradient).sum(1) * present).sum() / present.sum().clamp(min=1)
+
+
+def _descending_order(errors: torch.Tensor) -> torch.Tensor:
+    """`errors.argsort(1, descending=True)`. On a CPU NumPy sorts six times as fast as PyTorch 2.14."""
+    if errors.device.type == "cpu":
+        return torch.from_numpy((-errors).numpy().argsort(1))
+    return errors.argsort(1, descending=True)
 
 
 def count_for_median_frequency(

@@ -140,9 +140,9 @@ def main() -> None:
     samples = load_split(recipe, recipe.train_on, args.data_dir, args.streaming)
     recipe = with_classes_of(recipe, samples)
     micro_batch_size = divide_batch(recipe.batch_size, accelerator.num_processes, args.gradient_accumulation_steps)
-    for option in ("cutmix_alpha", "mixup_alpha"):
+    for option in ("cutmix_alpha", "mixup_alpha", "classmix"):
         if getattr(recipe, option) > 0 and micro_batch_size == 1:
-            raise ValueError(f"{option} has no effect on one image at a time: raise batch_size, or set it to 0.")
+            raise ValueError(f"{option} has no effect on one image at a time: raise batch_size, or switch it off.")
     cache_device = accelerator.device if args.cache == "device" else None
     dataset = None if args.streaming else RecipeDataset(samples, recipe, True, args.seed, args.cache, cache_device)
     validation = None
@@ -356,6 +356,7 @@ def build_criterion(recipe: Recipe, dataset: RecipeDataset | None) -> nn.Module:
         recipe.dice_weight,
         recipe.lovasz_weight,
         recipe.lovasz_stride,
+        recipe.loss_stride,
     )
 
 

@@ -258,3 +258,41 @@ def test_cutmix_of_label_maps_pastes_a_rectangle_of_the_image_before():
     assert min(shares) < 0.02
     assert max(shares) > 0.7
     assert 0.2 < sum(shares) / len(shares) < 0.5
+
+
+def test_classmix_lays_whole_classes_of_the_image_before_over_each_image():
+    mix = mix_images(load_recipe("camvid", {"classmix": True}))
+    labels = torch.randint(0, 12, (4, 30, 40))
+    labels[labels == 11] = VOID
+    # Each pixel tells the image and the place that it comes from.
+    origin = torch.arange(labels.numel()).view(labels.shape)
+    pixels = origin[:, None].expand(-1, 3, -1, -1).float().contiguous(memory_format=torch.channels_last)
+    torch.manual_seed(0)
+    times = torch.zeros(4, 11)
+    for _ in range(100):
+        mixed_pixels, mixed_labels = mix(pixels, labels)
+        assert mixed_pixels.is_contiguous(memory_format=torch.channels_last)
+        laid = mixed_pixels[:, 0] != origin
+        assert torch.equal(
+            mixed_pixels, torch.where(laid, origin.roll(1, 0), origin)[:, None].float().expand(-1, 3, -1, -1)
+        )
+        assert torch.equal(mixed_labels, torch.where(laid, labels.roll(1, 0), labels))
+        for image, (is_laid, others) in enumerate(zip(laid, labels.roll(1, 0), strict=True)):
+            assert not is_laid[others == VOID].any()
+            for label in range(11):
+                share = is_laid[others == label].float().mean()
+                assert share in (0, 1)
+                times[image, label] += share
+    assert ((times > 25) & (times < 75)).all()
+
+
+def test_segmentation_mixes_by_either_kind():
+    mix = mix_images(load_recipe("camvid", {"classmix": True, "cutmix_alpha": 1}))
+    labels = torch.arange(4).view(4, 1, 1) * torch.ones(1, 30, 40, dtype=torch.long)
+    torch.manual_seed(0)
+    kinds = set()
+    for _ in range(60):
+        # A class fills its image: ClassMix exchanges all of one or nothing, CutMix the same rectangle in each.
+        changed = (mix(torch.zeros(4, 3, 30, 40), labels)[1] != labels).float().mean((1, 2))
+        kinds.add("classes" if set(changed.tolist()) == {0.0, 1.0} else "rectangle" if 0 < changed[0] < 1 else None)
+    assert {"classes", "rectangle"} <= kinds

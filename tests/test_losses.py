@@ -17,6 +17,7 @@ from lemore_hf.losses import (
     dice_loss,
     lovasz_softmax_loss,
     median_frequency_weights,
+    sample_pixels,
 )
 from lemore_hf.modeling_lemore import segmentation_loss, upsampled_cross_entropy
 
@@ -178,6 +179,44 @@ def test_lovasz_takes_every_second_pixel_where_told_to(batch):
     probabilities, targets = some.labelled_pixels(logits[:, :, rows][..., columns], labels[:, rows][..., columns])
     assert len(targets) < 2 * 3 * 4  # one of the rows is void in the first image
     torch.testing.assert_close(added, 0.5 * lovasz_softmax_loss(probabilities, targets))
+
+
+@pytest.mark.parametrize("label_size", [(6, 8), (45, 61), (5, 7)])
+@pytest.mark.parametrize(("stride", "offset"), [(1, (0, 0)), (2, (1, 0)), (4, (2, 3))])
+def test_sampled_pixels_are_those_of_resized_logits(batch, label_size, stride, offset):
+    logits = batch[0].contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(2 * label_size[0] * label_size[1]).view(2, *label_size)
+    sampled, sampled_labels = sample_pixels(logits, labels, stride, offset)
+    here = ..., slice(offset[0], None, stride), slice(offset[1], None, stride)
+    torch.testing.assert_close(sampled, F.interpolate(logits, size=label_size, mode="bilinear")[here])
+    assert torch.equal(sampled_labels, labels[here])
+
+
+def test_sampling_finds_a_pixel_in_maps_smaller_than_its_offset(batch):
+    logits, labels = batch[0], torch.tensor([[[0, 1]], [[2, 3]]])
+    sampled, sampled_labels = sample_pixels(logits, labels, 8, (7, 5))
+    torch.testing.assert_close(sampled, F.interpolate(logits, size=(1, 2), mode="bilinear")[..., 1:])
+    assert sampled_labels.tolist() == [[[1]], [[3]]]
+
+
+@pytest.mark.parametrize("options", [{}, {"dice_weight": 1.0}, {"lovasz_weight": 1.0}, {"ohem_threshold": 0.5}])
+def test_a_stride_takes_each_pixel_in_its_turn(batch, options, monkeypatch):
+    logits, labels = batch[0], torch.randint(0, 4, (2, 24, 32))
+    resized = F.interpolate(logits, size=(24, 32), mode="bilinear")
+    losses = []
+    for offset in itertools.product(range(2), repeat=2):
+        monkeypatch.setattr(torch, "randint", lambda *args, offset=offset: torch.tensor(offset))
+        losses.append(SegmentationCriterion(stride=2, **options)(logits, labels))
+        here = ..., slice(offset[0], None, 2), slice(offset[1], None, 2)
+        torch.testing.assert_close(losses[-1], SegmentationCriterion(**options)(resized[here], labels[here]))
+    if not options:
+        torch.testing.assert_close(sum(losses) / 4, SegmentationCriterion()(logits, labels))
+
+
+def test_a_stride_begins_anywhere(batch):
+    logits, labels = batch
+    torch.manual_seed(0)
+    assert len({SegmentationCriterion(stride=2)(logits, labels).item() for _ in range(40)}) == 4
 
 
 def test_dice_of_certain_predictions():

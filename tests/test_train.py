@@ -49,6 +49,8 @@ RECIPE = {
     "learning_rate": 2e-3,
     "ema_decay": 0.9,
     "cutmix_alpha": 1.0,
+    "classmix": True,
+    "loss_stride": 2,
     "class_weights": "median_frequency",
     "model_config": TINY_MODEL,
 }

@@ -200,17 +200,20 @@ def _colour_map(brightness: float, contrast: float, saturation: float, turn: flo
 
 
 def mix_images(recipe: Recipe) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None:
-    """MixUp and CutMix, as the recipe's alphas say, for a batch (B, 3, H, W) and its int64 labels: (B,) or, in
-    segmentation, which knows CutMix alone, (B, H, W). `None` where both are off. They draw from torch's global
-    generator, which a resumed run has to restore."""
+    """What the recipe mixes the images of a batch (B, 3, H, W) by, with their int64 labels: MixUp and CutMix with labels
+    (B,), in segmentation CutMix and ClassMix with labels (B, H, W). One of those that are on for each batch; `None`
+    where none is. They draw from torch's global generator, which a resumed run has to restore."""
+    mixes = []
     if recipe.task == "semantic-segmentation":
-        return CutMixMaps(recipe.cutmix_alpha) if recipe.cutmix_alpha > 0 else None
-    mixes = [
-        kind(alpha=alpha, num_classes=recipe.num_classes)
-        for kind, alpha in ((v2.MixUp, recipe.mixup_alpha), (v2.CutMix, recipe.cutmix_alpha))
-        if alpha > 0
-    ]
-    return v2.RandomChoice(mixes) if mixes else None
+        if recipe.cutmix_alpha > 0:
+            mixes.append(CutMixMaps(recipe.cutmix_alpha))
+        if recipe.classmix:
+            mixes.append(ClassMixMaps(recipe.num_classes))
+    else:
+        for kind, alpha in ((v2.MixUp, recipe.mixup_alpha), (v2.CutMix, recipe.cutmix_alpha)):
+            if alpha > 0:
+                mixes.append(kind(alpha=alpha, num_classes=recipe.num_classes))
+    return v2.RandomChoice(mixes) if len(mixes) > 1 else mixes[0] if mixes else None
 
 
 class CutMixMaps:
@@ -233,3 +236,24 @@ class CutMixMaps:
             batch[..., top:bottom, left:right] = batch.roll(1, 0)[..., top:bottom, left:right]
             mixed.append(batch)
         return tuple(mixed)
+
+
+class ClassMixMaps:
+    """ClassMix (Olsson et al., WACV 2021): classes of the batch's image before it are laid over each image, labels
+    included. A coin is tossed for each class, where the paper takes half of those present (our choice).
+
+    Args:
+        num_classes: labels from there on are void, which is never laid over.
+    """
+
+    def __init__(self, num_classes: int):
+        self.num_classes = num_classes
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (B, C, H, W) and labels (B, H, W) → new tensors of the same kind."""
+        others = labels.roll(1, 0)
+        is_laid = torch.rand(len(labels), self.num_classes + 1) < 0.5
+        is_laid[:, -1] = False  # void
+        classes = others.clamp(max=self.num_classes).flatten(1)
+        mask = is_laid.to(labels.device).gather(1, classes).view_as(labels)
+        return torch.where(mask[:, None], images.roll(1, 0), images), torch.where(mask, others, labels)
