@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .modeling_lemore import resize_bilinear, upsampled_cross_entropy
+from .modeling_lemore import resize_bilinear, tent_filter, upsampled_cross_entropy
 
 
 class SegmentationCriterion(nn.Module):
@@ -130,21 +130,21 @@ def sample_pixels(
         logits (`torch.Tensor` of shape `(batch_size, num_labels, height, width)`): Scores at any stride.
         labels (`torch.LongTensor` of shape `(batch_size, label_height, label_width)`): Ground truth.
         stride (`int`): Rows and columns from one pixel to the next.
-        offset (`Sequence[int]`): First row and column, below `stride` each; the last of a smaller map.
+        offset (`Sequence[int]`): First row and column; the last ones of a smaller map.
 
     Returns:
         Logits in single precision `(batch_size, num_labels, rows, columns)` and labels `(batch_size, rows, columns)`.
     """
-    first = [min(start, length - 1) for start, length in zip(offset, labels.shape[-2:], strict=True)]
-    centres = [
-        (2 * torch.arange(start, length, stride, device=logits.device) + 1) / length - 1  # -1 and 1 are the borders
-        for start, length in zip(first, labels.shape[-2:], strict=True)
-    ]
-    grid = torch.stack(torch.meshgrid(*reversed(centres), indexing="xy"), -1).expand(len(logits), -1, -1, -1)
+    sizes = labels.shape[-2:]
+    here = [slice(min(start, size - 1), None, stride) for start, size in zip(offset, sizes, strict=True)]
     # Channels-last logits would stay so, which all terms are slower with.
     logits = logits.to(torch.float32, memory_format=torch.contiguous_format)
-    sampled = F.grid_sample(logits, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return sampled, labels[:, first[0] :: stride, first[1] :: stride]
+    rows, columns = (
+        tent_filter(length, size, logits)[kept]
+        for length, size, kept in zip(logits.shape[-2:], sizes, here, strict=True)
+    )
+    with torch.autocast(logits.device.type, enabled=False):
+        return rows @ logits @ columns.t(), labels[(..., *here)]
 
 
 def dice_loss(probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -156,6 +156,7 @@ def main() -> None:
 
     # Model, optimizer, schedule
     model = build_model(args, recipe)
+    set_seed(args.seed, device_specific=True)  # dropout, mixing and sampling are each process's own
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
@@ -346,8 +347,8 @@ def build_criterion(recipe: Recipe, dataset: RecipeDataset | None) -> nn.Module:
             )
         labels = (dataset.decoded(index).labels for index in tqdm(range(len(dataset)), "Class weights", leave=False))
         class_weights = median_frequency_weights(*count_for_median_frequency(labels, recipe.num_classes))
-        if recipe.class_weights == "sqrt_median_frequency":
-            class_weights = [weight**0.5 for weight in class_weights]
+    if class_weights is not None:
+        class_weights = [weight**recipe.class_weight_power for weight in class_weights]
     return SegmentationCriterion(
         class_weights,
         recipe.label_smoothing,

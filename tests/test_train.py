@@ -178,6 +178,9 @@ def test_two_processes_train_and_resume_to_the_same_weights(tmp_path, recipe, da
     run(recipe, data_dir, halves, *options, "--resume", processes=2)
     assert weights_of(halves) == weights_of(whole)
     assert log_of(halves) == log_of(whole)
+    # Dropout and mixing of one process are not those of the other.
+    tensors, _ = load_checkpoint(list_checkpoints(whole)[-1])
+    assert not torch.equal(tensors["random.0.cpu"], tensors["random.1.cpu"])
     # What both measured together is what the saved model scores.
     settings = load_recipe(recipe)
     validation = RecipeDataset(load_split(settings, "validation", data_dir), settings)
@@ -340,17 +343,23 @@ def test_weights_that_are_damaged_are_refused(tmp_path, recipe, data_dir, uninte
 
 def test_class_weights_are_counted_in_the_training_set(recipe, data_dir):
     build_criterion = runpy.run_path(str(ROOT / "scripts" / "train.py"))["build_criterion"]
-    weights = {}
-    for kind in ("median_frequency", "sqrt_median_frequency"):
-        loaded = load_recipe(recipe, {"class_weights": kind}, data_dir)
+
+    def weights(**options):
+        loaded = load_recipe(recipe, options, data_dir)
         dataset = RecipeDataset(load_split(loaded, "train", data_dir), loaded)
-        weights[kind] = build_criterion(loaded, dataset).class_weights
+        return build_criterion(loaded, dataset).class_weights
+
+    counted = weights(class_weights="median_frequency")
     labels = np.stack([np.asarray(sample["label"]) for sample in load_scenes(10, 0, 0, size=(64, 96))["train"]])
     counts = np.bincount(labels.ravel(), minlength=256)[:9]
-    assert weights["median_frequency"].argmax() == counts.argmin()
-    assert np.allclose(weights["sqrt_median_frequency"] ** 2, weights["median_frequency"])
-    with pytest.raises(ValueError, match="'sqrt_median_frequency' needs the whole set"):
-        build_criterion(loaded, None)
+    assert counted.argmax() == counts.argmin()
+    torch.testing.assert_close(weights(class_weights="median_frequency", class_weight_power=0.25) ** 4, counted)
+    torch.testing.assert_close(
+        weights(class_weights=list(range(9)), class_weight_power=2), torch.arange(9, dtype=torch.float32) ** 2
+    )
+    assert weights(class_weights=None, class_weight_power=2) is None
+    with pytest.raises(ValueError, match="'median_frequency' needs the whole set"):
+        build_criterion(load_recipe(recipe, {}, data_dir), None)
 
 
 def test_an_exported_classifier_sees_what_it_was_evaluated_on(tmp_path):

@@ -185,9 +185,10 @@ class Recipe:
     """Further fields of `LeMoReConfig`."""
 
     # Loss
-    class_weights: Literal["median_frequency", "sqrt_median_frequency"] | tuple[float, ...] | None = None
-    """Weights of the classes in the cross entropy: median frequency balancing over the training split, the square roots
-    of its weights, or a list."""
+    class_weights: Literal["median_frequency"] | tuple[float, ...] | None = None
+    """Weights of the classes in the cross entropy: median frequency balancing over the training split, or a list."""
+    class_weight_power: float = 1.0
+    """Power that these are raised to: 0.5 takes their square roots, milder to rare classes (our choice)."""
     label_smoothing: float = 0.0
     """Of the cross entropy."""
     ohem_threshold: float | None = None
@@ -337,7 +338,7 @@ _RANGES = (
     (("hue",), 0.0, 0.5),
     (("label_smoothing",), 0.0, 0.99),
     (("mixup_alpha", "cutmix_alpha", "weight_decay", "poly_power", "head_lr_multiplier"), 0.0, math.inf),
-    (("learning_rate", "warmup_steps", "dice_weight", "lovasz_weight"), 0.0, math.inf),
+    (("learning_rate", "warmup_steps", "class_weight_power", "dice_weight", "lovasz_weight"), 0.0, math.inf),
     (
         (
             *("max_steps", "batch_size", "eval_batch_size", "shuffle_buffer_size"),
