@@ -1224,7 +1224,9 @@ def _cross_entropy_at_once(
     label_smoothing: float,
 ) -> torch.Tensor:
     # Cross-entropy works class by class: channels-last logits would be copied at full size, forth and back.
-    logits = resize_bilinear(logits.contiguous(), labels.shape[-2:])
+    logits = logits.contiguous()
+    if logits.shape[-2:] != labels.shape[-2:]:
+        logits = resize_bilinear(logits, labels.shape[-2:])
     return F.cross_entropy(
         logits, labels, weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
     )
