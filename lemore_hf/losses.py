@@ -30,8 +30,8 @@ class SegmentationCriterion(nn.Module):
         lovasz_stride (`int`): It takes one pixel out of as many rows and as many columns, since it sorts all pixels for
             each class (our choice).
         stride (`int`): All terms look at one pixel out of as many rows and as many columns, from an offset drawn for
-            each batch: on a CPU the loss of every pixel takes as long as the network (our choice). `lovasz_stride`
-            counts what is left.
+            each batch: on a CPU the loss of every pixel takes a good part of a step (our choice). `lovasz_stride` counts
+            what is left.
         ignore_index (`int`): The void label, which no term counts.
 
     Raises:

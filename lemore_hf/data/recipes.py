@@ -203,7 +203,7 @@ class Recipe:
     """It takes one pixel out of as many rows and as many columns."""
     loss_stride: int = 1
     """All losses look at one pixel out of as many rows and as many columns, each time another; `lovasz_stride` counts
-    these. On a CPU 2 makes a training step a third shorter (our choice)."""
+    these. On a CPU the loss of every pixel takes a good part of a step (our choice)."""
 
     def __post_init__(self):
         for field, annotation in _field_types().items():
