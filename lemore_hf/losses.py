@@ -187,7 +187,7 @@ def lovasz_softmax_loss(probabilities: torch.Tensor, targets: torch.Tensor) -> t
 def _descending_order(errors: torch.Tensor) -> torch.Tensor:
     """`errors.argsort(1, descending=True)`. On a CPU NumPy sorts six times as fast as PyTorch 2.14."""
     if errors.device.type == "cpu":
-        return torch.from_numpy((-errors).numpy().argsort(1))
+        return torch.from_numpy((-errors).float().numpy().argsort(1))  # which knows no bfloat16
     return errors.argsort(1, descending=True)
 
 

@@ -169,6 +169,16 @@ def test_lovasz_of_certain_predictions_is_one_minus_the_mean_jaccard_index():
         torch.testing.assert_close(loss, 1 - torch.stack(jaccard).mean())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_lovasz_in_other_precisions(dtype):
+    torch.manual_seed(0)
+    probabilities, targets = torch.rand(40, 3).softmax(1).to(dtype), torch.randint(0, 3, (40,))
+    expected = lovasz_softmax_loss(probabilities.float(), targets)
+    loss = lovasz_softmax_loss(probabilities, targets)
+    assert loss.dtype == dtype
+    torch.testing.assert_close(loss.float(), expected, rtol=0.02, atol=0.02)
+
+
 def test_lovasz_takes_every_second_pixel_where_told_to(batch):
     logits, labels = batch
     added = SegmentationCriterion(lovasz_weight=0.5, lovasz_stride=2)(logits, labels) - SegmentationCriterion()(
