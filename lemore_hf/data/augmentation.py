@@ -213,7 +213,7 @@ def mix_images(recipe: Recipe) -> Callable[[torch.Tensor, torch.Tensor], tuple[t
         for kind, alpha in ((v2.MixUp, recipe.mixup_alpha), (v2.CutMix, recipe.cutmix_alpha)):
             if alpha > 0:
                 mixes.append(kind(alpha=alpha, num_classes=recipe.num_classes))
-    return v2.RandomChoice(mixes) if len(mixes) > 1 else mixes[0] if mixes else None
+    return v2.RandomChoice(mixes) if mixes else None
 
 
 class CutMixMaps:
