@@ -296,3 +296,21 @@ def test_segmentation_mixes_by_either_kind():
         changed = (mix(torch.zeros(4, 3, 30, 40), labels)[1] != labels).float().mean((1, 2))
         kinds.add("classes" if set(changed.tolist()) == {0.0, 1.0} else "rectangle" if 0 < changed[0] < 1 else None)
     assert {"classes", "rectangle"} <= kinds
+
+
+@pytest.mark.parametrize(
+    ("name", "mixes", "shape"),
+    [("camvid", {"cutmix_alpha": 1}, (4, 30, 40)), ("imagenet1k", {"cutmix_alpha": 1, "mixup_alpha": 1}, (4,))],
+)
+@pytest.mark.parametrize("probability", [0.0, 0.25, 1.0])
+def test_batches_are_mixed_with_a_probability(name, mixes, shape, probability):
+    mix = mix_images(load_recipe(name, {**mixes, "mix_prob": probability}))
+    pixels = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 30, 40)
+    torch.manual_seed(0)
+    # A rectangle or a share of nothing at all is rare; labels of what is not mixed stay numbers of classes.
+    times = 0
+    for _ in range(200):
+        mixed, labels = mix(pixels, torch.ones(shape, dtype=torch.long))
+        times += not torch.equal(mixed, pixels)
+        assert torch.equal(mixed, pixels) or labels.shape == (shape if len(shape) > 1 else (4, 1000))
+    assert abs(times / 200 - probability) < 0.1

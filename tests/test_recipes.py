@@ -166,6 +166,8 @@ def test_every_field_has_an_option_with_its_documentation():
         ({"splits": {"train": "train", "dev": "dev"}}, ValueError, r"unknown splits \['dev'\]"),
         ({"train_on": "train+train"}, ValueError, "train_on must be"),
         ({"max_longest_edge": 2048}, ValueError, "max_longest_edge needs resize"),
+        ({"mix_prob": 0.5}, ValueError, "nothing is mixed"),
+        ({"cutmix_alpha": 1, "mix_prob": 1.5}, ValueError, r"mix_prob must be in 0.0…1.0, got 1.5"),
         ({"split_file": "train.txt"}, ValueError, "split_file must hold"),
         ({"class_names": [f"class {i}" for i in range(256)]}, ValueError, "at most 255"),
         ({"mixup_alpha": 0.2}, ValueError, "mixup_alpha has no effect in semantic-segmentation"),

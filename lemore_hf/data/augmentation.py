@@ -201,8 +201,9 @@ def _colour_map(brightness: float, contrast: float, saturation: float, turn: flo
 
 def mix_images(recipe: Recipe) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None:
     """What the recipe mixes the images of a batch (B, 3, H, W) by, with their int64 labels: MixUp and CutMix with labels
-    (B,), in segmentation CutMix and ClassMix with labels (B, H, W). One of those that are on for each batch; `None`
-    where none is. They draw from torch's global generator, which a resumed run has to restore."""
+    (B,), in segmentation CutMix and ClassMix with labels (B, H, W). One of those that are on for each batch, with
+    probability `mix_prob`; `None` where none is on. They draw from torch's global generator, which a resumed run has to
+    restore."""
     mixes = []
     if recipe.task == "semantic-segmentation":
         if recipe.cutmix_alpha > 0:
@@ -213,7 +214,7 @@ def mix_images(recipe: Recipe) -> Callable[[torch.Tensor, torch.Tensor], tuple[t
         for kind, alpha in ((v2.MixUp, recipe.mixup_alpha), (v2.CutMix, recipe.cutmix_alpha)):
             if alpha > 0:
                 mixes.append(kind(alpha=alpha, num_classes=recipe.num_classes))
-    return v2.RandomChoice(mixes) if mixes else None
+    return v2.RandomApply([v2.RandomChoice(mixes)], recipe.mix_prob) if mixes else None
 
 
 class CutMixMaps:

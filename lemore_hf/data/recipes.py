@@ -155,6 +155,8 @@ class Recipe:
     """Parameter of CutMix's beta distribution; 0 is off."""
     classmix: bool = False
     """Mix by ClassMix (segmentation), or where CutMix is on too by one of them, drawn for each batch."""
+    mix_prob: float = 1.0
+    """Probability that a batch is mixed, where one of these is on."""
     shuffle_buffer_size: int = 1000
     """Samples in the shuffle buffer of a streamed set."""
 
@@ -279,6 +281,11 @@ class Recipe:
         for field in _FIELDS_OF_THE_OTHER_TASK[self.task]:
             if getattr(self, field):
                 raise ValueError(f"{field} has no effect in {self.task}: leave it out.")
+        if self.mix_prob != 1 and not (self.mixup_alpha or self.cutmix_alpha or self.classmix):
+            raise ValueError(
+                f"mix_prob is {self.mix_prob}, but nothing is mixed: set cutmix_alpha, mixup_alpha or classmix, or leave "
+                "it out."
+            )
         low, high = self.scale_range
         if not 0 < low <= high:
             raise ValueError(f"scale_range must be (low, high) with 0 < low <= high, got {self.scale_range}.")
@@ -334,7 +341,7 @@ _FIELDS_OF_THE_OTHER_TASK = {
 _RANGES = (
     (("validation_fraction",), 0.01, 0.5),
     (("flip_prob", "photometric_prob", "max_class_share", "brightness", "contrast", "saturation"), 0.0, 1.0),
-    (("ohem_threshold", "ema_decay"), 0.0, 1.0),
+    (("mix_prob", "ohem_threshold", "ema_decay"), 0.0, 1.0),
     (("hue",), 0.0, 0.5),
     (("label_smoothing",), 0.0, 0.99),
     (("mixup_alpha", "cutmix_alpha", "weight_decay", "poly_power", "head_lr_multiplier"), 0.0, math.inf),
