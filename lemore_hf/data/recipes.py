@@ -180,7 +180,7 @@ class Recipe:
     max_grad_norm: float | None = None
     """Limit of the gradient's norm."""
     ema_decay: float | None = None
-    """Decay of the exponential moving average of the weights."""
+    """Decay of the exponential moving average of the weights; after n steps at most (1 + n) / (10 + n)."""
     freeze_batch_norm: bool = False
     """Keep batch-norm statistics as they are, for small batches."""
     model_config: dict[str, Any] = dataclasses.field(default_factory=dict)
