@@ -6,7 +6,8 @@
     accelerate launch --multi_gpu --num_processes 2 scripts/train.py --recipe camvid --data_dir DIR --output_dir OUT
 
 Every field of the recipe is an option too (`--max_steps 1000 --learning_rate 5e-4`). A run can be killed at any
-moment; the same command with `--resume` goes on from its last checkpoint. The trained model lands in `OUT/final`.
+moment; the same command with `--resume` goes on from its last checkpoint, at a constant rate (`--poly_power 0`) also
+beyond its end, with more `--max_steps`. The trained model lands in `OUT/final`.
 """
 
 import argparse
@@ -194,7 +195,7 @@ def main() -> None:
         disable=not accelerator.is_main_process,
     )
     pending: list[tuple[int, list[str], torch.Tensor]] = []  # Losses that have not been looked at yet.
-    is_finished = state.step == recipe.max_steps and (args.output_dir / "run.json").is_file()
+    is_finished = state.step >= recipe.max_steps and (args.output_dir / "run.json").is_file()
     try:
         while state.step < recipe.max_steps:
             prepared_model.train()
@@ -426,6 +427,8 @@ def batches_of_steps(
 def fingerprint(args: argparse.Namespace, recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
     """Settings that decide what a run computes."""
     data = {f"recipe.{name}": value for name, value in recipe.to_dict().items() if name not in DESCRIPTIVE_FIELDS}
+    if recipe.poly_power == 0:  # nothing before the end depends on where it is
+        del data["recipe.max_steps"]
     options = ["seed", "init_from", "peer", "streaming", "mixed_precision", "gradient_accumulation_steps"]
     if args.streaming:
         options.append("num_workers")  # each reads a part of its own

@@ -195,6 +195,22 @@ def test_resuming_with_other_settings_is_refused(recipe, data_dir, uninterrupted
     assert "already holds a run" in output
 
 
+def test_a_run_of_constant_rate_goes_on_beyond_its_end(tmp_path, recipe, data_dir):
+    options = ("--poly_power", "0", "--eval_every", "0", "--max_steps")
+    whole, longer = tmp_path / "whole", tmp_path / "longer"
+    run(recipe, data_dir, whole, *options, "8")
+    run(recipe, data_dir, longer, *options, "4")
+    run(recipe, data_dir, longer, *options, "8", "--resume")
+    assert weights_of(longer) == weights_of(whole)
+    assert log_of(longer) == log_of(whole)
+    assert json.loads((longer / "run.json").read_text())["steps"] == 8
+    # It cannot be made shorter.
+    (longer / "final" / "README.md").write_text("A card that was written since.")
+    run(recipe, data_dir, longer, *options, "4", "--resume")
+    assert (longer / "final" / "README.md").is_file()
+    assert weights_of(longer) == weights_of(whole)
+
+
 def test_resuming_a_finished_run_leaves_its_results_alone(tmp_path, recipe, data_dir, uninterrupted, run_here):
     folder = tmp_path / "finished"
     shutil.copytree(uninterrupted, folder)

@@ -176,7 +176,7 @@ class Recipe:
     head_lr_multiplier: float = 10.0
     """Times the rate for the segmentation head."""
     poly_power: float = 1.0
-    """Power of the polynomial decay to zero."""
+    """Power of the polynomial decay of the rate to zero; 0 keeps it constant."""
     max_grad_norm: float | None = None
     """Limit of the gradient's norm."""
     ema_decay: float | None = None
