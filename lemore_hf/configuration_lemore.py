@@ -67,6 +67,10 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
         drop_path_rate (`float`, *optional*, defaults to 0.0):
             Stochastic depth of the last residual branch; it grows linearly from 0 with depth. The branches are the
             Cartesian encoders (with `use_residual`) and the global block (with `use_nested_attention`).
+        drop_view_rate (`float`, *optional*, defaults to 0.0):
+            Stochastic depth of the frontal and of the lateral view: the share of training images that an encoder sees
+            without the one, or the other (our choice). Their weights know places of the image, which a small data set
+            lets them learn by heart.
         classifier_dropout_prob (`float`, *optional*, defaults to 0.1):
             Dropout before the classifier: whole channels in segmentation, single values in classification.
         batch_norm_eps (`float`, *optional*, defaults to 1e-5):
@@ -130,6 +134,7 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
     output_stride: int = 8
     hidden_act: str = "relu6"
     drop_path_rate: float | int = 0.0
+    drop_view_rate: float | int = 0.0
     classifier_dropout_prob: float | int = 0.1
     batch_norm_eps: float | int = 1e-5
     batch_norm_momentum: float | int = 0.1
@@ -249,13 +254,18 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"`{name}` must be one of {', '.join(values)}; got {getattr(self, name)!r}.")
 
     def _check_rates(self):
-        for name in ("drop_path_rate", "classifier_dropout_prob"):
+        for name in ("drop_path_rate", "drop_view_rate", "classifier_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in [0, 1), got {getattr(self, name)}.")
         if self.drop_path_rate > 0 and not (self.use_residual or self.use_nested_attention):
             raise ValueError(
                 f"`drop_path_rate`={self.drop_path_rate} has no residual branch to drop: set it to 0, or set "
                 "`use_residual` or `use_nested_attention`."
+            )
+        if self.drop_view_rate > 0 and set(self.views) == {"transverse"}:
+            raise ValueError(
+                f"`drop_view_rate`={self.drop_view_rate} has no view to drop: set it to 0, or add `frontal` or "
+                "`lateral` to `views`."
             )
         if not 0 < self.batch_norm_momentum <= 1:
             raise ValueError(f"`batch_norm_momentum` must be in (0, 1], got {self.batch_norm_momentum}.")

@@ -244,6 +244,7 @@ class LeMoReAxisView(nn.Module):
     Args:
         size (`int`): Native length of the axis.
         axis (`int`): The axis in `(B, C, H, W)`: 2 for the frontal view, 3 for the lateral one.
+        drop_rate (`float`): Share of the training images that are seen without this view.
     """
 
     is_fused = False
@@ -252,16 +253,17 @@ class LeMoReAxisView(nn.Module):
     # costs less than the resampled weights (n²): the cost of a pixel stays flat as images grow.
     MAX_RESAMPLED = 2.5
 
-    def __init__(self, size: int, axis: int):
+    def __init__(self, size: int, axis: int, drop_rate: float = 0.0):
         super().__init__()
         self.axis = axis
+        self.drop_path = _drop_path(drop_rate)
         self._factors = {}
         self.weight = nn.Parameter(torch.empty(size, size))
 
     def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
         for factor in self.factors(hidden_state.shape[self.axis]):
             hidden_state = self._along_axis(factor, hidden_state)
-        return hidden_state
+        return self.drop_path(hidden_state)
 
     def factors(self, size: int) -> tuple[torch.Tensor, ...]:
         """Matrices whose products with an axis of `size` positions, one after another, are the view."""
@@ -390,8 +392,8 @@ class LeMoReCartesianEncoder(nn.Module):
         height, width = config.native_grids[stage_index]
         views = {
             "transverse": lambda: nn.Conv2d(channels, channels, 1, bias=False),
-            "frontal": lambda: LeMoReAxisView(height, axis=2),
-            "lateral": lambda: LeMoReAxisView(width, axis=3),
+            "frontal": lambda: LeMoReAxisView(height, 2, config.drop_view_rate),
+            "lateral": lambda: LeMoReAxisView(width, 3, config.drop_view_rate),
         }
         self.views = nn.ModuleDict({name: views[name]() for name in config.views})
         self.normalization = _batch_norm(config, channels)

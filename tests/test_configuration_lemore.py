@@ -58,6 +58,7 @@ def test_native_grids_are_rounded_up():
         ("hidden_act", "relu7"),
         ("drop_path_rate", 1.0),
         ("drop_path_rate", -0.1),
+        ("drop_view_rate", 1),
         ("classifier_dropout_prob", 2),
         ("batch_norm_momentum", 0.0),
         ("batch_norm_eps", 0.0),
@@ -78,6 +79,7 @@ def test_values_out_of_range_are_refused_by_name(field, value):
     [
         ({"axis_initialization": "zeros", "views": ["frontal"]}, "axis_initialization"),
         ({"drop_path_rate": 0.1, "use_residual": False, "use_nested_attention": False}, "drop_path_rate"),
+        ({"drop_view_rate": 0.1, "views": ["transverse"]}, "drop_view_rate"),
         ({"out_features": ["stage1"], "out_indices": [2]}, "out_features"),
     ],
 )

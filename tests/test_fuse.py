@@ -39,6 +39,7 @@ OPTIONS = [
     {"hidden_act": "gelu"},
     {"hidden_act": "relu"},
     {"drop_path_rate": 0.5},
+    {"drop_view_rate": 0.5},
     {"stem_sizes": (8,)},
     {"num_channels": 4},
 ]

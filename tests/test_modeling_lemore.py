@@ -403,6 +403,7 @@ def test_gradients(height, width):
         {"output_stride": 32},
         {"hidden_act": "gelu"},
         {"drop_path_rate": 0.9},
+        {"drop_view_rate": 0.9},
         {"classifier_dropout_prob": 0.5},
         {"batch_norm_eps": 0.1},
         {"batch_norm_momentum": 0.9},
@@ -445,6 +446,17 @@ def test_drop_path_grows_linearly_with_depth():
     blocks = [*(stage.cartesian_encoder for stage in model.encoder.stages), model.global_block]
     rates = [getattr(block.drop_path, "p", 0.0) for block in blocks]
     assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+
+
+@pytest.mark.parametrize("name", ["frontal", "lateral"])
+def test_drop_view_hides_a_view_from_single_images(name):
+    view = tiny(LeMoReModel, drop_view_rate=0.25).encoder.stages[1].cartesian_encoder.views[name]
+    volume = torch.randn(400, 4, 8, 8)
+    seen, expected = view.train()(volume), view.eval()(volume)
+    hidden = (seen == 0).flatten(1).all(1)
+    assert 0.15 < hidden.float().mean() < 0.35
+    torch.testing.assert_close(seen[~hidden], expected[~hidden] / 0.75)
+    assert not (expected == 0).flatten(1).all(1).any()
 
 
 # Outputs
