@@ -274,6 +274,29 @@ def test_the_nine_maps_each_sum_to_one_and_are_averaged():
     torch.testing.assert_close(attention.combined_map(tokens), sum(maps) / 9)
 
 
+def test_maps_of_many_tokens_are_made_some_queries_at_a_time(monkeypatch):
+    """So that memory grows with the pixels, not with their square: no tensor but the combined map is that large."""
+    attention = make_attention()
+    tokens = tokens_of(attention).requires_grad_()
+
+    def map_and_gradient():
+        combined = attention.combined_map(tokens)
+        (gradient,) = torch.autograd.grad((combined * torch.arange(12.0)).sum(), tokens)
+        return combined, gradient
+
+    whole = map_and_gradient()
+    monkeypatch.setattr(LeMoReNestedAttention, "STRIP_BYTES", 5 * 2 * 2 * 9 * 12 * 8)  # five queries of the twelve
+    shapes = []
+    nested_maps = attention.nested_maps
+    monkeypatch.setattr(
+        attention, "nested_maps", lambda *given: shapes.append(given[0].shape[3]) or nested_maps(*given)
+    )
+    torch.testing.assert_close(map_and_gradient(), whole)
+    assert shapes == [5, 5, 2]
+    monkeypatch.setattr(LeMoReNestedAttention, "STRIP_BYTES", 1)
+    torch.testing.assert_close(map_and_gradient(), whole)
+
+
 def test_softmax_of_the_sum_is_one_ordinary_attention():
     attention = make_attention(nested_attention_softmax="sum")
     tokens = tokens_of(attention)

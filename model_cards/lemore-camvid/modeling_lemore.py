@@ -572,6 +572,7 @@ class LeMoReNestedAttention(nn.Module):
     """
 
     is_fused = False
+    STRIP_BYTES = 2**24
 
     def __init__(self, config: LeMoReConfig):
         super().__init__()
@@ -604,13 +605,27 @@ class LeMoReNestedAttention(nn.Module):
         scale = self.key_dim**-0.5
         if not self.softmax_per_map:
             return (query.sum(2) @ key.sum(2).transpose(-2, -1) * scale).softmax(-1)
-        maps = self.nested_maps(query * scale, key)
-        return maps.mean(3).unflatten(2, (self.num_projections, query.shape[3])).mean(2)
+        strips = (query * scale).split(self._queries_at_once(query), dim=3)
+        return torch.cat([self._mean_of_maps(strip, key) for strip in strips], dim=2)
+
+    def _queries_at_once(self, query: torch.Tensor) -> int:
+        """Positions whose maps stay in the caches. All maps of a large image at once would be by far its largest tensor:
+        nine times the square of the tokens."""
+        num_tokens = query.shape[3]
+        if torch.compiler.is_compiling():  # one product, of any number of tokens
+            return num_tokens
+        num_maps = query.shape[:2].numel() * self.num_projections**2
+        bytes_of_a_query = max(1, num_maps * num_tokens * query.element_size())  # 0 for an empty batch
+        return max(1, self.STRIP_BYTES // bytes_of_a_query)
+
+    def _mean_of_maps(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        maps = self.nested_maps(query, key)
+        return maps.mean(3).unflatten(2, (self.num_projections, -1)).mean(2)
 
     def nested_maps(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """The maps of all pairs (i, j), each with its own softmax: `(B, heads, i·H·W, j, H·W)`."""
         products = query.flatten(2, 3) @ key.flatten(2, 3).transpose(-2, -1)
-        return products.unflatten(3, (self.num_projections, query.shape[3])).softmax(-1)
+        return products.unflatten(3, (self.num_projections, -1)).softmax(-1)
 
     def _per_head(self, hidden_state: torch.Tensor) -> torch.Tensor:
         # (B, i·heads·key_dim, H, W) → (B, heads, i, H·W, key_dim)
