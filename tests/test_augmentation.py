@@ -176,6 +176,45 @@ def test_hue_turns_colours_and_keeps_greys_and_luma():
         torch.testing.assert_close(after, before, atol=1.0, rtol=0)
 
 
+def test_blur_is_gaussian_of_at_most_its_standard_deviation():
+    image = torch.zeros(3, 41, 41, dtype=torch.uint8)
+    image[:, 18:23, 18:23] = 250
+    away = (torch.arange(41) - 20.0) ** 2
+    own_variance = (away[18:23]).mean()
+    deviations = []
+    for index in range(20):
+        blurred = distort_photometrically(image, only("blur", 2.0), sample_generator(0, 0, index)).float()
+        profile = blurred.sum((0, 1))  # the variance of a convolution is the sum of the variances
+        deviations.append(float((profile @ away / profile.sum() - own_variance).clamp(min=0).sqrt()))
+        assert float(blurred.sum()) == pytest.approx(float(image.sum()), rel=0.03)
+    assert 1.2 < max(deviations) < 2.05
+    assert min(deviations) < 0.6
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 30), (2, 2)])
+def test_the_smallest_images_can_be_blurred(size):
+    image = torch.full((3, *size), 77, dtype=torch.uint8)
+    torch.testing.assert_close(distort_photometrically(image, only("blur", 9.0), sample_generator(0, 0, 0)), image)
+
+
+def test_noise_is_gaussian_of_at_most_its_standard_deviation():
+    image = torch.full((3, 60, 80), 120, dtype=torch.uint8)
+    differences = [
+        distort_photometrically(image, only("noise", 0.08), sample_generator(0, 0, index)).float() - 120
+        for index in range(20)
+    ]
+    deviations = torch.stack([difference.std() for difference in differences]) / 255
+    assert 0.06 < deviations.max() < 0.082
+    assert deviations.min() < 0.03
+    loudest = differences[int(deviations.argmax())]
+    assert abs(loudest.mean()) < 1
+    assert float((loudest.abs() < loudest.std()).float().mean()) == pytest.approx(0.683, abs=0.03)
+    channels = torch.corrcoef(loudest.flatten(1)) - torch.eye(3)
+    assert channels.abs().max() < 0.05, "each channel has its own"
+    dark = distort_photometrically(image * 0, only("noise", 0.08), sample_generator(0, 0, 1))
+    assert dark.max() < 100, "values are clipped, and do not wrap round"
+
+
 def test_photometric_distortion_can_be_switched_off_and_varies():
     image = smooth_image(60, 80)
     off = recipe_with(photometric_prob=0.0)

@@ -165,7 +165,21 @@ def largest_class_share(labels: torch.Tensor) -> float:
 
 
 def distort_photometrically(image: torch.Tensor, recipe: Recipe, rng: np.random.Generator) -> torch.Tensor:
-    """Random brightness, contrast, saturation and hue of a uint8 image (3, H, W), each with the recipe's probability.
+    """Random colours, blur and noise of a uint8 image (3, H, W), each with the recipe's probability."""
+    image = _change_colours(image, recipe, rng)
+    if recipe.blur > 0 and rng.random() < recipe.photometric_prob:
+        sigma = recipe.blur * (1 - rng.random())  # never 0
+        radius = min(math.ceil(2 * sigma), min(image.shape[-2:]) - 1)  # torchvision mirrors the image at its border
+        image = F.gaussian_blur(image, [2 * radius + 1] * 2, [sigma] * 2)
+    if recipe.noise > 0 and rng.random() < recipe.photometric_prob:
+        scale = 255 * rng.uniform(0, recipe.noise)
+        noise = torch.from_numpy(rng.standard_normal(image.shape, np.float32)).to(image.device)
+        image = noise.mul_(scale).add_(image).add_(0.5).clamp_(0, 255).to(torch.uint8)
+    return image
+
+
+def _change_colours(image: torch.Tensor, recipe: Recipe, rng: np.random.Generator) -> torch.Tensor:
+    """Brightness, contrast, saturation and hue.
 
     The four become one affine map of RGB, applied and clipped once (our choice: torchvision's four steps, hue by way
     of HSV, take some twenty times as long). Hue is a rotation in YIQ; contrast turns about the mean grey of the image,

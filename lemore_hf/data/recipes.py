@@ -140,7 +140,7 @@ class Recipe:
     flip_prob: float = 0.5
     """Probability of a horizontal flip."""
     photometric_prob: float = 0.5
-    """Probability of each of the four distortions below."""
+    """Probability of each of the six distortions below."""
     brightness: float = 0.125
     """Factor drawn from 1 ± this."""
     contrast: float = 0.5
@@ -149,6 +149,10 @@ class Recipe:
     """Factor drawn from 1 ± this."""
     hue: float = 0.05
     """Turn drawn from ± this, in whole turns."""
+    blur: float = 0.0
+    """Standard deviation of a Gaussian blur, drawn from 0 to this, in pixels."""
+    noise: float = 0.0
+    """Standard deviation of Gaussian noise, drawn from 0 to this, of values in 0…1."""
     mixup_alpha: float = 0.0
     """Parameter of MixUp's beta distribution (classification); 0 is off."""
     cutmix_alpha: float = 0.0
@@ -342,7 +346,8 @@ _RANGES = (
     (("validation_fraction",), 0.01, 0.5),
     (("flip_prob", "photometric_prob", "max_class_share", "brightness", "contrast", "saturation"), 0.0, 1.0),
     (("mix_prob", "ohem_threshold", "ema_decay"), 0.0, 1.0),
-    (("hue",), 0.0, 0.5),
+    (("hue", "noise"), 0.0, 0.5),
+    (("blur",), 0.0, 10.0),
     (("label_smoothing",), 0.0, 0.99),
     (("mixup_alpha", "cutmix_alpha", "weight_decay", "poly_power", "head_lr_multiplier"), 0.0, math.inf),
     (("learning_rate", "warmup_steps", "class_weight_power", "dice_weight", "lovasz_weight"), 0.0, math.inf),
