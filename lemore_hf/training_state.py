@@ -29,6 +29,8 @@ class TrainingState:
         ema (`ExponentialMovingAverage`, *optional*): Its moving average.
         fingerprint (`dict[str, Any]`):
             Settings that must be the same when the run is resumed, as JSON holds them.
+        defaults (`dict[str, Any]`):
+            What settings were, for checkpoints of an earlier release that did not have them yet.
 
     Attributes:
         step (`int`): Optimizer steps done.
@@ -43,9 +45,10 @@ class TrainingState:
         optimizer: Optimizer,
         ema: ExponentialMovingAverage | None,
         fingerprint: dict[str, Any],
+        defaults: dict[str, Any],
     ):
         self.accelerator, self.model, self.optimizer, self.ema = accelerator, model, optimizer, ema
-        self.fingerprint = fingerprint
+        self.fingerprint, self.defaults = fingerprint, defaults
         self.step = 0
         self.best: dict[str, float] | None = None
         self.scores: dict[str, float] = {}
@@ -115,6 +118,7 @@ class TrainingState:
         return tensor.to(parameter.device) if self.optimizer.defaults["fused"] else tensor
 
     def _check_fingerprint(self, saved: dict[str, Any], folder: Path) -> None:
+        saved = {name: value for name, value in self.defaults.items() if name in self.fingerprint} | saved
         differing = [
             f"{name} was {saved.get(name)!r}, is {self.fingerprint.get(name)!r}"
             for name in sorted(saved.keys() | self.fingerprint.keys())

@@ -11,6 +11,7 @@ beyond its end, with more `--max_steps`. The trained model lands in `OUT/final`.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -168,7 +169,8 @@ def main() -> None:
         model, recipe.learning_rate, recipe.weight_decay, recipe.head_lr_multiplier, head_prefixes(model)
     )
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=accelerator.device.type == "cuda")
-    state = TrainingState(accelerator, model, optimizer, ema, fingerprint(args, recipe, accelerator))
+    settings = fingerprint(args, recipe, accelerator)
+    state = TrainingState(accelerator, model, optimizer, ema, settings, defaults_of_fields())
     criterion = build_criterion(recipe, dataset).to(accelerator.device)
     mix = mix_images(recipe)
     if args.resume:
@@ -434,6 +436,12 @@ def fingerprint(args: argparse.Namespace, recipe: Recipe, accelerator: Accelerat
         options.append("num_workers")  # each reads a part of its own
     run = {name: getattr(args, name) for name in options}
     return json.loads(json.dumps({**data, **run, "num_processes": accelerator.num_processes}))
+
+
+def defaults_of_fields() -> dict[str, Any]:
+    """What the recipe's fields are where nobody sets them, under their names in the fingerprint."""
+    fields = (field for field in dataclasses.fields(Recipe) if field.default is not dataclasses.MISSING)
+    return json.loads(json.dumps({f"recipe.{field.name}": field.default for field in fields}))
 
 
 def resume(state: TrainingState, output_dir: Path) -> None:

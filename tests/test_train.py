@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from lemore_hf import LeMoReConfig, LeMoReForImageClassification, LeMoReForSemanticSegmentation
-from lemore_hf.checkpointing import list_checkpoints, load_checkpoint
+from lemore_hf.checkpointing import list_checkpoints, load_checkpoint, save_checkpoint
 from lemore_hf.data.augmentation import normalize, resize_for_evaluation
 from lemore_hf.data.loading import EpochSampler, RecipeDataset, load_split
 from lemore_hf.data.recipes import load_recipe
@@ -193,6 +193,20 @@ def test_resuming_with_other_settings_is_refused(recipe, data_dir, uninterrupted
     assert "recipe.learning_rate was 0.002, is 0.0001" in output
     output = run(recipe, data_dir, uninterrupted, expect=1)
     assert "already holds a run" in output
+
+
+def test_a_checkpoint_of_before_a_setting_came_is_resumed_where_the_setting_is_off(
+    tmp_path, run_here, recipe, data_dir, uninterrupted
+):
+    folder = shutil.copytree(uninterrupted, tmp_path / "older")
+    for checkpoint in list_checkpoints(folder):
+        tensors, state = load_checkpoint(checkpoint)
+        del state["fingerprint"]["recipe.blur"]
+        shutil.rmtree(checkpoint)
+        save_checkpoint(checkpoint, tensors, state)
+    with pytest.raises(SystemExit, match=r"recipe\.blur was 0\.0, is 0\.5"):
+        run_here(recipe, data_dir, folder, "--resume", "--blur", "0.5")
+    run_here(recipe, data_dir, folder, "--resume")
 
 
 def test_a_run_of_constant_rate_goes_on_beyond_its_end(tmp_path, recipe, data_dir):
