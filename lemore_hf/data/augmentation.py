@@ -172,6 +172,7 @@ def distort_photometrically(image: torch.Tensor, recipe: Recipe, rng: np.random.
         radius = min(math.ceil(2 * sigma), min(image.shape[-2:]) - 1)  # torchvision mirrors the image at its border
         image = F.gaussian_blur(image, [2 * radius + 1] * 2, [sigma] * 2)
     if recipe.noise > 0 and rng.random() < recipe.photometric_prob:
+        # torchvision's noise would come from torch's global generator.
         scale = 255 * rng.uniform(0, recipe.noise)
         noise = torch.from_numpy(rng.standard_normal(image.shape, np.float32)).to(image.device)
         image = noise.mul_(scale).add_(image).add_(0.5).clamp_(0, 255).to(torch.uint8)
