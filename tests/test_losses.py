@@ -59,7 +59,7 @@ def test_logits_are_upsampled_to_the_labels(batch):
 def test_cross_entropy_by_rows_is_that_of_resized_logits(
     monkeypatch, strip_bytes, weighted, label_smoothing, label_size
 ):
-    monkeypatch.setattr(modeling_lemore._CrossEntropyByRows, "STRIP_BYTES", strip_bytes)
+    monkeypatch.setattr(modeling_lemore, "STRIP_BYTES", strip_bytes)
     logits = (3 * torch.randn(2, 40, 6, 9, dtype=torch.double)).requires_grad_()
     labels = torch.randint(0, 40, (2, *label_size))
     labels[0, :2] = labels[:, :, -1] = 255

@@ -275,7 +275,7 @@ def test_the_nine_maps_each_sum_to_one_and_are_averaged():
 
 
 def test_maps_of_many_tokens_are_made_some_queries_at_a_time(monkeypatch):
-    """So that memory grows with the pixels, not with their square: no tensor but the combined map is that large."""
+    """So that no tensor is larger than the combined map, where all nine would be nine times that."""
     attention = make_attention()
     tokens = tokens_of(attention).requires_grad_()
 
@@ -285,7 +285,7 @@ def test_maps_of_many_tokens_are_made_some_queries_at_a_time(monkeypatch):
         return combined, gradient
 
     whole = map_and_gradient()
-    monkeypatch.setattr(LeMoReNestedAttention, "STRIP_BYTES", 5 * 2 * 2 * 9 * 12 * 8)  # five queries of the twelve
+    monkeypatch.setattr(modeling_lemore, "STRIP_BYTES", 5 * 2 * 2 * 9 * 12 * 8)  # five queries of the twelve
     shapes = []
     nested_maps = attention.nested_maps
     monkeypatch.setattr(
@@ -293,7 +293,7 @@ def test_maps_of_many_tokens_are_made_some_queries_at_a_time(monkeypatch):
     )
     torch.testing.assert_close(map_and_gradient(), whole)
     assert shapes == [5, 5, 2]
-    monkeypatch.setattr(LeMoReNestedAttention, "STRIP_BYTES", 1)
+    monkeypatch.setattr(modeling_lemore, "STRIP_BYTES", 1)
     torch.testing.assert_close(map_and_gradient(), whole)
 
 

@@ -40,6 +40,9 @@ from .configuration_lemore import STAGE_STRIDES, LeMoReConfig
 logger = logging.get_logger("transformers.models.lemore")
 
 MINIMUM_SIZE = STAGE_STRIDES[-1]
+STRIP_BYTES = (
+    2**24
+)  # of the strips in which the largest intermediate tensors are made, so that these stay in the caches
 
 
 @dataclass
@@ -572,7 +575,6 @@ class LeMoReNestedAttention(nn.Module):
     """
 
     is_fused = False
-    STRIP_BYTES = 2**24
 
     def __init__(self, config: LeMoReConfig):
         super().__init__()
@@ -609,14 +611,14 @@ class LeMoReNestedAttention(nn.Module):
         return torch.cat([self._mean_of_maps(strip, key) for strip in strips], dim=2)
 
     def _queries_at_once(self, query: torch.Tensor) -> int:
-        """Positions whose maps stay in the caches. All maps of a large image at once would be by far its largest tensor:
-        nine times the square of the tokens."""
+        """Positions whose maps make a strip. All maps of a large image at once would be by far its largest tensor: nine
+        times the square of the tokens."""
         num_tokens = query.shape[3]
         if torch.compiler.is_compiling():  # one product, of any number of tokens
             return num_tokens
         num_maps = query.shape[:2].numel() * self.num_projections**2
         bytes_of_a_query = max(1, num_maps * num_tokens * query.element_size())  # 0 for an empty batch
-        return max(1, self.STRIP_BYTES // bytes_of_a_query)
+        return max(1, STRIP_BYTES // bytes_of_a_query)
 
     def _mean_of_maps(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         maps = self.nested_maps(query, key)
@@ -1250,10 +1252,7 @@ def _cross_entropy_at_once(
 
 
 class _CrossEntropyByRows(torch.autograd.Function):
-    """`upsampled_cross_entropy` in strips that stay in the caches. The gradient is made along with the loss, so that
-    each strip is needed once."""
-
-    STRIP_BYTES = 2**24
+    """`upsampled_cross_entropy` in strips. The gradient is made along with the loss, so that each strip is needed once."""
 
     @staticmethod
     def forward(
@@ -1266,7 +1265,7 @@ class _CrossEntropyByRows(torch.autograd.Function):
     ) -> torch.Tensor:
         batch_size, num_labels, height, width = logits.shape
         label_height, label_width = labels.shape[-2:]
-        num_rows = max(1, _CrossEntropyByRows.STRIP_BYTES // (num_labels * label_width * logits.element_size()))
+        num_rows = max(1, STRIP_BYTES // (num_labels * label_width * logits.element_size()))
         weight = logits.new_ones(num_labels) if weight is None else weight.to(logits)
         # Bilinear resizing, separably: rows by a matrix product, columns by `F.interpolate`, which is fast for classes
         # that lie together.
