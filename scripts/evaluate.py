@@ -80,7 +80,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     if accelerator.is_main_process:
         check_output(args.output)
-    check_normalization(Path(args.model), recipe)
+    check_processor(Path(args.model), recipe, accelerator)
     with accelerator.main_process_first():  # which fills the cache of the data set
         samples = load_split(recipe, args.split, args.data_dir, args.streaming)
     recipe = with_classes_of(recipe, samples)
@@ -135,8 +135,8 @@ def check_export_options(args: argparse.Namespace, recipe: Recipe) -> None:
         )
 
 
-def check_normalization(folder: Path, recipe: Recipe) -> None:
-    """Refuse to feed a model other pixel values than its image processor would."""
+def check_processor(folder: Path, recipe: Recipe, accelerator: Accelerator) -> None:
+    """Refuse to feed a model other pixel values than its image processor would; say so where the size is another."""
     path = folder / "preprocessor_config.json"
     processor = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for field in ("image_mean", "image_std"):
@@ -146,6 +146,12 @@ def check_normalization(folder: Path, recipe: Recipe) -> None:
                 f"{field} is {values} in {path} and {list(getattr(recipe, field))} in the recipe {recipe.name}: if the "
                 f"model was trained with the former, add --{field} {' '.join(map(str, values))}."
             )
+    size = processor.get("size", recipe.processor_size)
+    if recipe.resize is not None and size != recipe.processor_size:
+        accelerator.print(
+            f"The recipe {recipe.name} resizes images to {recipe.processor_size}, the image processor in {folder} to "
+            f"{size}: the scores are those at the recipe's size, which --resize changes."
+        )
 
 
 def load_network(name_or_path: str, recipe: Recipe) -> PreTrainedModel | ExportedNetwork:
@@ -191,6 +197,7 @@ def evaluate_model(
         print(class_table(scores, names))
         draw(result, recipe, names, args.output)
     settings = {name: getattr(args, name) for name in ("scales", "flip", "window", "window_stride")}
+    settings["resize"] = recipe.resize
     return without_nan(scores) | {"num_images": result.num_images, "inference": settings}
 
 

@@ -508,18 +508,11 @@ class RunLog:
 
 def export_model(model: PreTrainedModel, recipe: Recipe, folder: Path) -> None:
     """Model and image processor as a folder that `from_pretrained` and `pipeline` load."""
-    if isinstance(recipe.resize, int):
-        size = {"shortest_edge": recipe.resize}
-        if recipe.max_longest_edge is not None:
-            size["longest_edge"] = recipe.max_longest_edge
-    else:
-        height, width = recipe.resize or recipe.image_size
-        size = {"height": height, "width": width}
     crop = {}
     if recipe.task == "image-classification":
         crop = {"do_center_crop": True, "crop_size": dict(zip(("height", "width"), recipe.crop_size, strict=True))}
     processor = LeMoReImageProcessor(
-        size=size,
+        size=recipe.processor_size,
         image_mean=list(recipe.image_mean),
         image_std=list(recipe.image_std),
         do_reduce_labels=recipe.reduce_labels,

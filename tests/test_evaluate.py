@@ -507,6 +507,18 @@ def test_a_class_that_never_occurs_has_no_iou(run_script, data_dir, tmp_path):
     assert not (tmp_path / "metrics_worst_images.png").exists()
 
 
+def test_another_size_than_the_processor_s_is_said(run_script, model_dir, data_dir, tmp_path, capsys):
+    LeMoReImageProcessor(size={"height": 32, "width": 64}).save_pretrained(model_dir)
+    output = tmp_path / "metrics.json"
+    try:
+        for size, said in ((("48", "64"), True), (("32", "64"), False)):
+            run_script(*arguments(model_dir, data_dir, output, "--resize", *size))
+            assert ("the scores are those at the recipe's size" in capsys.readouterr().out) is said
+            assert json.loads(output.read_text())["inference"]["resize"] == list(map(int, size))
+    finally:
+        (model_dir / "preprocessor_config.json").unlink()
+
+
 def test_bad_input_is_refused_before_the_work(run_script, model_dir, data_dir, tmp_path):
     with pytest.raises(ValueError, match="is a folder"):
         run_script(*arguments(model_dir, data_dir, tmp_path))

@@ -325,6 +325,14 @@ class Recipe:
         """Class ids by name."""
         return {name: index for index, name in self.id2label.items()}
 
+    @property
+    def processor_size(self) -> dict[str, int]:
+        """`size` of the image processor that goes with the recipe: as `resize` says, or the native size."""
+        if isinstance(self.resize, int):
+            longest = {} if self.max_longest_edge is None else {"longest_edge": self.max_longest_edge}
+            return {"shortest_edge": self.resize, **longest}
+        return dict(zip(("height", "width"), self.resize or self.image_size, strict=True))
+
     def replace(self, **changes: Any) -> "Recipe":
         """The recipe with some fields changed, validated anew."""
         return _build({**self.to_dict(), **_with_dependents(changes)}, f"recipe {self.name}")
