@@ -34,7 +34,7 @@ from lemore_hf.metrics import trainer_metrics
 from lemore_hf.visualization import draw_segmentation, image_grid
 
 RELEASED = Path(__file__).resolve().parents[1] / "model_cards" / "lemore-camvid"
-STREET = 4  # the drawn street that the first look shows
+STREET = 103  # the drawn street that the first look shows
 NUM_SHOWN = 4
 LARGEST_SIDE = 480
 

@@ -25,7 +25,7 @@ VOID = 255
 
 
 def recipe_with(**overrides):
-    return load_recipe("camvid", {"crop_size": (96, 128), **overrides})
+    return load_recipe("camvid", {"resize": None, "crop_size": (96, 128), **overrides})
 
 
 def smooth_image(height: int, width: int) -> torch.Tensor:

@@ -189,6 +189,21 @@ def test_card_tells_of_the_run_that_the_weights_come_from(folder):
     assert "from the weights of `crops/final`; seed 3;\n1.25 hours on a CPU with PyTorch 2.14.1." in text
 
 
+@pytest.mark.parametrize(
+    ("resize", "said"),
+    [
+        (None, "233 images, in percent"),
+        ([720, 960], "233 images, resized to 720×960 pixels for the network, in percent"),
+        (512, "233 images, resized to a shortest edge of 512 pixels for the network, in percent"),
+    ],
+)
+def test_card_says_at_what_size_the_scores_are(folder, resize, said):
+    measured = {"inference": {"resize": resize}, "multiply_accumulates": 1_990_834_176, "image_size": [720, 960]}
+    text = write_card(folder, "someone/lemore-test", {**RESULTS, **measured}).read_text()
+    assert said in text
+    assert "- **Multiply-accumulates**: 1991 million for 720×960 pixels\n- **Weights**" in text
+
+
 def test_card_without_results_claims_nothing(folder):
     write_card(folder, "someone/lemore-test")
     card = ModelCard.load(folder / "README.md")

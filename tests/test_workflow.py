@@ -36,7 +36,8 @@ TINY_MODEL = {"stem_sizes": [8], "hidden_sizes": [8, 8, 16, 16], "decoder_hidden
 @pytest.mark.parametrize("processes", [1, 2])
 def test_train_kill_resume_evaluate_and_publish_camvid(tmp_path, camvid_dir, processes):
     size = ["96", "128"]
-    places = ["--recipe", "camvid", "--data_dir", camvid_dir, "--output_dir", tmp_path / "run"]
+    data = ["--recipe", "camvid", "--data_dir", camvid_dir, "--resize", *size]
+    places = [*data, "--output_dir", tmp_path / "run"]
     eval_every = 6 if processes == 1 else 0
     schedule = ["--max_steps", 6, "--save_every", 2, "--eval_every", eval_every, "--num_workers", 1, "--batch_size", 2]
     sizes = ["--image_size", *size, "--crop_size", *size, "--class_weights", "none", "--ema_decay", "0.5"]
@@ -66,7 +67,7 @@ def test_train_kill_resume_evaluate_and_publish_camvid(tmp_path, camvid_dir, pro
 
         metrics = tmp_path / "metrics.json"
         model = ["--model", tmp_path / "run" / "final"]
-        evaluate = [*model, *places[:4], "--split", "validation", "--output", metrics]
+        evaluate = [*model, *data, "--split", "validation", "--output", metrics]
         result = run_client(launch(processes, SCRIPTS / "evaluate.py", *evaluate)[1:], hub, tmp_path)
         assert result.returncode == 0, result.stderr[-2000:]
         scores = json.loads(metrics.read_text())
