@@ -262,7 +262,7 @@ def describe(
         "model": args.model,
         **(describe_export(model) if isinstance(model, ExportedNetwork) else describe_checkpoint(model, recipe, args)),
         "model_type": model.config.model_type,
-        "image_size": list(recipe.image_size),
+        "image_size": list(network_size(recipe)),
         "dataset": recipe.title or recipe.name,
         "recipe": recipe.name,
         "split": args.split,
@@ -286,12 +286,17 @@ def describe_export(network: ExportedNetwork) -> dict[str, Any]:
 
 def describe_checkpoint(model: PreTrainedModel, recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     on_meta = copy.deepcopy(model).to("meta")
-    pixel_values = torch.empty(1, 3, *recipe.image_size, device="meta")
+    pixel_values = torch.empty(1, 3, *network_size(recipe), device="meta")
     return {
         "run": run_of(Path(args.model)),
         "parameters": model.num_parameters(),
         "multiply_accumulates": count_multiply_accumulates(on_meta, pixel_values),
     }
+
+
+def network_size(recipe: Recipe) -> tuple[int, int]:
+    """(height, width) that operations are counted at: that of all images where `resize` gives one, else the native."""
+    return recipe.resize if isinstance(recipe.resize, tuple) else recipe.image_size
 
 
 def run_of(folder: Path) -> dict[str, Any]:

@@ -514,7 +514,8 @@ def test_another_size_than_the_processor_s_is_said(run_script, model_dir, data_d
         for size, said in ((("48", "64"), True), (("32", "64"), False)):
             run_script(*arguments(model_dir, data_dir, output, "--resize", *size))
             assert ("the scores are those at the recipe's size" in capsys.readouterr().out) is said
-            assert json.loads(output.read_text())["inference"]["resize"] == list(map(int, size))
+            report = json.loads(output.read_text())
+            assert report["inference"]["resize"] == report["image_size"] == list(map(int, size))
     finally:
         (model_dir / "preprocessor_config.json").unlink()
 
