@@ -40,9 +40,8 @@ from .configuration_lemore import STAGE_STRIDES, LeMoReConfig
 logger = logging.get_logger("transformers.models.lemore")
 
 MINIMUM_SIZE = STAGE_STRIDES[-1]
-STRIP_BYTES = (
-    2**24
-)  # of the strips in which the largest intermediate tensors are made, so that these stay in the caches
+# The largest intermediate tensors are made in strips of this size, which stay in the caches.
+STRIP_BYTES = 2**24
 
 
 @dataclass
