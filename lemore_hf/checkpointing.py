@@ -134,14 +134,13 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(folder for folder in folders if re.fullmatch(r"checkpoint-\d{7}", folder.name))
 
 
-def prune_checkpoints(output_dir: Path, keep: int, also_keep: Path | None = None) -> None:
-    """Delete all but the last `keep` checkpoints, `also_keep`, and what a killed process has left unfinished."""
+def prune_checkpoints(output_dir: Path, keep: int) -> None:
+    """Delete all but the last `keep` checkpoints, and what a killed process has left unfinished."""
     for folder in list_checkpoints(output_dir)[:-keep]:
-        if folder != also_keep:
-            # Renamed first: a kill in the middle must not leave half a checkpoint under its name.
-            doomed = folder.with_name(f".{folder.name}.replaced")
-            folder.rename(doomed)
-            shutil.rmtree(doomed)
+        # Renamed first: a kill in the middle must not leave half a checkpoint under its name.
+        doomed = folder.with_name(f".{folder.name}.replaced")
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
     for leftover in output_dir.glob(".checkpoint-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 

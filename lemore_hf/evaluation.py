@@ -304,7 +304,7 @@ def _check_classes(model: nn.Module, recipe: Recipe) -> None:
     config = getattr(model, "module", model).config
     # A single logit tells two classes apart.
     is_binary = config.num_labels == 1 and recipe.task == "semantic-segmentation"
-    if recipe.num_classes not in ((1, 2) if is_binary else (config.num_labels,)):
+    if recipe.num_classes != (2 if is_binary else config.num_labels):
         raise ValueError(
             f"The model has {config.num_labels} labels, the recipe {recipe.name} has {recipe.num_classes} classes: give "
             "the recipe that the model was trained with."
@@ -356,6 +356,8 @@ def _batches(
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=accelerator is not None and accelerator.device.type == "cuda",
+        # A generator of its own, so that evaluating in the middle of a training leaves the one of dropout alone.
+        generator=torch.Generator(),
         **shares,
     )
     total = None if isinstance(dataset, IterableDataset) else len(loader)

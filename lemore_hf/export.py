@@ -28,7 +28,7 @@ from PIL import Image
 from torch import nn
 from transformers.exporters.utils import apply_patches, register_patch
 
-from .checkpointing import atomic_folder
+from .checkpointing import CheckpointError, atomic_folder
 from .modeling_lemore import (
     MINIMUM_SIZE,
     LeMoReAxisView,
@@ -117,7 +117,18 @@ class ExportManifest:
 
     @classmethod
     def load(cls, folder: Path) -> "ExportManifest":
-        return cls(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+        """
+        What an export folder says of its graph.
+
+        Raises:
+            `CheckpointError`: for a manifest that is damaged or that another release has written.
+        """
+        try:
+            return cls(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder / MANIFEST} is damaged, or of another release ({error}): export the model again."
+            ) from error
 
 
 def export_model(
@@ -232,6 +243,8 @@ def _check_options(
         raise ValueError(f"`precision` must be 'float32', 'float16' or 'int8', got {precision!r}.")
     if precision != "float32" and export_format not in ("onnx", "openvino"):
         raise ValueError(f"{precision} is for the formats 'onnx' and 'openvino', not for {export_format!r}.")
+    if precision != "int8" and calibration_images:
+        raise ValueError(f"`calibration_images` are for int8, `precision` is {precision!r}: leave one of them out.")
     if precision == "int8" and not calibration_images:
         raise ValueError("int8 needs `calibration_images`: a few dozen pictures like those that the model will see.")
     if max_size is not None and max_size < MINIMUM_SIZE:
@@ -251,6 +264,8 @@ def _check_options(
 
 
 def _check_output(output_dir: Path) -> None:
+    if not output_dir.name:
+        raise ValueError(f"{str(output_dir)!r} has no name to replace it by: name a folder, such as ./export.")
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"{output_dir} is a file: name a folder for the export.")
     if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / MANIFEST).is_file():

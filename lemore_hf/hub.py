@@ -244,16 +244,24 @@ def ensure_card(
     """Render the card (`write_card`) where there is none or where `results` are given; else keep the one there is.
 
     Raises:
-        PublishingError: for a recipe or licence without results, where a card exists: they would have to replace it.
+        PublishingError: for a recipe or licence without results, where a card exists: they would have to replace it; and
+            for a card whose example loads from another repository.
     """
-    has_card = (Path(folder) / CARD).is_file()
-    if results is not None or not has_card:
+    path = Path(folder) / CARD
+    if results is not None or not path.is_file():
         write_card(folder, repo_id, results, recipe, license)
     elif recipe or license:
         raise PublishingError(
             f"{folder} has a card already, which recipe and licence do not change: give the results too, so that it is "
             f"rendered anew, or delete its {CARD}."
         )
+    else:
+        example = re.search(r'pipeline\("[^"]+", model="([^"]+)"', path.read_text(encoding="utf-8"))
+        if example and example[1] != repo_id:
+            raise PublishingError(
+                f"the card in {folder} loads from {example[1]!r}, not from {repo_id!r}: give the results too, so that it "
+                f"is rendered anew, or mend or delete its {CARD}."
+            )
 
 
 def _card_data(
@@ -314,6 +322,8 @@ def _per_class(results: Mapping[str, Any], config: LeMoReConfig) -> list[tuple[s
     """Class names and IoU in percent; a class that does not occur in the set has none."""
     scores = results.get("per_class_iou") or {}
     names = [config.id2label[index] for index in range(config.num_labels)]
+    if config.num_labels == 1 and len(scores) == 2:
+        names = list(scores) if isinstance(scores, Mapping) else ["background", *names]  # one label tells two apart
     if not isinstance(scores, Mapping):
         scores = dict(enumerate(scores)) if len(scores) != len(names) else dict(zip(names, scores, strict=True))
     if scores and list(scores) != names:
@@ -361,7 +371,7 @@ def push_folder(
         results, recipe, license: as in `ensure_card`.
         overwrite: let the folder replace what the repository holds. Without it a repository with other content is
             refused; the same content again is no error.
-        private: create the repository as a private one.
+        private: create the repository as a private one; an existing public one is refused.
         token: default: the one of `hf auth login` or `HF_TOKEN`.
 
     Returns:
@@ -381,7 +391,13 @@ def push_folder(
 
     with _explained(f"create or read the repository {repo_id}"):
         address = api.create_repo(repo_id, private=private or None, exist_ok=True)
-        revision = api.model_info(repo_id).sha
+        info = api.model_info(repo_id)
+        if private and not info.private:
+            raise PublishingError(
+                f"the repository {repo_id} is there already, and public: make it private in its settings on the Hub, or "
+                "choose another name."
+            )
+        revision = info.sha
         tree = api.list_repo_tree(repo_id, revision=revision, recursive=True)
         remote = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     remote.pop(".gitattributes", None)  # Written by the Hub.
@@ -429,6 +445,8 @@ def _explained(action: str) -> Iterator[None]:
     """Turn what the Hub's client raises into a `PublishingError` that says what to do."""
     try:
         yield
+    except PublishingError:
+        raise
     except LocalTokenNotFoundError as error:
         raise PublishingError(f"cannot {action}: there is no token. Run `hf auth login`, or set HF_TOKEN.") from error
     except HfHubHTTPError as error:

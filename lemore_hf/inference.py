@@ -15,9 +15,10 @@ from PIL import Image, ImageOps
 from transformers import AutoConfig, AutoImageProcessor
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
+from .checkpointing import CheckpointError
 from .evaluation import load_trained_model
 from .export import MANIFEST, ExportManifest, network_input, require_packages
-from .pictures import files_below, to_rgb
+from .pictures import files_below
 
 Run = Callable[[np.ndarray], np.ndarray]
 """A network in its runtime: what [`ExportManifest`] says that it takes → what it says that it gives."""
@@ -37,19 +38,28 @@ class Segmenter:
 
     Raises:
         `FileNotFoundError`: where there is neither a checkpoint nor an export.
-        `CheckpointError`: for weights that are damaged, pickled, or not those of a whole segmentation network.
+        `CheckpointError`: for weights or graphs that are damaged, weights that are pickled or not those of a whole
+            segmentation network.
         `ImportError`: naming the extra to install where the runtime is missing.
     """
 
     def __init__(self, path: str | os.PathLike, num_threads: int | None = None):
-        folder = _folder_of(Path(path))
+        folder = find_model(Path(path))
         exported = is_export(folder)
         self.manifest = ExportManifest.load(folder) if exported else ExportManifest("pytorch", "model.safetensors")
         self.config = AutoConfig.from_pretrained(folder)
         self.image_processor = AutoImageProcessor.from_pretrained(folder)
         if exported:
             require_packages(self.manifest.format, RUNTIME_PACKAGES[self.manifest.format])
-        self._run = _RUNTIMES[self.manifest.format](folder / self.manifest.file, num_threads)
+        graph = folder / self.manifest.file
+        try:
+            self._run = _RUNTIMES[self.manifest.format](graph, num_threads)
+        except Exception as error:  # of the runtimes' own kinds
+            if not exported or isinstance(error, ImportError):
+                raise
+            raise CheckpointError(
+                f"{graph} is damaged, or not for this version of its runtime ({error}): export the model again."
+            ) from error
 
     def run(self, network_input: np.ndarray) -> np.ndarray:
         """
@@ -175,9 +185,10 @@ def read_pictures(folder: str | os.PathLike, limit: int) -> list[Image.Image]:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """The upright picture of a file, in RGB, read to its end."""
+    """The upright picture of a file, in its own mode, read to its end."""
     with Image.open(path) as image:
-        return to_rgb(image)
+        image.load()
+        return ImageOps.exif_transpose(image)
 
 
 def find_pictures(folder: Path) -> list[Path]:
@@ -185,7 +196,13 @@ def find_pictures(folder: Path) -> list[Path]:
     return [path for path in files_below(folder) if path.suffix.lower() in PICTURE_SUFFIXES]
 
 
-def _folder_of(path: Path) -> Path:
+def find_model(path: Path) -> Path:
+    """
+    The folder of a checkpoint or of an export, given as such or by the graph in it.
+
+    Raises:
+        `FileNotFoundError`: where there is neither.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: name the folder of a checkpoint or of an export.")
     if path.is_file():

@@ -35,7 +35,8 @@ class SegmentationCriterion(nn.Module):
         ignore_index (`int`): The void label, which no term counts.
 
     Raises:
-        `ValueError`: if the logits have another number of classes than `class_weights`.
+        `ValueError`: for label smoothing outside [0, 1), a stride below 1, or if the logits have another number of
+            classes than `class_weights`.
     """
 
     def __init__(
@@ -51,6 +52,11 @@ class SegmentationCriterion(nn.Module):
         ignore_index: int = 255,
     ):
         super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"`label_smoothing` must lie in [0, 1), got {label_smoothing}.")
+        for name, value in {"lovasz_stride": lovasz_stride, "stride": stride}.items():
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
         weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.register_buffer("class_weights", weights, persistent=False)
         self.label_smoothing = label_smoothing

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
+import torch
 
 from lemore_hf.metrics import ConfusionMatrix
 
@@ -52,8 +53,17 @@ class MeanIoU(evaluate.Metric):
         )
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
-        """Count one image."""
+        """Count one image.
+
+        Raises:
+            RuntimeError: where there are to be several processes, but none of them knows of the others.
+        """
         self._refuse_others(kwargs)
+        if self.num_process > 1 and not torch.distributed.is_initialized():
+            raise RuntimeError(
+                f"num_process is {self.num_process}, but torch.distributed is not initialized, through which they are "
+                "summed up: call torch.distributed.init_process_group first, or make an Accelerator."
+            )
         self.matrix.update(_as_label_map(prediction), _as_label_map(reference))
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:

@@ -200,7 +200,10 @@ class _StreamingCounts(ABC):
         if accelerator is not None:
             total = accelerator.reduce(total.to(accelerator.device), reduction="sum")
         elif torch.distributed.is_available() and torch.distributed.is_initialized():
+            if torch.distributed.get_backend() == "nccl":  # which takes nothing from the CPU
+                total = total.cuda()
             torch.distributed.all_reduce(total)
+            total = total.to(self.counts.device)
         summed = type(self).__new__(type(self))
         summed.__dict__.update(self.__dict__)
         summed.counts = total

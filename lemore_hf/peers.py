@@ -134,7 +134,8 @@ def build_peer(name: str, num_labels: int, id2label: Mapping[int, str] | None = 
     All start as their authors train them: convolutions from a normal distribution with variance 2 / fan-out, norms as
     the identity, linear layers and classifiers with a standard deviation of 0.02. What Transformers gives the three
     that it has is meant for weights that are loaded afterwards (convolutions with 0.02 throughout; in MobileViTV2 also
-    the scales of the batch norms, which then pass almost nothing on), and would spoil a comparison from scratch.
+    the scales of the batch norms, which then pass almost nothing on). LeMoRe's own start is 0.02 throughout, as
+    `LeMoReConfig.initializer_range` says.
 
     Args:
         name: one of `PEERS`.

@@ -4,8 +4,10 @@
 
 import contextlib
 import glob
+import hashlib
 import importlib.util
 import itertools
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +18,7 @@ import numpy as np
 from PIL import Image
 from transformers import PreTrainedConfig
 
-from .inference import PICTURE_SUFFIXES, Segmenter, read_picture
+from .inference import PICTURE_SUFFIXES, Segmenter, find_model, read_picture
 from .pictures import files_below
 from .visualization import default_palette, draw_segmentation
 
@@ -25,9 +27,11 @@ VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".m
 TARGETS = ("masks", "overlays")
 """What can be written of an input, and the folders that it goes to."""
 
+RECORD = "predictions.json"
+
 
 class UnreadableInputError(Exception):
-    """A picture or a video that is damaged or is none."""
+    """A picture or a video that is damaged, is none, or that the network cannot take."""
 
 
 def find_inputs(patterns: Sequence[str], output_dir: Path) -> dict[Path, Path]:
@@ -89,8 +93,9 @@ def target_files(inputs: dict[Path, Path], output_dir: Path, kinds: Sequence[str
     The files to write for each input, by kind; names keep their suffix where that alone tells two inputs apart.
 
     Raises:
-        `ValueError`: where the results of two inputs would be one file.
+        `ValueError`: where the results of two inputs would be one file, or a result would take an input's place.
     """
+    originals = {source.resolve() for source in inputs}
     shared = Counter((name.with_suffix(""), is_video(name)) for name in inputs.values())
     targets: dict[Path, dict[str, Path]] = {}
     sources: dict[Path, Path] = {}
@@ -104,8 +109,58 @@ def target_files(inputs: dict[Path, Path], output_dir: Path, kinds: Sequence[str
                     f"{sources[target]} and {source} would both be written to {target}: pass the folder above them "
                     "both as input, which keeps their paths, or use two output folders."
                 )
+            if target.resolve() in originals:
+                raise ValueError(
+                    f"The results of {source} would replace the input {target}: use another output folder."
+                )
             sources[target] = source
     return targets
+
+
+def claim_results(
+    output_dir: Path, model: Path, targets: dict[Path, dict[str, Path]], alpha: float, overwrite: bool = False
+) -> None:
+    """
+    Note in the output folder what its results are of, and refuse those that are there but of something else.
+
+    Args:
+        output_dir (`Path`): Where results go; its `predictions.json` is read and written.
+        model (`Path`): Folder or graph of the network, known by the hash of its files.
+        targets (`dict[Path, dict[str, Path]]`): The files of each input, from [`target_files`].
+        alpha (`float`): Opacity of the overlays.
+        overwrite (`bool`): Whether what is there will be written anew.
+
+    Raises:
+        `ValueError`: where a file that would be kept is of another input, another model or another opacity.
+    """
+    path = output_dir / RECORD
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    identity = _hash_of(model)
+    for source, files in targets.items():
+        for kind, file in files.items():
+            origin = {"input": str(source.resolve()), "model": identity}
+            origin |= {"alpha": alpha} if kind == "overlays" else {}
+            name = file.relative_to(output_dir).as_posix()
+            before = record.get(name, origin)
+            if file.is_file() and not overwrite and before != origin:
+                other = next(key for key in origin if before.get(key) != origin[key])
+                raise ValueError(
+                    f"{file} is the result of another {other} ({before.get(other)}, now {origin[other]}): pass "
+                    "--overwrite to write it anew, or another --output."
+                )
+            record[name] = origin
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with _whole_file(path) as part:
+        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _hash_of(model: Path) -> str:
+    """Sixteen digits for the network in a folder: its weights or graph, configuration and processor."""
+    digest = hashlib.sha256()
+    for path in sorted(find_model(model).iterdir()):
+        if path.suffix in (".json", ".safetensors", ".onnx", ".data", ".xml", ".bin", ".pt2", ".pte"):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def is_video(path: Path) -> bool:
@@ -133,7 +188,8 @@ def predict_file(segmenter: Segmenter, source: Path, targets: dict[str, Path], a
         alpha (`float`): Opacity of the overlays.
 
     Raises:
-        `UnreadableInputError`: for an input that is damaged, is no picture or video, or that the network does not take.
+        `UnreadableInputError`: for an input that is damaged, is no picture or video, or that the network does not take,
+            also for want of memory.
         `OSError`: where writing fails.
     """
     with contextlib.ExitStack() as stack:
@@ -165,7 +221,7 @@ def _refusing(*errors: type[Exception]) -> Iterator[None]:
 def _predict_picture(segmenter: Segmenter, source: Path, targets: dict[str, Path], alpha: float) -> None:
     with _refusing(Exception):  # decoders raise errors of every kind on damaged data
         image = read_picture(source)
-    with _refusing(ValueError):
+    with _refusing(Exception):  # so do the runtimes where memory runs out
         labels = segmenter(image)
     if "masks" in targets:
         mask_image(labels, segmenter.config).save(targets["masks"])
@@ -204,7 +260,7 @@ def _predict_video(segmenter: Segmenter, source: Path, targets: dict[str, Path],
     writers: dict[str, _VideoWriter] = {}
     with contextlib.ExitStack() as stack:
         for image, moment, rate in _frames(source):
-            with _refusing(ValueError):
+            with _refusing(Exception):
                 labels = segmenter(image)
             pictures = {"masks": _narrow(labels, segmenter.config)}
             if "overlays" in targets:
@@ -254,7 +310,8 @@ class _VideoWriter:
         self.container = av.open(str(path), "w", format="matroska" if self.is_mask else "mp4")
         self.stream = self.container.add_stream("ffv1" if self.is_mask else "libx264", rate=rate)
         self.stream.codec_context.time_base = self.CLOCK
-        self.started = False
+        self.size: tuple[int, int] | None = None
+        self.last = -1
 
     def __enter__(self) -> "_VideoWriter":
         return self
@@ -266,17 +323,24 @@ class _VideoWriter:
             # H.264 stores colours at half the size: odd sides lose a row or a column.
             picture = picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]
         pixel_format = "rgb24" if picture.ndim == 3 else "gray" if picture.dtype == np.uint8 else "gray16le"
-        if not self.started:
-            self.stream.height, self.stream.width = picture.shape[:2]
+        if self.size is None:
+            self.size = self.stream.height, self.stream.width = picture.shape[:2]
             self.stream.pix_fmt = pixel_format if self.is_mask else "yuv420p"
-            self.started = True
+        elif picture.shape[:2] != self.size:
+            # The encoder would interpolate between labels.
+            raise UnreadableInputError(
+                f"its frames change from {self.size[0]}×{self.size[1]} to {picture.shape[0]}×{picture.shape[1]} pixels: "
+                "split it where they do"
+            )
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format=pixel_format)
-        frame.pts, frame.time_base = round(moment / self.CLOCK), self.CLOCK
+        # Some films have two frames at one time, which MP4 does not take.
+        self.last = max(self.last + 1, round(moment / self.CLOCK))
+        frame.pts, frame.time_base = self.last, self.CLOCK
         self.container.mux(self.stream.encode(frame))
 
     def __exit__(self, kind: type | None, *rest: object) -> None:
         try:
-            if kind is None and self.started:
+            if kind is None and self.size is not None:
                 self.container.mux(self.stream.encode())
         finally:
             self.container.close()

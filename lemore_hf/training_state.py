@@ -36,6 +36,7 @@ class TrainingState:
         step (`int`): Optimizer steps done.
         best (`dict`, *optional*): Step and score of the best validation so far.
         scores (`dict`): All scores of the last validation; empty where there was none.
+        scored_step (`int`): The step that they belong to.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class TrainingState:
         self.step = 0
         self.best: dict[str, float] | None = None
         self.scores: dict[str, float] = {}
+        self.scored_step = 0
         self._seconds_before, self._started = 0.0, time.perf_counter()
 
     @property
@@ -80,6 +82,7 @@ class TrainingState:
             "step": self.step,
             "best": self.best,
             "scores": self.scores,
+            "scored_step": self.scored_step,
             "seconds": self.seconds,
             "ema_updates": self.ema.num_updates if self.ema is not None else 0,
             "scaler": scaler.state_dict() if scaler is not None else None,
@@ -97,6 +100,7 @@ class TrainingState:
         self._check_fingerprint(state["fingerprint"], folder)
         self.step, self.best, self._seconds_before = state["step"], state["best"], state["seconds"]
         self.scores = state["scores"]
+        self.scored_step = state.get("scored_step", self.step)  # Earlier releases saved after validating alone.
         self.model.load_state_dict(_part(tensors, "model"))
         if self.ema is not None:
             self.ema.module.load_state_dict(_part(tensors, "ema"))

@@ -5,7 +5,8 @@
     python scripts/check_dataset.py --recipe camvid --data_dir DIR
 
 Prints class frequencies, sizes and every sample that would fail with the reason, draws a few samples as a grid, and
-exits with status 1 if anything would fail. Every field of the recipe is an option too (`--reduce_labels`).
+exits with status 1 if anything would fail. The fields of the recipe that describe the data are options too
+(`--reduce_labels`).
 """
 
 import argparse
@@ -40,11 +41,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data_dir", type=Path, help="local folder of the data set; without it, from the Hub")
     parser.add_argument("--split", help="only these splits, joined by '+'; by default all that are there")
     parser.add_argument("--streaming", action="store_true", help="read without keeping anything on disk")
-    parser.add_argument("--num_workers", type=int, default=2, help="processes that decode")
+    parser.add_argument("--num_workers", type=int, help="processes that decode (default: 2); not with --streaming")
     parser.add_argument("--picture", type=Path, default=Path("dataset_check.png"), help="where the grid is written")
     parser.add_argument("--num_pictures", type=int, default=4, help="samples of each split in the grid; 0 for none")
-    add_recipe_arguments(parser)
-    return parser.parse_args()
+    add_recipe_arguments(parser, training=False)
+    args = parser.parse_args()
+    if args.streaming and args.num_workers is not None:
+        parser.error("--streaming reads in one process: leave --num_workers out.")
+    args.num_workers = 2 if args.num_workers is None else args.num_workers
+    return args
 
 
 @dataclass(frozen=True)

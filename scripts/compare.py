@@ -20,11 +20,12 @@ from typing import Any
 
 import yaml
 
-from lemore_hf.data.recipes import Recipe, load_recipe
+from lemore_hf.data.recipes import TRAINING_FIELDS, Recipe, load_recipe, split_names
 
 SCRIPTS = Path(__file__).parent
 IDENTITY = ("configuration_hash", "seed", "steps")  # of a run, beside its name, as `evaluate.py` knows it
 RECIPE_FIELDS = {field.name for field in fields(Recipe)}
+EVALUATION_FIELDS = RECIPE_FIELDS - TRAINING_FIELDS
 PLAN_KEYS = {"title", "notes", "recipe", "splits", "options", "variants"}
 
 
@@ -35,14 +36,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True, help="a folder for each variant is made in it")
     parser.add_argument("--runs", type=Path, required=True, help="file that keeps a line for each run")
     parser.add_argument("--table", type=Path, required=True, help="Markdown file of the comparison")
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="run these variants alone")
-    parser.add_argument("--table_only", action="store_true", help="train nothing, tabulate the runs there are")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--only", nargs="+", metavar="VARIANT", help="run these variants alone")
+    choice.add_argument("--table_only", action="store_true", help="train nothing, tabulate the runs there are")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
-    plan = load_plan(args.plan)
+    plan = load_plan(args.plan, args.data_dir)
     args.table.parent.mkdir(parents=True, exist_ok=True)
     names = args.only or ([] if args.table_only else list(plan["variants"]))
     if unknown := [name for name in names if name not in plan["variants"]]:
@@ -57,17 +59,33 @@ def main() -> None:
     print(text)
 
 
-def load_plan(path: Path) -> dict[str, Any]:
+def load_plan(path: Path, data_dir: Path | None) -> dict[str, Any]:
+    """The plan, whose every variant is known to be a valid recipe."""
     plan = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(plan, dict) or not {"title", "recipe", "variants"} <= plan.keys() <= PLAN_KEYS:
         raise ValueError(
             f"{path} must be a mapping with title, recipe and variants, and may have {sorted(PLAN_KEYS)}."
         )
-    if not isinstance(plan["variants"], dict) or not plan["variants"]:
-        raise ValueError(f"The variants of {path} must map a name to options for each, got {plan['variants']!r}.")
+    plan = {"notes": "", "splits": ["validation"], **plan, "options": plan.get("options") or {}}
+    variants, splits = plan["variants"], plan["splits"]
+    is_mapping = isinstance(variants, dict) and all(isinstance(options, dict | None) for options in variants.values())
+    if not is_mapping or not variants:
+        raise ValueError(f"The variants of {path} must map a name to options for each, got {variants!r}.")
+    if not isinstance(plan["options"], dict):
+        raise ValueError(f"The options of {path} must map names to values, got {plan['options']!r}.")
+    if not isinstance(splits, list) or not splits:
+        raise ValueError(f"The splits of {path} must be a list, such as [validation, test], got {splits!r}.")
+    for split in splits:
+        split_names(split, f"In {path}, each of the splits")
     if (recipe := load_recipe(plan["recipe"])).task != "semantic-segmentation":
         raise ValueError(f"The table of a plan is of mean IoU: {path} has the recipe {recipe.name} for {recipe.task}.")
-    return {"notes": "", "splits": ["validation"], "options": {}, **plan}
+    for name in variants:
+        changes = {key: value for key, value in training_options(plan, name).items() if key in RECIPE_FIELDS}
+        try:
+            load_recipe(plan["recipe"], changes, data_dir)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path}, variant {name!r}: {error}") from error
+    return plan
 
 
 def run_name(plan: Path, variant: str) -> str:
@@ -121,7 +139,7 @@ def evaluate(plan: dict[str, Any], name: str, folder: Path, split: str, args: ar
     output = folder / f"{split}.json"
     words = ["--model", str(folder / "final"), "--split", split, "--output", str(output), "--runs", str(args.runs)]
     # A network is scored on images as it was trained on: resized and normalized alike.
-    recipe = {key: value for key, value in training_options(plan, name).items() if key in RECIPE_FIELDS}
+    recipe = {key: value for key, value in training_options(plan, name).items() if key in EVALUATION_FIELDS}
     run("evaluate.py", "--recipe", plan["recipe"], *data, *words, *option_words(recipe))
 
 

@@ -7,17 +7,17 @@
 
 Prints a table of the classes and writes the scores as JSON; beside that a picture of the confusion matrix and a grid of
 the worst images (image, labels, prediction). On the CPU each process computes on one thread, so that the counts are
-the same to the last pixel whatever the number of processes: start as many as there are cores. Every field of the recipe
-is an option too (`--eval_batch_size`).
+the same to the last pixel whatever the number of processes: start as many as there are cores. The fields of the recipe
+that say what is evaluated are options too (`--eval_batch_size`).
 """
 
 import argparse
 import copy
+import importlib
 import json
 import math
 import platform
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,8 @@ def parse_arguments() -> argparse.Namespace:
     views.add_argument("--flip", action="store_true", help="average over the image and its mirror image")
     views.add_argument("--window", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="slide a window of this size")
     views.add_argument("--window_stride", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="default: two thirds")
-    views.add_argument("--worst_images", type=int, default=8, help="images in the grid of the worst; 0 for no grid")
-    add_recipe_arguments(parser)
+    views.add_argument("--worst_images", type=int, help="images in the grid of the worst (default: 8); 0 for no grid")
+    add_recipe_arguments(parser, training=False)
     return parser.parse_args()
 
 
@@ -81,6 +81,7 @@ def main() -> None:
     if accelerator.is_main_process:
         check_output(args.output)
     check_processor(Path(args.model), recipe, accelerator)
+    model = load_network(args.model, recipe)
     with accelerator.main_process_first():  # which fills the cache of the data set
         samples = load_split(recipe, args.split, args.data_dir, args.streaming)
     recipe = with_classes_of(recipe, samples)
@@ -90,12 +91,14 @@ def main() -> None:
         )
     else:
         dataset = RecipeDataset(samples, recipe)
-    model = load_network(args.model, recipe)
+    description = describe(model, recipe, accelerator, args)
 
-    report = evaluate_model(model, dataset, recipe, accelerator, args)
+    scores, result = evaluate_model(model, dataset, recipe, accelerator, args)
     if accelerator.is_main_process:
-        report |= describe(model, recipe, accelerator, args)
+        report = scores | description
         args.output.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        if result is not None:
+            draw(result, recipe, args.output)
         if args.runs is not None:
             record_run(report, args)
     accelerator.end_training()
@@ -117,8 +120,11 @@ def check_options(args: argparse.Namespace, recipe: Recipe) -> None:
     """Refuse, before the work, what would have no effect or could not be written."""
     views = [name for name in ("flip", "window", "window_stride") if getattr(args, name)]
     views += ["scales"] if args.scales != [1.0] else []
+    views += ["worst_images"] if args.worst_images is not None else []
     if views and recipe.task != "semantic-segmentation":
         raise ValueError(f"--{views[0]} is for segmentation, the recipe {recipe.name} is for {recipe.task}.")
+    if args.worst_images is None:
+        args.worst_images = 8
     if args.runs is not None and args.runs.is_dir():
         raise ValueError(f"--runs {args.runs} is a folder: give the name of a file.")
 
@@ -167,14 +173,14 @@ def evaluate_model(
     recipe: Recipe,
     accelerator: Accelerator,
     args: argparse.Namespace,
-) -> dict[str, Any]:
-    """The scores; on the main process they are also printed and drawn."""
+) -> tuple[dict[str, Any], SegmentationEvaluation | None]:
+    """The scores, which the main process also prints, and in segmentation what there is to draw."""
     if recipe.task == "image-classification":
         result = evaluate_classification(model, dataset, recipe, accelerator, num_workers=args.num_workers)
         scores = result.scores()
         if accelerator.is_main_process:
             print(f"Accuracy {percent(scores['accuracy'])}, among five {percent(scores['top5_accuracy'])}")
-        return without_nan(scores) | {"num_images": result.num_images}
+        return without_nan(scores) | {"num_images": result.num_images}, None
     result = evaluate_segmentation(
         model,
         dataset,
@@ -189,22 +195,15 @@ def evaluate_model(
         num_worst=args.worst_images,
     )
     scores = result.scores()
-    names = class_names(recipe, model)
+    names = list(recipe.id2label.values())
     for key, values in scores.items():
         if key.startswith("per_class"):
             scores[key] = dict(zip(names, values, strict=True))
     if accelerator.is_main_process:
         print(class_table(scores, names))
-        draw(result, recipe, names, args.output)
     settings = {name: getattr(args, name) for name in ("scales", "flip", "window", "window_stride")}
     settings["resize"] = recipe.resize
-    return without_nan(scores) | {"num_images": result.num_images, "inference": settings}
-
-
-def class_names(recipe: Recipe, model: PreTrainedModel | ExportedNetwork) -> list[str]:
-    """A name for each class of the confusion matrix; a single label makes two."""
-    names = list(recipe.id2label.values())
-    return names if model.config.num_labels > 1 or len(names) > 1 else ["background", *names]
+    return without_nan(scores) | {"num_images": result.num_images, "inference": settings}, result
 
 
 def class_table(scores: dict[str, Any], names: list[str]) -> str:
@@ -230,7 +229,8 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def draw(result: SegmentationEvaluation, recipe: Recipe, names: list[str], output: Path) -> None:
+def draw(result: SegmentationEvaluation, recipe: Recipe, output: Path) -> None:
+    names = list(recipe.id2label.values())
     title = f"{recipe.title or recipe.name}, {result.num_images} images"
     matrix = plot_confusion_matrix(result.confusion_matrix.counts, names, title)
     matrix.save(output.with_name(f"{output.stem}_confusion_matrix.png"))
@@ -280,8 +280,10 @@ def describe(
 
 
 def describe_export(network: ExportedNetwork) -> dict[str, Any]:
-    packages = RUNTIME_PACKAGES[network.manifest.format]
-    return {"export": asdict(network.manifest), "runtime": {name: metadata.version(name) for name in packages}}
+    # By the modules: the GPU's runtimes are installed under other names.
+    modules = map(importlib.import_module, RUNTIME_PACKAGES[network.manifest.format])
+    versions = {module.__name__: getattr(module, "__version__", "unknown") for module in modules}
+    return {"export": asdict(network.manifest), "runtime": versions}
 
 
 def describe_checkpoint(model: PreTrainedModel, recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
@@ -327,5 +329,5 @@ def record_run(report: dict[str, Any], args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (CheckpointError, OSError, TypeError, ValueError) as error:
+    except (CheckpointError, ImportError, OSError, TypeError, ValueError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error

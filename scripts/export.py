@@ -13,6 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import transformers
 from transformers import AutoImageProcessor
 
 import lemore_hf  # noqa: F401 (registers LeMoRe with the Auto classes)
@@ -45,12 +46,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-size", type=int, help="largest height and width (default: none; ExecuTorch: 1024)")
     parser.add_argument("--max-batch-size", type=int, help="most images at once (default: any; ExecuTorch: 4)")
     parser.add_argument(
-        "--calibration-images", type=int, default=64, help="how many pictures of CALIBRATION_FOLDER to use"
+        "--calibration-images", type=int, help="how many pictures of CALIBRATION_FOLDER to use (default: 64)"
     )
     parser.add_argument(
         "--compare", metavar="FOLDER", type=Path, help="compare with PyTorch on this folder's pictures"
     )
     arguments = parser.parse_args()
+    if arguments.calibration_images is None:
+        arguments.calibration_images = 64
+    elif arguments.int8 is None:
+        parser.error("--calibration-images is for --int8: leave it out, or give the folder of the pictures")
     if arguments.calibration_images < 1:
         parser.error(f"--calibration-images must be at least 1, got {arguments.calibration_images}")
     return arguments
@@ -58,6 +63,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    transformers.utils.logging.disable_progress_bar()  # of loading, over within a second
     images = read_pictures(arguments.compare, 6) if arguments.compare else []
     precision = "int8" if arguments.int8 else "float16" if arguments.fp16 else "float32"
     model = load_trained_model(arguments.model)

@@ -6,7 +6,9 @@
 
 A picture gives `DIR/masks/NAME.png` (labels, with the palette's colours) and `DIR/overlays/NAME.png` (with a legend); a
 video `DIR/masks/NAME.mkv` (lossless, labels as grey levels) and `DIR/overlays/NAME.mp4`. Files that are there are kept:
-run the same command again to go on after an interruption. Inputs that cannot be read are skipped, and listed at the end.
+run the same command again to go on after an interruption. `DIR/predictions.json` notes which input and which model each
+result is of, so that those of others are not taken for this run's. Inputs that cannot be segmented are skipped, and
+listed at the end.
 """
 
 import argparse
@@ -15,9 +17,11 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 
+import transformers
 from tqdm.auto import tqdm
 
 import lemore_hf  # noqa: F401 (registers LeMoRe with the Auto classes)
@@ -26,12 +30,15 @@ from lemore_hf.inference import Segmenter
 from lemore_hf.prediction import (
     TARGETS,
     UnreadableInputError,
+    claim_results,
     find_inputs,
     is_video,
     predict_file,
     require_video_package,
     target_files,
 )
+
+DEFAULT_ALPHA = 0.5
 
 Job = tuple[Path, dict[str, Path], float]
 
@@ -42,12 +49,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--input", required=True, nargs="+", help="pictures, videos, folders and glob patterns")
     parser.add_argument("--output", required=True, type=Path, help="folder to write to")
     parser.add_argument("--write", choices=(*TARGETS, "both"), default="both")
-    parser.add_argument("--alpha", type=float, default=0.5, help="opacity of the overlays, 0 to 1")
+    parser.add_argument("--alpha", type=float, help=f"opacity of the overlays, 0 to 1 (default: {DEFAULT_ALPHA})")
     parser.add_argument("--processes", type=int, default=1, help="how many inputs to work on at once")
     parser.add_argument("--overwrite", action="store_true", help="write again what is there")
     arguments = parser.parse_args()
     if arguments.processes < 1:
         parser.error(f"--processes must be at least 1, got {arguments.processes}")
+    if arguments.alpha is None:
+        arguments.alpha = DEFAULT_ALPHA
+    elif arguments.write == "masks":
+        parser.error("--alpha is for overlays, --write masks writes none: leave one of them out")
     if not 0 <= arguments.alpha <= 1:
         parser.error(f"--alpha must lie in [0, 1], got {arguments.alpha}")
     return arguments
@@ -57,30 +68,37 @@ def main() -> None:
     arguments = parse_arguments()
     kinds = TARGETS if arguments.write == "both" else (arguments.write,)
     targets = target_files(find_inputs(arguments.input, arguments.output), arguments.output, kinds)
-    jobs = [
-        (source, files, arguments.alpha)
-        for source, files in targets.items()
-        if arguments.overwrite or not all(file.is_file() for file in files.values())
-    ]
+    jobs = []
+    for source, files in targets.items():
+        if missing := {kind: file for kind, file in files.items() if arguments.overwrite or not file.is_file()}:
+            jobs.append((source, missing, arguments.alpha))
     if any(is_video(source) for source, *_ in jobs):
         require_video_package()
 
-    outcomes = tqdm(run(jobs, arguments.model, arguments.processes), total=len(jobs), unit="file")
-    failures = {source: problem for source, problem in outcomes if problem}
-    print(f"{len(jobs) - len(failures)} written to {arguments.output}, {len(targets) - len(jobs)} were there.")
-    for source in sorted(failures):
-        print(f"Skipped {source}: {failures[source]}", file=sys.stderr)
+    outcomes: dict[Path, str | None] = {}
+    try:
+        for source, problem in tqdm(run(arguments, targets, jobs), total=len(jobs), unit="file"):
+            outcomes[source] = problem
+    finally:
+        failures = {source: problem for source, problem in outcomes.items() if problem}
+        written = len(outcomes) - len(failures)
+        if outcomes or not jobs:
+            print(f"{written} written to {arguments.output}, {len(targets) - len(jobs)} were there.")
+        for source in sorted(failures):
+            print(f"Skipped {source}: {failures[source]}", file=sys.stderr)
     if failures and len(failures) == len(targets):
-        sys.exit("Not one of the inputs could be read.")
+        sys.exit("Not one of the inputs could be segmented.")
 
 
-def run(jobs: list[Job], model: Path, processes: int) -> Iterator[tuple[Path, str | None]]:
+def run(
+    arguments: argparse.Namespace, targets: dict[Path, dict[str, Path]], jobs: list[Job]
+) -> Iterator[tuple[Path, str | None]]:
     """Each input with what is wrong with it, as they are finished."""
-    if not jobs:
-        return
-    processes = min(processes, len(jobs))
+    model, processes = arguments.model, max(1, min(arguments.processes, len(jobs)))
     threads = max(1, (os.cpu_count() or 1) // processes)
-    start_worker(model, threads)  # here too, so that a bad model is refused before any process is started
+    if jobs:
+        start_worker(model, threads)  # here too, so that a bad model is refused before any process is started
+    claim_results(arguments.output, model, targets, arguments.alpha, arguments.overwrite)
     if processes == 1:
         yield from map(work, jobs)
         return
@@ -89,6 +107,11 @@ def run(jobs: list[Job], model: Path, processes: int) -> Iterator[tuple[Path, st
         try:
             for future in as_completed([pool.submit(work, job) for job in jobs]):
                 yield future.result()
+        except BrokenProcessPool as error:
+            raise OSError(
+                "A process was ended from outside, most often because memory ran out: run the same command with fewer "
+                f"--processes than {processes}, and it goes on."
+            ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -96,6 +119,7 @@ def run(jobs: list[Job], model: Path, processes: int) -> Iterator[tuple[Path, st
 
 def start_worker(model: Path, num_threads: int) -> None:
     global segmenter
+    transformers.utils.logging.disable_progress_bar()  # of loading, over within a second
     segmenter = Segmenter(model, num_threads)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import lemore_hf
 from lemore_hf.checkpointing import atomic_folder
 from lemore_hf.data.recipes import load_recipe
-from lemore_hf.hub import CARD, WEIGHTS, PublishingError, ensure_card, push_folder, validate_folder
+from lemore_hf.hub import CARD, PICTURE_SUFFIXES, WEIGHTS, PublishingError, ensure_card, push_folder, validate_folder
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         results = json.loads(args.results.read_text(encoding="utf-8")) if args.results else None
+        if not isinstance(results, dict | None):
+            raise PublishingError(f"--results {args.results} is not the JSON object that scripts/evaluate.py writes.")
         name = args.recipe or (results or {}).get("recipe")
         card = {"results": results, "recipe": load_recipe(name) if name else None, "license": args.license}
         if args.figures and results is None and (args.model / CARD).is_file():
@@ -74,6 +76,10 @@ def refresh_code(folder: Path) -> None:
 
 
 def add_figures(folder: Path, figures: Sequence[Path]) -> None:
+    if other := [str(path) for path in figures if path.suffix.lower() not in PICTURE_SUFFIXES]:
+        raise PublishingError(f"--figures {', '.join(other)}: a card shows {', '.join(PICTURE_SUFFIXES)} only.")
+    if len({path.name for path in figures}) < len(figures):
+        raise PublishingError(f"--figures {', '.join(map(str, figures))}: two have one name, rename one of them.")
     for path in figures:
         (folder / "figures").mkdir(exist_ok=True)
         shutil.copyfile(path, folder / "figures" / path.name)

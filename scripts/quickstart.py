@@ -55,6 +55,8 @@ def main() -> None:
     args = parse_arguments()
     # The layers are small: threads that have to share the cores with anything else wait more than they work.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    if args.dataset is not None:
+        load_split(named_recipe(args), "train", args.dataset)  # what is not there is said at once
     first_look(args.output_dir)
     recipe = describe_data(args)
     train = RecipeDataset(load_split(recipe, "train", args.dataset), recipe, True, args.seed, cache="memory")
@@ -103,9 +105,13 @@ def check_reuse(settings: dict[str, str], settings_file: Path, folder: Path) -> 
         )
 
 
+def named_recipe(args: argparse.Namespace) -> Recipe:
+    return load_recipe(args.recipe or ("folder" if args.dataset else "scenes"), data_dir=args.dataset)
+
+
 def describe_data(args: argparse.Namespace) -> Recipe:
     """The recipe, with the classes and the size of the pictures found in the data where it does not know them."""
-    recipe = load_recipe(args.recipe or ("folder" if args.dataset else "scenes"), data_dir=args.dataset)
+    recipe = named_recipe(args)
     if recipe.num_classes is None:
         largest = 0
         for sample in tqdm(load_split(recipe, "train", args.dataset), "Counting classes"):
@@ -179,8 +185,7 @@ def fine_tune(recipe: Recipe, train: RecipeDataset, held_out: RecipeDataset, fol
     model = LeMoReForSemanticSegmentation(config).to(memory_format=torch.channels_last)
     make_trainer(model, recipe, args, train_dataset=FreshlyAugmented(train)).train()
     model.to(memory_format=torch.contiguous_format).save_pretrained(folder)
-    height, width = recipe.image_size
-    LeMoReImageProcessor(size={"height": height, "width": width}).save_pretrained(folder)
+    LeMoReImageProcessor(**recipe.processor_settings).save_pretrained(folder)
 
 
 def score(model, recipe: Recipe, held_out: RecipeDataset, args: argparse.Namespace) -> dict[str, float]:
@@ -219,4 +224,7 @@ def draw_held_out(held_out: RecipeDataset, recipe: Recipe, folder: Path, output_
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, TypeError, ValueError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error

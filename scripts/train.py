@@ -7,7 +7,8 @@
 
 Every field of the recipe is an option too (`--max_steps 1000 --learning_rate 5e-4`). A run can be killed at any
 moment; the same command with `--resume` goes on from its last checkpoint, at a constant rate (`--poly_power 0`) also
-beyond its end, with more `--max_steps`. The trained model lands in `OUT/final`.
+beyond its end, with more `--max_steps`. The trained model lands in `OUT/final`, the one that validated best in
+`OUT/best`.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import broadcast, is_tensorboard_available, set_seed
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
@@ -81,22 +83,29 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data_dir", type=Path, help="local folder of the data set; without it, from the Hub")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of checkpoints, logs and final model")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and dropout (default: 0)")
     parser.add_argument("--init_from", help="folder or Hub id of a checkpoint whose weights training starts from")
     parser.add_argument("--peer", choices=sorted(PEERS), help="train this network instead of LeMoRe")
     parser.add_argument("--streaming", action="store_true", help="read the data while training, never all of it")
     parser.add_argument(
         "--cache", choices=["memory", "device"], help="keep the decoded images in memory or on the GPU"
     )
-    parser.add_argument("--num_workers", type=at_least(0), default=2, help="processes that load data for each GPU")
-    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
-    parser.add_argument("--gradient_accumulation_steps", type=at_least(1), default=1)
+    parser.add_argument("--num_workers", type=at_least(0), default=2, help="loaders of each process (default: 2)")
+    parser.add_argument(
+        "--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="autocast; fp16 on a GPU only (default: no)"
+    )
+    parser.add_argument(
+        "--gradient_accumulation_steps",
+        type=at_least(1),
+        default=1,
+        help="batches that a process adds up to a step; batch_size counts them all together (default: 1)",
+    )
     parser.add_argument("--channels_last", action="store_true", help="use the channels-last memory format")
     parser.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
-    parser.add_argument("--eval_every", type=at_least(0), default=1000, help="steps between validations; 0 for none")
-    parser.add_argument("--save_every", type=at_least(0), default=1000, help="steps between checkpoints; 0 for none")
-    parser.add_argument("--keep_checkpoints", type=at_least(1), default=2, help="last ones to keep, besides the best")
-    parser.add_argument("--log_every", type=at_least(1), default=50, help="steps between log entries")
+    parser.add_argument("--eval_every", type=at_least(0), default=1000, help="steps between validations; 0: none (default: 1000)")
+    parser.add_argument("--save_every", type=at_least(0), default=1000, help="steps between checkpoints; 0: none (default: 1000)")
+    parser.add_argument("--keep_checkpoints", type=at_least(1), default=2, help="how many of the last to keep (default: 2)")
+    parser.add_argument("--log_every", type=at_least(1), default=50, help="steps between log entries (default: 50)")
     parser.add_argument("--push_to_hub", metavar="REPO_ID", help="publish the final model as this Hub repository")
     add_recipe_arguments(parser)
     args = parser.parse_args()
@@ -197,8 +206,25 @@ def main() -> None:
         disable=not accelerator.is_main_process,
     )
     pending: list[tuple[int, list[str], torch.Tensor]] = []  # Losses that have not been looked at yet.
-    is_finished = state.step >= recipe.max_steps and (args.output_dir / "run.json").is_file()
+
+    is_finished = state.step >= recipe.max_steps and steps_of_run(args.output_dir) == state.step
+
+    def validate() -> None:
+        """The scores of the weights as they are; a model that scores better than all before is kept in `OUT/best`."""
+        # Batch-norm statistics differ between processes; those of the main one are saved.
+        broadcast(list(averaged_model.buffers()))
+        scores = evaluate(averaged_model, validation, recipe, accelerator, num_workers=eval_workers, progress=False)
+        state.scores, state.scored_step = scores, state.step
+        log.write(step=state.step, **scores)
+        score = next(iter(scores.values()))
+        if state.best is None or score > state.best["score"]:
+            state.best = {"step": state.step, "score": score}
+            if accelerator.is_main_process:
+                export_model(averaged_model, recipe, args.output_dir / "best")
+
     try:
+        if is_due(args.eval_every, state.step, recipe) and state.scored_step != state.step:
+            validate()  # What interrupted the run has come between this step and its scores.
         while state.step < recipe.max_steps:
             prepared_model.train()
             if recipe.freeze_batch_norm:
@@ -224,16 +250,14 @@ def main() -> None:
             if ema is not None:
                 ema.update(model)
             progress.update()
-            is_last = state.step == recipe.max_steps
-            is_due = {
-                name: bool(every) and (state.step % every == 0 or is_last)
-                for name, every in (("log", args.log_every), ("eval", args.eval_every), ("save", args.save_every))
-            }
+            logs, evaluates, saves = (
+                is_due(every, state.step, recipe) for every in (args.log_every, args.eval_every, args.save_every)
+            )
             # Reading a loss waits for a GPU, so there it is done for many steps at once.
-            if any(is_due.values()) or accelerator.device.type == "cpu":
+            if logs or evaluates or saves or accelerator.device.type == "cpu":
                 mean_loss = check_losses(pending)
                 pending.clear()
-            if is_due["log"]:
+            if logs:
                 rate = progress.format_dict["rate"] or 0.0
                 log.write(
                     step=state.step,
@@ -244,18 +268,11 @@ def main() -> None:
                 progress.set_postfix_str(
                     f"loss {mean_loss:.3f}, lr {scheduler.get_last_lr()[0]:.1e}, {rate * recipe.batch_size:.0f} images/s"
                 )
-            if is_due["eval"]:
-                # Batch-norm statistics differ between processes; those of the main one are saved.
-                broadcast(list(averaged_model.buffers()))
-                state.scores = evaluate(
-                    averaged_model, validation, recipe, accelerator, num_workers=eval_workers, progress=False
-                )
-                log.write(step=state.step, **state.scores)
-                score = next(iter(state.scores.values()))
-                if state.best is None or score > state.best["score"]:
-                    state.best = {"step": state.step, "score": score}
-                    is_due["save"] = bool(args.save_every)  # The best is kept, whenever it comes.
-            if is_due["save"]:
+            if saves:
+                save(state, args)  # Before validating: what fails there costs no step.
+            if evaluates:
+                validate()
+            if evaluates and saves:
                 save(state, args)
     except BadSampleError:  # Raised on all processes, between two steps.
         if pending:
@@ -294,7 +311,8 @@ def prepare_output_folder(args: argparse.Namespace, accelerator: Accelerator) ->
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        recover_folder(args.output_dir / "final")
+        for name in ("final", "best"):
+            recover_folder(args.output_dir / name)
 
 
 def divide_batch(batch_size: int, num_processes: int, accumulation_steps: int) -> int:
@@ -314,6 +332,8 @@ def build_model(args: argparse.Namespace, recipe: Recipe) -> PreTrainedModel:
     if args.peer:
         if is_classification:
             raise ValueError(f"The peers are segmentation networks: --peer cannot train the recipe {recipe.name}.")
+        if recipe.model_config:
+            raise ValueError(f"model_config ({recipe.model_config}) is of LeMoRe: it excludes --peer.")
         return build_peer(args.peer, recipe.num_classes, recipe.id2label)
     model_class = LeMoReForImageClassification if is_classification else LeMoReForSemanticSegmentation
     fields = {
@@ -328,6 +348,13 @@ def build_model(args: argparse.Namespace, recipe: Recipe) -> PreTrainedModel:
     if Path(args.init_from).is_dir():
         refuse_pickled(Path(args.init_from))
     try:
+        found, _ = LeMoReConfig.get_config_dict(args.init_from)
+        if found.get("model_type") != LeMoReConfig.model_type or found.get("is_fused"):
+            kind = "a fused model, for inference alone" if found.get("is_fused") else f"of {found.get('model_type')!r}"
+            raise ValueError(
+                f"--init_from {args.init_from} is {kind}: give a LeMoRe checkpoint as training writes it, such as "
+                "OUT/final."
+            )
         return model_class.from_pretrained(
             args.init_from, use_safetensors=True, ignore_mismatched_sizes=True, dtype=torch.float32, **fields
         )
@@ -470,11 +497,21 @@ def check_losses(pending: list[tuple[int, list[str], torch.Tensor]]) -> float:
     return sum(values) / len(values)
 
 
+def is_due(every: int, step: int, recipe: Recipe) -> bool:
+    """Whether something that is done every so many steps, and at the end, is due after a step; 0 is never."""
+    return bool(every and step) and (step % every == 0 or step == recipe.max_steps)
+
+
+def steps_of_run(output_dir: Path) -> int | None:
+    """Steps of the finished run in a folder, whose model is in `final`; `None` where there is none."""
+    path = output_dir / "run.json"
+    return json.loads(path.read_text(encoding="utf-8"))["steps"] if path.is_file() else None
+
+
 def save(state: TrainingState, args: argparse.Namespace) -> None:
     state.save(checkpoint_folder(args.output_dir, state.step))
     if state.accelerator.is_main_process:
-        best = checkpoint_folder(args.output_dir, int(state.best["step"])) if state.best else None
-        prune_checkpoints(args.output_dir, args.keep_checkpoints, also_keep=best)
+        prune_checkpoints(args.output_dir, args.keep_checkpoints)
     state.accelerator.wait_for_everyone()
 
 
@@ -508,16 +545,7 @@ class RunLog:
 
 def export_model(model: PreTrainedModel, recipe: Recipe, folder: Path) -> None:
     """Model and image processor as a folder that `from_pretrained` and `pipeline` load."""
-    crop = {}
-    if recipe.task == "image-classification":
-        crop = {"do_center_crop": True, "crop_size": dict(zip(("height", "width"), recipe.crop_size, strict=True))}
-    processor = LeMoReImageProcessor(
-        size=recipe.processor_size,
-        image_mean=list(recipe.image_mean),
-        image_std=list(recipe.image_std),
-        do_reduce_labels=recipe.reduce_labels,
-        **crop,
-    )
+    processor = LeMoReImageProcessor(**recipe.processor_settings)
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
@@ -553,5 +581,8 @@ def write_summary(
 if __name__ == "__main__":
     try:
         main()
-    except (CheckpointError, FloatingPointError, OSError, PublishingError, TypeError, ValueError) as error:
+    except (
+        *(CheckpointError, FloatingPointError, OSError, PublishingError),
+        *(StrictDataclassError, TypeError, ValueError),
+    ) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error

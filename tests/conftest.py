@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-# Nothing here may reach for the network; two cores are shared by all tests.
+# No test asks the Hub (two ask package registries, for the suites that they run); two cores are shared by all.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

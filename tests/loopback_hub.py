@@ -23,6 +23,7 @@ class LoopbackHub(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), LoopbackHandler)
         self.repositories, self.objects, self.cut_repositories, self.requests = {}, {}, (), []
+        self.private_repositories = set()
 
     @property
     def url(self):
@@ -98,6 +99,8 @@ class LoopbackHandler(http.server.BaseHTTPRequestHandler):
             self.reply({"error": "You already created this model repo", "url": f"{self.server.url}/{repo_id}"}, 409)
         else:
             self.server.commit(repo_id, {".gitattributes": b"*.safetensors filter=lfs\n"})
+            if request.get("private") or request.get("visibility") == "private":
+                self.server.private_repositories.add(repo_id)
             self.reply({"url": f"{self.server.url}/{repo_id}"})
 
     def upload_actions(self, path, body):
@@ -116,7 +119,9 @@ class LoopbackHandler(http.server.BaseHTTPRequestHandler):
         files = self.server.repositories[repo_id]
         if action in ("info", "revision"):
             siblings = [{"rfilename": path} for path in files]
-            self.reply({"id": repo_id, "sha": self.server.revision(repo_id), "siblings": siblings, "tags": []})
+            private = repo_id in self.server.private_repositories
+            described = {"id": repo_id, "sha": self.server.revision(repo_id), "private": private, "tags": []}
+            self.reply(described | {"siblings": siblings})
         elif action == "tree" and len(parts) == 4:
             self.reply([self.entry(path, data) for path, data in files.items()])
         elif action == "preupload":

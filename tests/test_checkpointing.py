@@ -139,9 +139,9 @@ def test_an_error_inside_the_block_leaves_the_folder_as_it_was(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
-def test_pruning_keeps_the_last_and_the_best(tmp_path):
+def test_pruning_keeps_the_last(tmp_path):
     for step in (1, 2, 3, 4, 5):
         save_checkpoint(checkpoint_folder(tmp_path, step), TENSORS, {"step": step})
-    prune_checkpoints(tmp_path, keep=2, also_keep=checkpoint_folder(tmp_path, 2))
+    prune_checkpoints(tmp_path, keep=2)
     steps = [json.loads((folder / "state.json").read_text())["step"] for folder in list_checkpoints(tmp_path)]
-    assert steps == [2, 4, 5]
+    assert steps == [4, 5]

@@ -142,8 +142,8 @@ def test_an_older_line_of_the_same_name_is_no_score_of_a_new_training(compare, s
 
 
 def test_a_failing_variant_stops_with_its_command(compare):
-    with pytest.raises(SystemExit, match=r"train\.py ended with status .*--max_steps -1"):
-        compare({**PLAN, "options": {**PLAN["options"], "max_steps": -1}})
+    with pytest.raises(SystemExit, match=r"train\.py ended with status .*--num_workers -1"):
+        compare({**PLAN, "options": {**PLAN["options"], "num_workers": -1}})
 
 
 def test_mistakes_in_a_plan_are_named(compare):
@@ -157,3 +157,14 @@ def test_mistakes_in_a_plan_are_named(compare):
         compare({**PLAN, "recipe": "imagenet1k"})
     with pytest.raises(ValueError, match="must be a mapping with title, recipe and variants"):
         compare({**PLAN, "variant": {}})
+    with pytest.raises(ValueError, match=r"splits of .* must be a list, such as .*, got 'validation'"):
+        compare({**PLAN, "splits": "validation"})
+    with pytest.raises(ValueError, match=r"each of the splits must be train, validation, test.* got 'tset'"):
+        compare({**PLAN, "splits": ["tset"]})
+    with pytest.raises(ValueError, match="must map a name to options for each, got"):
+        compare({**PLAN, "variants": {"first": 3}})
+    # Before the first variant is trained.
+    with pytest.raises(ValueError, match=r"variant 'second': .*model_config has the field 'use_residul'"):
+        compare({**PLAN, "variants": {"first": None, "second": {"model_config": {"use_residul": False}}}})
+    with pytest.raises(SystemExit):
+        compare(PLAN, "--only", "first", "--table_only")

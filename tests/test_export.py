@@ -5,6 +5,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import CAMVID_DIR
 from PIL import Image
 from quick_fit import quick_fit
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
@@ -19,6 +21,7 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 from lemore_hf import LeMoReConfig, LeMoReForImageClassification, LeMoReForSemanticSegmentation
 from lemore_hf import export as export_module
 from lemore_hf.checkpointing import CheckpointError
+from lemore_hf.data.scenes import draw_scene
 from lemore_hf.export import ExportManifest, export_model
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 from lemore_hf.inference import Segmenter, comparison_sizes, label_agreement, read_pictures
@@ -37,11 +40,13 @@ Samples = list[tuple[Image.Image, Image.Image]]
 
 
 @pytest.fixture(scope="module")
-def samples(camvid_dir: Path) -> Samples:
-    """Six frames with their label maps."""
+def samples() -> Samples:
+    """Six frames with their label maps: CamVid's, or drawn ones where CamVid is not there."""
     import pyarrow.parquet
 
-    rows = pyarrow.parquet.read_table(camvid_dir / "test.parquet", columns=["image", "label"]).to_pylist()
+    if not (CAMVID_DIR / "test.parquet").is_file():
+        return [draw_scene(number, (360, 480), daylight=True) for number in range(6)]
+    rows = pyarrow.parquet.read_table(CAMVID_DIR / "test.parquet", columns=["image", "label"]).to_pylist()
     return [
         tuple(Image.open(io.BytesIO(row[column]["bytes"])) for column in ("image", "label"))
         for row in rows[:: len(rows) // 6][:6]
@@ -300,14 +305,27 @@ def test_command_line_names_what_is_wrong(checkpoint, tmp_path):
         ({"export_format": "torch", "precision": "int8"}, "int8 is for the formats 'onnx' and 'openvino'"),
         ({"export_format": "onnx", "precision": "int4"}, "'int4'"),
         ({"export_format": "onnx", "precision": "int8"}, "calibration_images"),
+        ({"export_format": "onnx", "calibration_images": [Image.new("RGB", (40, 40))]}, "`precision` is 'float32'"),
+        ({"export_format": "torch", "output_dir": "."}, "'.' has no name"),
         ({"export_format": "torch", "max_size": 31}, "at least 32.*31"),
         ({"export_format": "torch", "max_batch_size": 0}, "at least 1.*0"),
     ],
 )
 def test_options_that_cannot_be_met(options, message, model, image_processor, tmp_path):
     with pytest.raises(ValueError, match=message):
-        export_model(model, image_processor, tmp_path / "out", **options)
+        export_model(model, image_processor, **{"output_dir": tmp_path / "out"} | options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_export_is_told_from_a_missing_one(exported, tmp_path):
+    folder = Path(shutil.copytree(exported("torch"), tmp_path / "export"))
+    graph = folder / "model.pt2"
+    graph.write_bytes(graph.read_bytes()[:-5000])
+    with pytest.raises(CheckpointError, match=r"model\.pt2 is damaged.*export the model again"):
+        Segmenter(folder)
+    (folder / "lemore_export.json").write_text('{"format": "onnx", "fi')
+    with pytest.raises(CheckpointError, match=r"lemore_export\.json is damaged"):
+        Segmenter(folder)
 
 
 def test_only_a_segmentation_network_is_exported(checkpoint, image_processor, tmp_path):

@@ -49,6 +49,8 @@ def trained(model_class=LeMoReForSemanticSegmentation, **overrides):
     """A tiny model with weights and statistics that make every mistake in fusing it visible."""
     model = tiny(model_class, **overrides)
     for module in model.modules():
+        if isinstance(module, nn.Conv2d):  # they start too small to show beside the residuals
+            nn.init.kaiming_normal_(module.weight)
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, -1.5, 1.5)
             nn.init.normal_(module.bias, std=0.5)
@@ -129,6 +131,15 @@ def test_autocast():
     assert relative_error(actual, main_output(model, random_images())) < 16 * torch.finfo(torch.bfloat16).eps
 
 
+@pytest.mark.parametrize("size", [(90, 120), (90, 300)])
+def test_autocast_leaves_nothing_behind(size):
+    model, images = trained().fuse(), random_images(1, *size)
+    expected = main_output(copy.deepcopy(model), images)
+    with torch.autocast("cpu", torch.bfloat16):
+        main_output(model, images)
+    assert torch.equal(main_output(model, images), expected)
+
+
 # Ways to a fused model and from it
 
 
@@ -139,7 +150,8 @@ def test_survives_saving_and_loading(model_class, tmp_path):
     loaded, info = model_class.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     assert loaded.config.is_fused
-    assert torch.equal(main_output(loaded, random_images()), main_output(fused, random_images()))
+    # Not to the last bit: files hold no strides, by which kernels are chosen.
+    assert relative_error(main_output(loaded, random_images()), main_output(fused, random_images())) < 1e-5
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -582,6 +582,8 @@ def test_post_processing_errors():
         label_maps(logits, [(8, 9), (8, 9), (0, 9)])
     with pytest.raises(ValueError, match=r"\(8.5, 9\)"):
         label_maps(logits, [(8, 9), (8, 9), (8.5, 9)])
+    with pytest.raises(ValueError, match=r"\(height, width\) of positive integers, got 480"):
+        label_maps(logits[:2], (480, 640))
     with pytest.raises(ValueError, match=r"\(batch, num_labels, height, width\), got \(5, 8, 9\)"):
         label_maps(logits[0])
     for value in (float("nan"), float("inf"), float("-inf")):

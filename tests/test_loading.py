@@ -31,6 +31,7 @@ from lemore_hf.data.loading import (
 )
 from lemore_hf.data.recipes import load_recipe
 from lemore_hf.inference import read_picture
+from lemore_hf.pictures import to_rgb
 
 SIZE = (40, 48)
 VOID = 255
@@ -454,7 +455,7 @@ def test_training_sees_what_the_image_processor_sees(mode, tmp_path):
         (expected,) = processor(file, return_tensors="np")["pixel_values"]
     sample = SampleDecoder(folder_recipe())({"image": stored, "label": label_map(0)})
     np.testing.assert_array_equal(sample.image.numpy(), expected)
-    np.testing.assert_array_equal(np.asarray(read_picture(tmp_path / "picture")).transpose(2, 0, 1), expected)
+    np.testing.assert_array_equal(np.asarray(to_rgb(read_picture(tmp_path / "picture"))).transpose(2, 0, 1), expected)
 
 
 def test_exif_orientation_is_applied():

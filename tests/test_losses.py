@@ -293,3 +293,16 @@ def test_a_single_label_is_the_second_of_two(options):
     torch.testing.assert_close(criterion(logits, labels), criterion(both, labels))
     if not options:
         torch.testing.assert_close(criterion(logits, labels), segmentation_loss(logits, labels))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"label_smoothing": 1.5}, r"`label_smoothing` must lie in \[0, 1\), got 1.5"),
+        ({"stride": 0}, "`stride` must be at least 1, got 0"),
+        ({"lovasz_stride": 0}, "`lovasz_stride` must be at least 1, got 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(option, message):
+    with pytest.raises(ValueError, match=message):
+        SegmentationCriterion(**option)

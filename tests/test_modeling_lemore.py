@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import infer_auto_device_map
 from torch import nn
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
@@ -431,7 +432,6 @@ def test_gradients(height, width):
         {"classifier_dropout_prob": 0.5},
         {"batch_norm_eps": 0.1},
         {"batch_norm_momentum": 0.9},
-        {"initializer_range": 0.5},
         {"axis_initialization": "identity"},
         {"axis_initialization": "zeros"},
         {"num_labels": 6},
@@ -991,14 +991,53 @@ def test_fields_given_to_from_pretrained_are_checked(override, message, tmp_path
         LeMoReModel.from_pretrained(tmp_path, **override)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_whatever_hooks_a_convolution_is_called_in_training_too(autocast):
+@pytest.mark.parametrize(("dtype", "autocast"), [("float32", False), ("float32", True), ("bfloat16", False)])
+def test_whatever_hooks_a_convolution_is_called_in_training_too(dtype, autocast):
     """Pruning, adapters and probes hook or wrap modules: none may be passed by."""
-    model = LeMoReModel(LeMoReConfig(hidden_sizes=(8, 8, 8, 8), stem_sizes=(8,), image_size=64)).train()
+    dtype = getattr(torch, dtype)
+    model = LeMoReModel(LeMoReConfig(hidden_sizes=(8, 8, 8, 8), stem_sizes=(8,), image_size=64)).to(dtype).train()
     convolutions = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)}
     called = set()
     for name in convolutions:
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        model(torch.randn(2, 3, 64, 64))
+        model(torch.randn(2, 3, 64, 64, dtype=dtype))
     assert called == convolutions
+
+
+@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+def test_every_convolution_starts_with_the_initializer_range(model_class, tmp_path):
+    config = LeMoReConfig(initializer_range=0.03)
+    encoder = LeMoReModel(config)
+    encoder.save_pretrained(tmp_path)
+    for model in (model_class(config), model_class.from_pretrained(tmp_path)):
+        weights = {name: weight for name, weight in model.named_parameters() if weight.ndim > 1}
+        for name, weight in weights.items():
+            if "axis" in name or name.split(".")[-2] in ("frontal", "lateral"):
+                assert not weight.any(), name
+            else:
+                assert weight.std().item() == pytest.approx(0.03, rel=0.35), name
+        assert len(weights) > 40
+
+
+def test_a_configuration_without_dictionaries_gives_tuples(tmp_path):
+    pixel_values = random_images()
+    for model_class in MODEL_CLASSES:
+        model = tiny(model_class)
+        model.save_pretrained(tmp_path)
+        plain = model_class.from_pretrained(tmp_path, return_dict=False).eval()(pixel_values)
+        assert isinstance(plain, tuple)
+        torch.testing.assert_close(plain[0], model(pixel_values).to_tuple()[0])
+
+
+def test_a_path_is_no_configuration():
+    with pytest.raises((TypeError, ValueError), match="from_pretrained"):
+        LeMoReForSemanticSegmentation("some/folder")
+
+
+def test_parts_that_add_up_maps_stay_on_one_device():
+    model = tiny()
+    sizes = {0: 0, 1: 10**9}
+    for limit in range(20_000, 400_000, 20_000):  # bytes of the first device, so that the cut falls everywhere
+        places = infer_auto_device_map(model, sizes | {0: limit}, no_split_module_classes=model._no_split_modules)
+        assert not [name for name in places if name.startswith("decode_head.")]

@@ -20,7 +20,14 @@ from lemore_hf import prediction as prediction_module
 from lemore_hf.export import export_model
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 from lemore_hf.inference import Segmenter
-from lemore_hf.prediction import find_inputs, mask_image, overlay_image, predict_file, target_files
+from lemore_hf.prediction import (
+    claim_results,
+    find_inputs,
+    mask_image,
+    overlay_image,
+    predict_file,
+    target_files,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,6 +91,7 @@ def files_below(folder: Path) -> set[str]:
 
 
 EXPECTED = {f"{kind}/{name}.png" for kind in ("masks", "overlays") for name in ("one", "two", "more/one")}
+EXPECTED |= {"predictions.json"}
 
 
 def test_folder_is_segmented_in_parallel_and_the_damaged_file_is_listed(checkpoint, segmenter, pictures, tmp_path):
@@ -119,14 +127,69 @@ def test_second_run_writes_only_what_is_missing(checkpoint, pictures, tmp_path):
     (pictures / "damaged.jpg").unlink()
     first = run_script("--model", checkpoint, "--input", pictures, "--output", output)
     assert first.returncode == 0, first.stderr
-    kept, removed = output / "masks" / "one.png", output / "masks" / "two.png"
-    kept.write_bytes(b"marked")
+    kept, removed = [output / "masks" / "one.png", output / "overlays" / "two.png"], output / "masks" / "two.png"
+    for file in kept:
+        file.write_bytes(b"marked")
     removed.unlink()
     second = run_script("--model", checkpoint, "--input", pictures, "--output", output)
     assert "1 written" in second.stdout
     assert "2 were there" in second.stdout
-    assert kept.read_bytes() == b"marked"
+    assert [file.read_bytes() for file in kept] == [b"marked"] * 2
     assert files_below(output) == EXPECTED
+
+
+def test_results_of_something_else_are_not_taken_for_the_ones_asked_for(checkpoint, network, pictures, tmp_path):
+    output = tmp_path / "out"
+    targets = target_files({pictures / "one.png": Path("one.png")}, output, prediction_module.TARGETS)
+    claim_results(output, checkpoint, targets, 0.5)
+    for file in targets[pictures / "one.png"].values():
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"a result")
+    claim_results(output, checkpoint, targets, 0.5)  # the same again
+
+    another = {pictures / "more" / "one.jpg": targets[pictures / "one.png"]}
+    with pytest.raises(
+        ValueError, match=r"is the result of another input \(.*one\.png, now .*one\.jpg\): pass --overwrite"
+    ):
+        claim_results(output, checkpoint, another, 0.5)
+    with pytest.raises(ValueError, match=r"overlays/one\.png is the result of another alpha \(0\.5, now 1\.0\)"):
+        claim_results(output, checkpoint, targets, 1.0)
+    model = copy.deepcopy(network[0])
+    model.decode_head.classifier.bias.data += 1
+    model.save_pretrained(tmp_path / "retrained")
+    with pytest.raises(ValueError, match="is the result of another model"):
+        claim_results(output, tmp_path / "retrained", targets, 0.5)
+    claim_results(output, tmp_path / "retrained", targets, 0.5, overwrite=True)
+    with pytest.raises(ValueError, match="is the result of another model"):
+        claim_results(output, checkpoint, targets, 0.5)
+
+
+def test_an_input_is_never_replaced(pictures):
+    (pictures / "masks").mkdir()
+    labels = pictures / "masks" / "one.png"
+    Image.new("L", (40, 40)).save(labels)
+    inputs = find_inputs([str(labels)], pictures)
+    with pytest.raises(ValueError, match=r"would replace the input .*masks/one\.png: use another output folder"):
+        target_files(inputs, pictures, ["masks"])
+
+
+def test_grey_networks_get_grey_pictures(tmp_path):
+    config = LeMoReConfig(num_labels=2, num_channels=1, image_size=32, hidden_sizes=(8, 8, 8, 8), stem_sizes=(8,))
+    LeMoReForSemanticSegmentation(config).save_pretrained(tmp_path / "grey")
+    size = {"height": 32, "width": 32}
+    LeMoReImageProcessor(size=size, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]).save_pretrained(
+        tmp_path / "grey"
+    )
+    Image.new("L", (40, 30), 99).save(tmp_path / "picture.png")
+    predict_file(Segmenter(tmp_path / "grey"), tmp_path / "picture.png", {"overlays": tmp_path / "overlay.png"})
+    assert Image.open(tmp_path / "overlay.png").mode == "RGB"
+
+
+def test_alpha_without_overlays_is_refused(checkpoint, pictures, tmp_path):
+    words = ("--model", checkpoint, "--input", pictures, "--output", tmp_path / "out")
+    result = run_script(*words, "--write", "masks", "--alpha", 0.7)
+    assert result.returncode == 2
+    assert "--alpha is for overlays" in result.stderr
 
 
 def test_nothing_half_written_stays_behind(segmenter, pictures, tmp_path, monkeypatch):
@@ -206,6 +269,28 @@ def test_video_keeps_the_time_of_each_frame(segmenter, tmp_path):
     for target in targets.values():
         with av.open(str(target)) as result:
             assert [round(frame.time, 3) for frame in result.decode(video=0)] == [float(time) for time in times]
+
+
+def test_two_frames_at_one_time_are_both_kept(segmenter, tmp_path, monkeypatch):
+    import av
+
+    frames = [(patches(seed), Fraction(time), Fraction(25)) for seed, time in enumerate((0, 1, 1, 2))]
+    monkeypatch.setattr(prediction_module, "_frames", lambda source: iter(frames))
+    predict_file(segmenter, tmp_path / "film.mkv", {"overlays": tmp_path / "overlays.mp4"})
+    with av.open(str(tmp_path / "overlays.mp4")) as result:
+        times = [frame.time for frame in result.decode(video=0)]
+    assert len(times) == 4
+    assert times == sorted(set(times))
+
+
+def test_a_film_whose_frames_change_in_size_is_refused(segmenter, tmp_path, monkeypatch):
+    frames = [
+        (patches(0).resize(size), Fraction(time), Fraction(25)) for time, size in enumerate([(80, 60), (60, 80)])
+    ]
+    monkeypatch.setattr(prediction_module, "_frames", lambda source: iter(frames))
+    with pytest.raises(prediction_module.UnreadableInputError, match="change from 60×80 to 80×60 pixels"):
+        predict_file(segmenter, tmp_path / "film.mkv", {"masks": tmp_path / "out" / "masks.mkv"})
+    assert files_below(tmp_path / "out") == set()
 
 
 def test_links_are_read_by_their_own_names(pictures, tmp_path):

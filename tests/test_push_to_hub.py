@@ -222,6 +222,18 @@ def test_card_of_a_user_is_kept(folder):
         ensure_card(folder, "someone/lemore-test", recipe=load_recipe("camvid"))
     ensure_card(folder, "someone/lemore-test", RESULTS)
     assert "68.12" in (folder / "README.md").read_text()
+    ensure_card(folder, "someone/lemore-test")
+    with pytest.raises(PublishingError, match="loads from 'someone/lemore-test', not from 'else/lemore-test'"):
+        ensure_card(folder, "else/lemore-test")
+
+
+def test_card_of_a_network_with_a_single_label(folder):
+    config = LeMoReConfig.from_pretrained(folder, id2label={0: "crack"}, label2id={"crack": 0})
+    LeMoReForSemanticSegmentation(config).save_pretrained(folder)
+    scores = {"mean_iou": 0.7, "per_class_iou": {"off": 0.9, "crack": 0.5}}  # a recipe has a class for the rest
+    text = write_card(folder, "someone/lemore-test", scores).read_text()
+    assert "| off | 90.00 |" in text
+    assert "| crack | 50.00 |" in text
 
 
 @pytest.mark.parametrize(
@@ -337,6 +349,12 @@ def test_output_is_exactly_the_folder_that_would_be_uploaded(folder, tmp_path):
     push([*options, "--figures", str(tmp_path / "my plot.png"), "--output", str(output)])
     assert "![my plot](figures/my%20plot.png)" in (output / "README.md").read_text()
     assert (output / "figures" / "my plot.png").is_file()
+    (tmp_path / "plot.pdf").write_bytes(b"x")
+    with pytest.raises(SystemExit, match=r"plot\.pdf: a card shows \.png"):
+        push([*options, "--figures", str(tmp_path / "plot.pdf")])
+    (tmp_path / "scores.json").write_text("[]")
+    with pytest.raises(SystemExit, match=r"scores\.json is not the JSON object"):
+        push(["--model", str(folder), "--repo_id", "someone/x", "--results", str(tmp_path / "scores.json")])
     without_results = ["--model", str(folder), "--repo_id", "someone/lemore-test", "--dry_run"]
     with pytest.raises(SystemExit, match="has a card already; give --results"):
         push([*without_results, "--figures", str(tmp_path / "curves.png")])
@@ -361,7 +379,7 @@ PUBLISH_EACH = """
 
 
 def test_failures_are_explained_and_leave_everything_as_it_was(hub, folder, tmp_path):
-    write_card(folder, "someone/lemore-test", RESULTS)
+    (folder / "README.md").write_text("A card of its user's own.")
     before = contents(folder)
     other = {".gitattributes": b"", "config.json": b"{}", "notes.txt": b"important"}
     for name in ("taken", "replaced"):
@@ -374,11 +392,13 @@ def test_failures_are_explained_and_leave_everything_as_it_was(hub, folder, tmp_
         (hub.token, "someone/cut"),
         (hub.token, "someone/replaced", "--overwrite"),
         (hub.token, "replaced"),  # The same content again.
+        (hub.token, "replaced", "--private"),
+        (hub.token, "secret", "--private"),
     ]
     script = REPOSITORY / "scripts" / "push_to_hub.py"
     result = run_client(["-c", textwrap.dedent(PUBLISH_EACH)], hub, tmp_path, script, folder, json.dumps(runs))
     assert result.returncode == 0, result.stderr
-    wrong_token, taken, cut, replaced, again = json.loads(result.stdout.splitlines()[-1])
+    wrong_token, taken, cut, replaced, again, public, secret = json.loads(result.stdout.splitlines()[-1])
 
     # `sys.exit` with a text prints it and ends with status 1.
     assert wrong_token.startswith("error: cannot sign in")
@@ -394,5 +414,8 @@ def test_failures_are_explained_and_leave_everything_as_it_was(hub, folder, tmp_
     assert replaced is None
     assert set(hub.repositories["someone/replaced"]) == {".gitattributes", *map(str, validate_folder(folder))}
     assert again is None
+    assert public.startswith("error: the repository someone/replaced is there already, and public")
+    assert secret is None
+    assert hub.private_repositories == {"someone/secret"}
     assert sum(path == "/api/models/someone/replaced/commit/main" for _, path in hub.requests) == 1
     assert contents(folder) == before

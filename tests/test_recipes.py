@@ -171,6 +171,14 @@ def test_every_field_has_an_option_with_its_documentation():
         ({"split_file": "train.txt"}, ValueError, "split_file must hold"),
         ({"class_names": [f"class {i}" for i in range(256)]}, ValueError, "at most 255"),
         ({"mixup_alpha": 0.2}, ValueError, "mixup_alpha has no effect in semantic-segmentation"),
+        ({"task": "image-classification", "loss_stride": 2}, ValueError, "loss_stride has no effect in image-class"),
+        (
+            {"model_config": {"drop_view_rat": 0.3}},
+            ValueError,
+            r"field 'drop_view_rat' \(did you mean 'drop_view_rate'\?\)",
+        ),
+        ({"model_config": {"num_labels": 5}}, ValueError, "model_config has the field 'num_labels'"),
+        ({"model_config": {"image_size": 64}}, ValueError, "model_config has the field 'image_size'"),
         (
             {"task": "image-classification", "scale_range": [0.1, 1.0]},
             ValueError,

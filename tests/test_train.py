@@ -20,13 +20,14 @@ from launching import kill, launch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-from lemore_hf import LeMoReConfig, LeMoReForImageClassification, LeMoReForSemanticSegmentation
+from lemore_hf import LeMoReConfig, LeMoReForImageClassification, LeMoReForSemanticSegmentation, evaluation
 from lemore_hf.checkpointing import list_checkpoints, load_checkpoint, save_checkpoint
 from lemore_hf.data.augmentation import normalize, resize_for_evaluation
 from lemore_hf.data.loading import EpochSampler, RecipeDataset, load_split
 from lemore_hf.data.recipes import load_recipe
 from lemore_hf.data.scenes import load_scenes
 from lemore_hf.evaluation import evaluate, load_trained_model
+from lemore_hf.peers import build_peer
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_MODEL = {
@@ -119,10 +120,45 @@ def test_a_run_leaves_what_its_user_needs(uninterrupted):
         assert len(np.unique(np.asarray(curves))) > 10
     assert list((uninterrupted / "tensorboard").rglob("events*"))
     assert json.loads((uninterrupted / "run.json").read_text())["steps"] == 24
-    # The last two checkpoints, and the best, also where it comes between two of them.
-    best = load_checkpoint(list_checkpoints(uninterrupted)[-1])[1]["best"]["step"]
-    steps = {load_checkpoint(folder)[1]["step"] for folder in list_checkpoints(uninterrupted)}
-    assert steps == {21, 24, best}
+    steps = [load_checkpoint(folder)[1]["step"] for folder in list_checkpoints(uninterrupted)]
+    assert steps == [21, 24], "the last two"
+
+
+def test_the_model_that_validated_best_is_kept(uninterrupted, recipe, data_dir):
+    scores = {record["step"]: record["mean_iou"] for record in log_of(uninterrupted) if "mean_iou" in record}
+    best = json.loads((uninterrupted / "run.json").read_text())["best_validation"]
+    assert best == {"step": max(scores, key=scores.get), "score": max(scores.values())}
+    settings = load_recipe(recipe)
+    validation = RecipeDataset(load_split(settings, "validation", data_dir), settings)
+    found = evaluate(load_trained_model(uninterrupted / "best"), validation, settings, progress=False)
+    assert found["mean_iou"] == pytest.approx(best["score"], abs=1e-4)
+    assert AutoImageProcessor.from_pretrained(uninterrupted / "best").size == {"height": 64, "width": 64}
+
+
+@pytest.mark.parametrize("eval_every", ["1", "8"])
+def test_validating_changes_nothing_of_the_training(eval_every, tmp_path, recipe, data_dir):
+    options = ["--max_steps", "6", "--eval_every"]
+    run(recipe, data_dir, tmp_path / "never", *options, "0")
+    run(recipe, data_dir, tmp_path / "often", *options, eval_every)
+    assert weights_of(tmp_path / "never") == weights_of(tmp_path / "often")
+
+
+def test_a_validation_that_fails_costs_no_step_and_is_made_up(tmp_path, recipe, data_dir, run_here, monkeypatch):
+    options = ["--max_steps", "4", "--save_every", "2", "--eval_every", "2", "--log_every", "2", "--num_workers", "0"]
+    run_here(recipe, data_dir, tmp_path / "whole", *options)
+
+    def out_of_memory(*arguments, **options):
+        raise torch.OutOfMemoryError("the frame is too large")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            run_here(recipe, data_dir, tmp_path / "failed", *options)
+    state = load_checkpoint(list_checkpoints(tmp_path / "failed")[-1])[1]
+    assert (state["step"], state["scored_step"], state["scores"]) == (2, 0, {})
+    run_here(recipe, data_dir, tmp_path / "failed", *options, "--resume")
+    assert log_of(tmp_path / "failed") == log_of(tmp_path / "whole")
+    assert weights_of(tmp_path / "failed") == weights_of(tmp_path / "whole")
 
 
 def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_weights(tmp_path, recipe, data_dir, uninterrupted):
@@ -210,7 +246,7 @@ def test_a_checkpoint_of_before_a_setting_came_is_resumed_where_the_setting_is_o
 
 
 def test_a_run_of_constant_rate_goes_on_beyond_its_end(tmp_path, recipe, data_dir):
-    options = ("--poly_power", "0", "--eval_every", "0", "--max_steps")
+    options = ("--poly_power", "0", "--eval_every", "4", "--max_steps")
     whole, longer = tmp_path / "whole", tmp_path / "longer"
     run(recipe, data_dir, whole, *options, "8")
     run(recipe, data_dir, longer, *options, "4")
@@ -218,6 +254,13 @@ def test_a_run_of_constant_rate_goes_on_beyond_its_end(tmp_path, recipe, data_di
     assert weights_of(longer) == weights_of(whole)
     assert log_of(longer) == log_of(whole)
     assert json.loads((longer / "run.json").read_text())["steps"] == 8
+    # Killed while the longer run's model was written: the shorter one's is there, and is not taken for it.
+    shutil.rmtree(longer / "final")
+    (longer / "final").mkdir()
+    summary = json.loads((longer / "run.json").read_text())
+    (longer / "run.json").write_text(json.dumps(summary | {"steps": 4}))
+    run(recipe, data_dir, longer, *options, "8", "--resume")
+    assert weights_of(longer) == weights_of(whole)
     # It cannot be made shorter.
     (longer / "final" / "README.md").write_text("A card that was written since.")
     run(recipe, data_dir, longer, *options, "4", "--resume")
@@ -369,6 +412,15 @@ def test_weights_that_are_damaged_are_refused(tmp_path, recipe, data_dir, uninte
     weights.rename(damaged / "pytorch_model.bin")
     output = run(recipe, data_dir, tmp_path / "out", "--init_from", str(damaged), expect=1)
     assert "pytorch_model.bin" in output
+
+
+def test_what_is_no_checkpoint_of_lemore_is_refused(tmp_path, recipe, data_dir, uninterrupted, run_here):
+    build_peer("lraspp-mobilenet-v3-large", 9).save_pretrained(tmp_path / "peer")
+    with pytest.raises(SystemExit, match="is of 'lraspp-mobilenet-v3': give a LeMoRe checkpoint"):
+        run_here(recipe, data_dir, tmp_path / "out", "--init_from", str(tmp_path / "peer"))
+    load_trained_model(uninterrupted / "final").fuse().save_pretrained(tmp_path / "fused")
+    with pytest.raises(SystemExit, match="is a fused model"):
+        run_here(recipe, data_dir, tmp_path / "out", "--init_from", str(tmp_path / "fused"))
 
 
 def test_class_weights_are_counted_in_the_training_set(recipe, data_dir):

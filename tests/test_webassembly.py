@@ -35,7 +35,8 @@ def browser_runtime(tmp_path_factory) -> Path:
         pytest.skip("WebAssembly outside of a browser needs Node.js with npm")
     folder = tmp_path_factory.mktemp("browser")
     command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "onnxruntime-web@1"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    installed = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert installed.returncode == 0, installed.stderr
     (folder / "segment.mjs").write_text(SCRIPT, encoding="utf-8")
     return folder
 

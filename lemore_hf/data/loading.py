@@ -343,13 +343,14 @@ def _normalize_columns(samples, recipe: Recipe):
     samples = without_decoding(samples)
     wanted = {recipe.image_column: "image", recipe.label_column: "label"}
     available = samples.column_names or list(next(iter(samples)))
-    if recipe.name_column is not None and recipe.name_column in available:
+    if recipe.name_column is not None:
         wanted[recipe.name_column] = "name"
     elif "name" in available:
         wanted["name"] = "name"
     if missing := [column for column in wanted if column not in available]:
         raise ValueError(
-            f"The data has no column {_listed(missing)}, only {_listed(available)}: set image_column and label_column."
+            f"The data has no column {_listed(missing)}, only {_listed(available)}: set image_column, label_column and "
+            "name_column."
         )
     samples = samples.select_columns(list(wanted))
     samples = samples.rename_columns({old: new for old, new in wanted.items() if old != new})
@@ -427,9 +428,11 @@ class SampleDecoder:
                 return Sample(image, self._class_id(sample["label"]), name)
             labels = self._decode_labels(sample["label"])
             if image.shape[1:] != labels.shape:
+                turned = image.shape[:0:-1] == labels.shape
                 raise ValueError(
                     f"the image has {image.shape[2]}×{image.shape[1]} pixels and the label map "
                     f"{labels.shape[1]}×{labels.shape[0]}"
+                    + (" (both are turned as their EXIF orientation says: does only one have it?)" if turned else "")
                 )
             self._check_size(tuple(labels.shape))
             return Sample(image, labels, name)
@@ -653,13 +656,13 @@ class StreamedRecipeDataset(IterableDataset):
         skip = self._samples_to_skip()
         for epoch in itertools.count() if self.training else (0,):
             is_empty = True
-            for sample in self._shuffled(epoch) if self.training else self.samples:
+            for number, sample in enumerate(self._shuffled(epoch) if self.training else self.samples):
                 is_empty = False
                 if skip > 0:
                     skip -= 1
                     yield None
                     continue
-                yield self.transform(self.decode(sample), epoch, _checksum(sample["image"]))
+                yield self.transform(self.decode(sample, number), epoch, _checksum(sample["image"]))
             if is_empty:
                 return
 

@@ -33,6 +33,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from transformers import PreTrainedConfig
+
+from ..configuration_lemore import LeMoReConfig
 
 IGNORE_INDEX = 255
 SPLITS = ("train", "validation", "test")
@@ -86,7 +89,7 @@ class Recipe:
     train_on: str = "train"
     """Splits to train on, joined by "+": `train+validation`."""
     validate_on: str = "validation"
-    """Splits to choose the best checkpoint on."""
+    """Splits to choose the best model on."""
     data_files: dict[str, str] | None = None
     """Glob pattern of each split's parquet files in the Hub data set or below the local folder, where their names do
     not begin with the split's."""
@@ -217,6 +220,7 @@ class Recipe:
         self._validate_classes()
         self._validate_source()
         self._validate_ranges()
+        self._validate_model_config()
 
     def _validate_classes(self):
         names, count = self.class_names, self.num_classes
@@ -272,6 +276,18 @@ class Recipe:
         if self.split_file is not None and "{split}" not in self.split_file:
             raise ValueError(f'split_file must hold "{{split}}", got {self.split_file!r}.')
 
+    def _validate_model_config(self):
+        own = {field.name for field in dataclasses.fields(LeMoReConfig)}
+        own -= {field.name for field in dataclasses.fields(PreTrainedConfig)}
+        # What the recipe's own fields decide, and what is no network to train.
+        own -= {"num_channels", "image_size", "palette", "is_fused"}
+        for field in self.model_config:
+            if field not in own:
+                raise ValueError(
+                    f"model_config has the field {field!r}{_nearest(str(field), sorted(own))}, which is none of those "
+                    f"that it can set: {', '.join(sorted(own))}."
+                )
+
     def _validate_ranges(self):
         for field in ("image_size", "crop_size", "resize"):
             value = getattr(self, field)
@@ -283,7 +299,7 @@ class Recipe:
             if self.max_longest_edge < self.resize:
                 raise ValueError(f"max_longest_edge is {self.max_longest_edge}, shorter than resize ({self.resize}).")
         for field in _FIELDS_OF_THE_OTHER_TASK[self.task]:
-            if getattr(self, field):
+            if getattr(self, field) != type(self).__dataclass_fields__[field].default:
                 raise ValueError(f"{field} has no effect in {self.task}: leave it out.")
         if self.mix_prob != 1 and not (self.mixup_alpha or self.cutmix_alpha or self.classmix):
             raise ValueError(
@@ -333,6 +349,22 @@ class Recipe:
             return {"shortest_edge": self.resize, **longest}
         return dict(zip(("height", "width"), self.resize or self.image_size, strict=True))
 
+    @property
+    def processor_settings(self) -> dict[str, Any]:
+        """Arguments of the `LeMoReImageProcessor` that a model trained with the recipe goes with."""
+        settings = {
+            "size": self.processor_size,
+            "image_mean": list(self.image_mean),
+            "image_std": list(self.image_std),
+            "do_reduce_labels": self.reduce_labels,
+        }
+        if self.task == "image-classification":
+            settings |= {
+                "do_center_crop": True,
+                "crop_size": dict(zip(("height", "width"), self.crop_size, strict=True)),
+            }
+        return settings
+
     def replace(self, **changes: Any) -> "Recipe":
         """The recipe with some fields changed, validated anew."""
         return _build({**self.to_dict(), **_with_dependents(changes)}, f"recipe {self.name}")
@@ -342,10 +374,15 @@ class Recipe:
         return {field: _plain(getattr(self, field)) for field in _field_types()}
 
 
+_ORDER = [field.name for field in dataclasses.fields(Recipe)]
+TRAINING_FIELDS = frozenset(_ORDER[_ORDER.index("scale_range") :]) - {"eval_batch_size"}
+"""Augmentation, optimisation and loss: what evaluation does not look at."""
+
 _FIELDS_OF_THE_OTHER_TASK = {
     "semantic-segmentation": ("mixup_alpha",),
     "image-classification": (
-        *("class_weights", "ohem_threshold", "dice_weight", "lovasz_weight"),
+        *("class_weights", "ohem_threshold", "dice_weight", "lovasz_weight", "lovasz_stride", "loss_stride"),
+        "max_class_share",
         *("classmix", "label_map", "reduce_labels", "allow_all_void"),
     ),
 }
@@ -407,13 +444,18 @@ def load_recipe(
     return _build(values, origin)
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds an option for every field of a recipe (but its name). Only those given on the command line appear in the
-    parsed namespace; `recipe_overrides` collects them."""
+def add_recipe_arguments(parser: argparse.ArgumentParser, training: bool = True) -> None:
+    """Adds an option for every field of a recipe that changes what is done. Only those given on the command line appear
+    in the parsed namespace; `recipe_overrides` collects them.
+
+    Args:
+        parser: that gets the options.
+        training: also `TRAINING_FIELDS`, which only training looks at.
+    """
     group = parser.add_argument_group("recipe", "override a field of the recipe; none switches a part off")
     documentation = _field_documentation()
     for field, annotation in _field_types().items():
-        if field == "name":
+        if field in ("name", "status", "notes", "paper_mean_iou") or (field in TRAINING_FIELDS and not training):
             continue
         group.add_argument(
             f"--{field}",
