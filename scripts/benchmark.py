@@ -91,6 +91,12 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--tables without a number shows what --json FILE has, got the file {arguments.json}")
     if arguments.update and not arguments.json:
         parser.error("--update needs --json FILE, the file to update")
+    if arguments.json and arguments.json.is_dir():
+        parser.error(f"--json {arguments.json} is a folder: give the name of a file")
+    if arguments.chart and arguments.chart.suffix.lower() != ".png":
+        parser.error(f"--chart must be the name of a .png file, got {arguments.chart}")
+    for file in filter(None, (arguments.json, arguments.chart)):
+        file.parent.mkdir(parents=True, exist_ok=True)
     if arguments.seconds <= 0:
         parser.error(f"--seconds must be positive, got {arguments.seconds}")
     return _with_defaults(arguments)
@@ -126,7 +132,6 @@ def main() -> None:
     report = measured_report(arguments) if arguments.tables else json.loads(arguments.json.read_text(encoding="utf-8"))
     print_report(report)
     if arguments.chart:
-        arguments.chart.parent.mkdir(parents=True, exist_ok=True)
         plot_speed(speed_points(report), chart_title(report)).save(arguments.chart)
     failures = {reason(result) for result in report["results"] if "error" in result}
     if failures:
@@ -200,8 +205,10 @@ def measure_all(
         report["results"] = [result for result in before if identity(result) not in keys] + measured
         report["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            # Aside and renamed: what is killed in the middle leaves the rounds before.
+            part = arguments.json.with_name(f".{arguments.json.name}.writing")
+            part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            part.replace(arguments.json)
 
 
 def identity(result: dict[str, Any]) -> tuple:

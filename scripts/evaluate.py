@@ -125,6 +125,10 @@ def check_options(args: argparse.Namespace, recipe: Recipe) -> None:
         raise ValueError(f"--{views[0]} is for segmentation, the recipe {recipe.name} is for {recipe.task}.")
     if args.worst_images is None:
         args.worst_images = 8
+    if args.runs is not None and Path(args.model).name == "best":
+        raise ValueError(
+            f"--runs keeps lines of whole trainings, --model {args.model} is of one's middle: give its final."
+        )
     if args.runs is not None and args.runs.is_dir():
         raise ValueError(f"--runs {args.runs} is a folder: give the name of a file.")
 

@@ -92,7 +92,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--num_workers", type=at_least(0), default=2, help="loaders of each process (default: 2)")
     parser.add_argument(
-        "--mixed_precision", choices=["no", "bf16", "fp16"], default="no", help="autocast; fp16 on a GPU only (default: no)"
+        "--mixed_precision",
+        choices=["no", "bf16", "fp16"],
+        default="no",
+        help="autocast; fp16 on a GPU only (default: no)",
     )
     parser.add_argument(
         "--gradient_accumulation_steps",
@@ -102,9 +105,15 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--channels_last", action="store_true", help="use the channels-last memory format")
     parser.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
-    parser.add_argument("--eval_every", type=at_least(0), default=1000, help="steps between validations; 0: none (default: 1000)")
-    parser.add_argument("--save_every", type=at_least(0), default=1000, help="steps between checkpoints; 0: none (default: 1000)")
-    parser.add_argument("--keep_checkpoints", type=at_least(1), default=2, help="how many of the last to keep (default: 2)")
+    parser.add_argument(
+        "--eval_every", type=at_least(0), default=1000, help="steps between validations; 0: none (default: 1000)"
+    )
+    parser.add_argument(
+        "--save_every", type=at_least(0), default=1000, help="steps between checkpoints; 0: none (default: 1000)"
+    )
+    parser.add_argument(
+        "--keep_checkpoints", type=at_least(1), default=2, help="how many of the last to keep (default: 2)"
+    )
     parser.add_argument("--log_every", type=at_least(1), default=50, help="steps between log entries (default: 50)")
     parser.add_argument("--push_to_hub", metavar="REPO_ID", help="publish the final model as this Hub repository")
     add_recipe_arguments(parser)

@@ -322,6 +322,8 @@ def script():
         (["--size", "16", "64"], "32 × 32"),
         (["--rounds", "0"], "at least 1, got 0"),
         (["--runtimes", "abacus"], "abacus"),
+        (["--json", "."], "--json . is a folder"),
+        (["--chart", "speed"], "--chart must be the name of a .png file"),
     ],
 )
 def test_bad_options(arguments, message, script, monkeypatch, capsys):

@@ -417,6 +417,7 @@ def run_script(monkeypatch):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
         script.main()
 
+    run.module = script
     yield run
     AcceleratorState._reset_state(reset_partial_state=True)  # Other tests choose another precision.
 
@@ -461,6 +462,16 @@ def test_the_report_says_what_was_measured(run_script, tiny_lemore, model_dir, d
     (run,) = map(json.loads, runs.read_text().splitlines())
     assert (run["name"], run["seed"]) == (model_dir.parent.name, 7)
     assert run["evaluation"]["test"]["mean_iou"] == json.loads(output.read_text())["mean_iou"]
+
+
+def test_scores_are_written_before_they_are_drawn(run_script, model_dir, data_dir, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(run_script.module, "plot_confusion_matrix", fail)
+    with pytest.raises(RuntimeError, match="no font"):
+        run_script(*arguments(model_dir, data_dir, tmp_path / "metrics.json"))
+    assert json.loads((tmp_path / "metrics.json").read_text())["num_images"] == NUM_IMAGES
 
 
 @pytest.fixture(scope="module")
@@ -526,7 +537,9 @@ def test_bad_input_is_refused_before_the_work(run_script, model_dir, data_dir, t
     output = tmp_path / "metrics.json"
     with pytest.raises(ValueError, match=r"--runs .* is a folder"):
         run_script(*arguments(model_dir, data_dir, output, "--runs", str(tmp_path)))
-    for view in (["--flip"], ["--window", "32", "32"], ["--scales", "1", "2"]):
+    with pytest.raises(ValueError, match=r"--model .*best is of one's middle"):
+        run_script(*arguments(model_dir.parent / "best", data_dir, output, "--runs", str(tmp_path / "runs.jsonl")))
+    for view in (["--flip"], ["--window", "32", "32"], ["--scales", "1", "2"], ["--worst_images", "3"]):
         with pytest.raises(ValueError, match=rf"{view[0]} is for segmentation, the recipe imagenet1k is for image"):
             run_script("--model", str(model_dir), "--recipe", "imagenet1k", "--output", str(output), *view)
     with pytest.raises(FileNotFoundError, match="validation split"):

@@ -388,7 +388,7 @@ def test_missing_folders_splits_and_columns(tmp_path):
     write_parquet(tmp_path / "train.parquet", columns, features)
     with pytest.raises(FileNotFoundError, match="no parquet file of the test split"):
         load_split(recipe, "test", tmp_path)
-    with pytest.raises(ValueError, match="no column label, only image, annotation"):
+    with pytest.raises(ValueError, match="no column label, name, only image, annotation"):
         load_split(recipe, "train", tmp_path)
     with pytest.raises(ValueError, match="ade20k has no test split"):
         load_split(load_recipe("ade20k"), "test", tmp_path)

@@ -390,3 +390,6 @@ def test_evaluate_metric_streams_and_has_the_keys_of_mean_iou(tmp_path):
         with pytest.raises(TypeError, match=r"ignore_index=0, reduce_labels=True cannot be set here"):
             metric.compute(**whole, num_labels=7, ignore_index=0, reduce_labels=True)
         assert math.isnan(metric.compute()["mean_iou"])  # Nothing was counted.
+    alone = MeanIoU(num_labels=7, num_process=2, process_id=1, experiment_id="two", cache_dir=str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"num_process is 2, but torch\.distributed is not initialized"):
+        alone.add_batch(predictions=predictions[:2], references=labels[:2])

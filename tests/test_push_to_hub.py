@@ -185,8 +185,9 @@ def test_card_tells_of_the_run_that_the_weights_come_from(folder):
     (line,) = [line for line in text.splitlines() if line.startswith("300 steps")]
     assert line == "300 steps, 5.1 epochs over `train+validation`, from random weights; seed 3;"
     run["settings"]["init_from"] = "crops/final"
-    text = write_card(folder, "someone/lemore-test", {**RESULTS, "run": run}).read_text()
-    assert "from the weights of `crops/final`; seed 3;\n1.25 hours on a CPU with PyTorch 2.14.1." in text
+    text = write_card(folder, "someone/lemore-test", {**RESULTS, "run": run}, load_recipe("camvid")).read_text()
+    assert "from the weights of an earlier run, `crops`; seed 3;\n1.25 hours on a CPU with PyTorch 2.14.1." in text
+    assert "trained with train_on train+validation in" in text, "the recipe's notes"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import yaml
 from lemore_hf.data import scenes
 from lemore_hf.data.recipes import (
     IGNORE_INDEX,
+    TRAINING_FIELDS,
     Recipe,
     add_recipe_arguments,
     load_recipe,
@@ -128,13 +129,43 @@ def test_a_command_line_without_overrides_changes_nothing():
     assert recipe_overrides(parser.parse_args([])) == {}
 
 
-def test_every_field_has_an_option_with_its_documentation():
+@pytest.mark.parametrize("training", [True, False])
+def test_every_field_that_has_an_effect_has_an_option_with_its_documentation(training):
     parser = argparse.ArgumentParser()
-    add_recipe_arguments(parser)
+    add_recipe_arguments(parser, training)
     text = parser.format_help()
-    missing = [field for field in load_recipe("camvid").to_dict() if field != "name" and f"--{field} " not in text]
-    assert not missing
+    missing = {field for field in load_recipe("camvid").to_dict() if f"--{field} " not in text}
+    descriptive = {"name", "status", "notes", "paper_mean_iou"}
+    assert missing == (descriptive if training else descriptive | TRAINING_FIELDS)
     assert all(action.help for action in parser._actions)
+
+
+def test_what_evaluation_looks_at_is_not_of_training_alone():
+    assert {
+        "scale_range",
+        "cutmix_alpha",
+        "max_steps",
+        "learning_rate",
+        "lovasz_weight",
+        "loss_stride",
+    } <= TRAINING_FIELDS
+    kept = {
+        "resize",
+        "image_size",
+        "crop_size",
+        "image_mean",
+        "eval_batch_size",
+        "label_map",
+        "class_names",
+        "data_files",
+    }
+    assert not kept & TRAINING_FIELDS
+
+
+@pytest.mark.parametrize(("field", "value"), [("loss_stride", 2), ("lovasz_stride", 4), ("max_class_share", 0.5)])
+def test_numbers_of_segmentation_are_refused_in_classification(field, value):
+    with pytest.raises(ValueError, match=f"{field} has no effect in image-classification"):
+        load_recipe("imagenet1k", {"class_names": ["a", "b"], field: value})
 
 
 @pytest.mark.parametrize(
@@ -171,7 +202,6 @@ def test_every_field_has_an_option_with_its_documentation():
         ({"split_file": "train.txt"}, ValueError, "split_file must hold"),
         ({"class_names": [f"class {i}" for i in range(256)]}, ValueError, "at most 255"),
         ({"mixup_alpha": 0.2}, ValueError, "mixup_alpha has no effect in semantic-segmentation"),
-        ({"task": "image-classification", "loss_stride": 2}, ValueError, "loss_stride has no effect in image-class"),
         (
             {"model_config": {"drop_view_rat": 0.3}},
             ValueError,

@@ -261,7 +261,11 @@ def test_quickstarts_options_go_to_the_script_and_not_to_pip(tmp_path, options):
     (binaries / "activate").write_text(f'PATH="{binaries}:$PATH"\n')
     (tmp_path / "pyproject.toml").touch()
     command = ["bash", str(tmp_path / "scripts" / "quickstart.sh"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    elsewhere = tmp_path / "elsewhere"  # from which paths are read
+    elsewhere.mkdir()
+    (binaries / "python").write_text('#!/bin/sh\nprintf "<%s>" "$@"\necho\necho "$PWD" > "$0.place"\n')
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=elsewhere)
+    assert Path(f"{binaries / 'python'}.place").read_text().strip() == str(elsewhere)
     *_, pip, quickstart = done.stdout.splitlines()
     assert pip.endswith("<--editable><.>")
-    assert quickstart == "".join(f"<{word}>" for word in ("scripts/quickstart.py", *options))
+    assert quickstart == "".join(f"<{word}>" for word in (tmp_path / "scripts" / "quickstart.py", *options))
