@@ -78,7 +78,8 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
         batch_norm_momentum (`float`, *optional*, defaults to 0.1):
             Momentum of the batch norms' running statistics.
         initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of the classifiers' initial weights.
+            Standard deviation of the initial weights of all convolutions and classifiers (our choice; batch norms follow
+            the convolutions).
         axis_initialization (`str`, *optional*, defaults to `"zeros"`):
             Initial frontal and lateral weights (our choice): `"zeros"`, so that training starts from the transverse
             view alone, which must then be among `views`; `"normal"` (variance 1 / size), or `"identity"`.

@@ -94,7 +94,7 @@ class LeMoReImageProcessorMixin:
         Args:
             images: one image or a (nested) list of them: PIL images of any mode, paths, URLs, and NumPy arrays or torch
                 tensors of shape `(height, width)`, `(channels, height, width)`, `(height, width, channels)` or a batch of
-                those. Unsigned 16-bit values are scaled from [0, 65535] to [0, 255]; floats are taken as they are, so
+                the latter two (grey images in one array need their channel: `(batch, 1, height, width)`). Unsigned 16-bit values are scaled from [0, 65535] to [0, 255]; floats are taken as they are, so
                 that values in [0, 1] want `do_rescale=False`. The EXIF orientation of PIL images and files is applied.
                 Transparency is laid over white.
             segmentation_maps: for each image a map of its (upright) size with one integer label a pixel: PIL images of
@@ -551,7 +551,7 @@ def _check_target_sizes(target_sizes: Any, batch_size: int, default: tuple[int, 
             f"Got {len(sizes)} target sizes for a batch of {batch_size}: pass one (height, width) for each item."
         )
     for size in sizes:
-        if len(size) != 2 or any(int(value) != value or value < 1 for value in size):
+        if np.ndim(size) != 1 or len(size) != 2 or any(int(value) != value or value < 1 for value in size):
             raise ValueError(f"A target size must be a (height, width) of positive integers, got {size}.")
     return [(int(height), int(width)) for height, width in sizes]
 

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import functools
 import itertools
-import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -69,6 +68,25 @@ class LeMoReModelOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
+class LeMoReDilatedDepthwiseConv2d(nn.Conv2d):
+    """At least in single precision while it is trained on a CPU: oneDNN 3.12 (PyTorch 2.14) returns wrong weight gradients
+    for dilated depthwise convolutions in bfloat16 and channels-last."""
+
+    def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        if not self._trains_in_half_precision(hidden_state):
+            return super().forward(hidden_state)
+        dtype, compute_dtype = hidden_state.dtype, torch.promote_types(hidden_state.dtype, torch.float32)
+        with torch.autocast("cpu", enabled=False):
+            bias = None if self.bias is None else self.bias.to(compute_dtype)
+            return self._conv_forward(hidden_state.to(compute_dtype), self.weight.to(compute_dtype), bias).to(dtype)
+
+    @staticmethod
+    def _trains_in_half_precision(hidden_state: torch.Tensor) -> bool:
+        if hidden_state.device.type != "cpu" or not torch.is_grad_enabled():
+            return False
+        return torch.is_autocast_enabled("cpu") or hidden_state.dtype in (torch.bfloat16, torch.float16)
+
+
 class LeMoReConvLayer(nn.Module):
     """Convolution without bias, batch norm and, unless `activation` is off, the activation. Fused: no batch norm."""
 
@@ -87,7 +105,8 @@ class LeMoReConvLayer(nn.Module):
     ):
         super().__init__()
         kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-        self.convolution = nn.Conv2d(
+        convolution_class = LeMoReDilatedDepthwiseConv2d if dilation > 1 and groups > 1 else nn.Conv2d
+        self.convolution = convolution_class(
             in_channels,
             out_channels,
             kernel_size,
@@ -100,38 +119,8 @@ class LeMoReConvLayer(nn.Module):
         self.normalization = _batch_norm(config, out_channels)
         self.activation = ACT2FN[config.hidden_act] if activation else nn.Identity()
 
-        self.is_dilated_depthwise = dilation > 1 and groups > 1
-
     def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
-        if self.is_dilated_depthwise and self._trains_in_half_precision(hidden_state):
-            hidden_state = self._convolve_in_float32(hidden_state)
-        else:
-            hidden_state = self.convolution(hidden_state)
-        return self.activation(self.normalization(hidden_state))
-
-    @staticmethod
-    def _trains_in_half_precision(hidden_state: torch.Tensor) -> bool:
-        if hidden_state.device.type != "cpu" or not torch.is_grad_enabled():
-            return False
-        return torch.is_autocast_enabled("cpu") or hidden_state.dtype in (torch.bfloat16, torch.float16)
-
-    def _convolve_in_float32(self, hidden_state: torch.Tensor) -> torch.Tensor:
-        """The convolution, at least in single precision: oneDNN 3.12 (PyTorch 2.14) returns wrong weight gradients for
-        dilated depthwise convolutions in bfloat16 and channels-last."""
-        dtype, compute_dtype = hidden_state.dtype, torch.promote_types(hidden_state.dtype, torch.float32)
-        with torch.autocast("cpu", enabled=False):
-            convolution = self.convolution
-            if convolution.weight.dtype == compute_dtype:
-                return convolution(hidden_state.to(compute_dtype)).to(dtype)
-            bias = convolution.bias
-            return F.conv2d(
-                hidden_state.to(compute_dtype),
-                convolution.weight.to(compute_dtype),
-                None if bias is None else bias.to(compute_dtype),
-                padding=convolution.padding,
-                dilation=convolution.dilation,
-                groups=convolution.groups,
-            ).to(dtype)
+        return self.activation(self.normalization(self.convolution(hidden_state)))
 
     def fuse_(self) -> None:
         scale, bias = _scale_and_bias(self.normalization)
@@ -282,8 +271,9 @@ class LeMoReAxisView(nn.Module):
         key = (size, weight.dtype, weight.device, weight.data_ptr(), weight._version)
         factors = self._factors.get(key)  # other threads may forget what this one remembers
         if factors is None:
-            # What inference mode makes could not be used outside of it.
-            with torch.inference_mode(False), torch.no_grad():
+            # What inference mode or autocast makes could not be used outside of it.
+            autocast = torch.autocast(weight.device.type, enabled=False)
+            with torch.inference_mode(False), torch.no_grad(), autocast:
                 factors = self._make_factors(size)
             for oldest in list(self._factors)[: 1 - self.MAX_SIZES]:
                 self._factors.pop(oldest, None)
@@ -720,7 +710,7 @@ class LeMoRePreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LeMoReStage", "LeMoReGlobalBlock"]
+    _no_split_modules = ["LeMoReStage", "LeMoReGlobalBlock", "LeMoReDecodeHead"]
     _can_compile_fullgraph = True
     # Whether loading resampled the checkpoint's axis weights to another native size.
     axis_weights_were_resampled = False
@@ -730,6 +720,8 @@ class LeMoRePreTrainedModel(PreTrainedModel):
     }
 
     def __init__(self, config: LeMoReConfig, *inputs: Any, **kwargs: Any):
+        super().__init__(config, *inputs, **kwargs)  # which refuses what is no configuration
+        config = self.config
         config.validate_architecture()  # again: `from_pretrained(..., field=value)` sets fields of a finished config
         if config.palette is not None and len(config.palette) < config.num_labels:
             logger.warning(
@@ -737,7 +729,6 @@ class LeMoRePreTrainedModel(PreTrainedModel):
                 "others: it is left out. Give `palette=` to choose colours."
             )
             config.palette = None
-        super().__init__(config, *inputs, **kwargs)
 
     def fuse(self) -> LeMoRePreTrainedModel:
         """
@@ -848,31 +839,17 @@ class LeMoRePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """All convolutions and classifiers normal with `initializer_range`, norms as identity, as Transformers does it (our
+        choice; Kaiming's standard deviations by fan-out did no better in short trainings), and the axis views."""
         super()._init_weights(module)
-        if isinstance(module, LeMoReConvLayer):
-            self._init_convolution(module.convolution)
-        elif isinstance(module, LeMoReCartesianEncoder):
-            self._init_cartesian_encoder(module)
-        elif isinstance(module, LeMoReChannelAttention):
-            self._init_convolution(module.squeeze)
-            self._init_convolution(module.excite)
-        elif isinstance(module, LeMoReFeedForward):
-            self._init_convolution(module.depthwise)
-        elif isinstance(module, LeMoReAxisView):
+        # What has no weights of its own is not asked for here: Transformers takes it for initialized.
+        if isinstance(module, LeMoReAxisView):
             self._init_axis_view(module)
-
-    def _init_convolution(self, convolution: nn.Conv2d) -> None:
-        """Kaiming initialization by fan-out, with the fan of one group, as mobile networks are trained from."""
-        fan_out = convolution.out_channels // convolution.groups * math.prod(convolution.kernel_size)
-        init.normal_(convolution.weight, std=math.sqrt(2 / fan_out))
-
-    def _init_cartesian_encoder(self, encoder: LeMoReCartesianEncoder) -> None:
-        if "transverse" in encoder.views:
-            self._init_convolution(encoder.views["transverse"])
-        if hasattr(encoder, "axis_scale"):
-            init.ones_(encoder.axis_scale)
-        if hasattr(encoder, "axis_bias"):
-            init.zeros_(encoder.axis_bias)
+        elif isinstance(module, LeMoReCartesianEncoder):
+            if hasattr(module, "axis_scale"):
+                init.ones_(module.axis_scale)
+            if hasattr(module, "axis_bias"):
+                init.zeros_(module.axis_bias)
 
     def _init_axis_view(self, view: LeMoReAxisView) -> None:
         if self.config.axis_initialization == "normal":
@@ -1118,7 +1095,7 @@ class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
         """
         if labels is not None:
             self._check_labels(labels, pixel_values)
-        outputs = self.lemore(pixel_values, **kwargs)
+        outputs = self.lemore(pixel_values, return_dict=True, **kwargs)
         logits = self.decode_head(outputs.local_features, outputs.last_hidden_state)
         return SemanticSegmenterOutput(
             loss=None if labels is None else segmentation_loss(logits, labels, self.config.semantic_loss_ignore_index),
@@ -1185,7 +1162,7 @@ def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: 
         A scalar tensor in single precision (double for double logits).
     """
     num_labels = logits.shape[1]
-    labels = labels.long()
+    labels = labels.to(logits.device).long()  # a `device_map` may leave them elsewhere
     valid = labels != ignore_index
     invalid = valid & ((labels < 0) | (labels >= max(num_labels, 2)))
     labels = labels.masked_fill(~valid | invalid, ignore_index)
@@ -1356,7 +1333,7 @@ class LeMoReForImageClassification(LeMoRePreTrainedModel):
         Raises:
             `ValueError`: for pixel values that are not 4-D, have another channel count, or are smaller than 32×32.
         """
-        outputs = self.lemore(pixel_values, **kwargs)
+        outputs = self.lemore(pixel_values, return_dict=True, **kwargs)
         pooled = outputs.last_hidden_state.mean((2, 3))  # (B, S, H, W) → (B, S)
         logits = self.classifier(self.dropout(pooled))
         return ImageClassifierOutput(
