@@ -75,30 +75,28 @@ def main() -> None:
     if any(is_video(source) for source, *_ in jobs):
         require_video_package()
 
+    processes = max(1, min(arguments.processes, len(jobs)))
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    if jobs:
+        start_worker(arguments.model, threads)  # here too, so that a bad model is refused before anything is written
+    claim_results(arguments.output, arguments.model, targets, arguments.alpha, arguments.overwrite)
+
     outcomes: dict[Path, str | None] = {}
     try:
-        for source, problem in tqdm(run(arguments, targets, jobs), total=len(jobs), unit="file"):
+        for source, problem in tqdm(run(jobs, arguments.model, processes, threads), total=len(jobs), unit="file"):
             outcomes[source] = problem
     finally:
         failures = {source: problem for source, problem in outcomes.items() if problem}
         written = len(outcomes) - len(failures)
-        if outcomes or not jobs:
-            print(f"{written} written to {arguments.output}, {len(targets) - len(jobs)} were there.")
+        print(f"{written} written to {arguments.output}, {len(targets) - len(jobs)} were there.")
         for source in sorted(failures):
             print(f"Skipped {source}: {failures[source]}", file=sys.stderr)
     if failures and len(failures) == len(targets):
         sys.exit("Not one of the inputs could be segmented.")
 
 
-def run(
-    arguments: argparse.Namespace, targets: dict[Path, dict[str, Path]], jobs: list[Job]
-) -> Iterator[tuple[Path, str | None]]:
-    """Each input with what is wrong with it, as they are finished."""
-    model, processes = arguments.model, max(1, min(arguments.processes, len(jobs)))
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    if jobs:
-        start_worker(model, threads)  # here too, so that a bad model is refused before any process is started
-    claim_results(arguments.output, model, targets, arguments.alpha, arguments.overwrite)
+def run(jobs: list[Job], model: Path, processes: int, threads: int) -> Iterator[tuple[Path, str | None]]:
+    """Each input with what is wrong with it, as they are finished; in this process, or in several others."""
     if processes == 1:
         yield from map(work, jobs)
         return
