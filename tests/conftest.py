@@ -15,9 +15,15 @@ CAMVID_DIR = Path(os.environ.get("LEMORE_CAMVID", Path(__file__).resolve().paren
 
 
 @pytest.fixture(scope="session")
-def camvid_dir() -> Path:
+def camvid_dir_if_there() -> Path | None:
     """Folder of the CamVid parquet files, beside the checkout or where LEMORE_CAMVID says."""
+    return CAMVID_DIR if (CAMVID_DIR / "test.parquet").is_file() else None
+
+
+@pytest.fixture(scope="session")
+def camvid_dir(camvid_dir_if_there: Path | None) -> Path:
+    """The same, for tests that are about CamVid itself."""
     # Its terms keep the data out of the repository: who has it not can run all the other tests.
-    if not (CAMVID_DIR / "test.parquet").is_file():
+    if camvid_dir_if_there is None:
         pytest.skip(f"CamVid is not at {CAMVID_DIR}; set LEMORE_CAMVID to its folder")
-    return CAMVID_DIR
+    return camvid_dir_if_there

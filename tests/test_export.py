@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CAMVID_DIR
 from PIL import Image
 from quick_fit import quick_fit
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
@@ -40,13 +39,13 @@ Samples = list[tuple[Image.Image, Image.Image]]
 
 
 @pytest.fixture(scope="module")
-def samples() -> Samples:
+def samples(camvid_dir_if_there: Path | None) -> Samples:
     """Six frames with their label maps: CamVid's, or drawn ones where CamVid is not there."""
     import pyarrow.parquet
 
-    if not (CAMVID_DIR / "test.parquet").is_file():
+    if camvid_dir_if_there is None:
         return [draw_scene(number, (360, 480), daylight=True) for number in range(6)]
-    rows = pyarrow.parquet.read_table(CAMVID_DIR / "test.parquet", columns=["image", "label"]).to_pylist()
+    rows = pyarrow.parquet.read_table(camvid_dir_if_there / "test.parquet", columns=["image", "label"]).to_pylist()
     return [
         tuple(Image.open(io.BytesIO(row[column]["bytes"])) for column in ("image", "label"))
         for row in rows[:: len(rows) // 6][:6]

@@ -511,10 +511,12 @@ def _as_mapping(overrides: Mapping[str, Any] | Iterable[str] | None) -> dict[str
 
 def _with_dependents(changes: dict[str, Any]) -> dict[str, Any]:
     """The changes, with the fields reset that only made sense with the old values: a new class list brings its own
-    count and leaves colours and mapping behind, a new size its limit."""
+    count and leaves colours and mapping behind, a new size its limit, classification torchvision's range of scales."""
     result = dict(changes)
     if "class_names" in changes:
         result = {"num_classes": None, "palette": None, "label_map": None, "reduce_labels": False, **result}
+    if changes.get("task") == "image-classification":
+        result = {"scale_range": (0.08, 1.0), **result}  # there it is a share of the area
     if "resize" in changes:
         result = {"max_longest_edge": None, **result}
     return result
