@@ -150,7 +150,9 @@ def test_survives_saving_and_loading(model_class, tmp_path):
     loaded, info = model_class.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     assert loaded.config.is_fused
-    # Not to the last bit: files hold no strides, by which kernels are chosen.
+    weights = fused.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
+    # The outputs not to the last bit: files hold no strides, by which kernels are chosen.
     assert relative_error(main_output(loaded, random_images()), main_output(fused, random_images())) < 1e-5
 
 

@@ -432,6 +432,7 @@ def test_gradients(height, width):
         {"classifier_dropout_prob": 0.5},
         {"batch_norm_eps": 0.1},
         {"batch_norm_momentum": 0.9},
+        {"initializer_range": 0.5},
         {"axis_initialization": "identity"},
         {"axis_initialization": "zeros"},
         {"num_labels": 6},
