@@ -215,7 +215,6 @@ def main() -> None:
         disable=not accelerator.is_main_process,
     )
     pending: list[tuple[int, list[str], torch.Tensor]] = []  # Losses that have not been looked at yet.
-
     is_finished = state.step >= recipe.max_steps and steps_of_run(args.output_dir) == state.step
 
     def validate() -> None:
@@ -591,7 +590,12 @@ if __name__ == "__main__":
     try:
         main()
     except (
-        *(CheckpointError, FloatingPointError, OSError, PublishingError),
-        *(StrictDataclassError, TypeError, ValueError),
+        CheckpointError,
+        FloatingPointError,
+        OSError,
+        PublishingError,
+        StrictDataclassError,
+        TypeError,
+        ValueError,
     ) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
