@@ -1,10 +1,11 @@
 # Copyright 2026 The LeMoRe-HF contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizer parameter groups and the moving average of weights."""
+"""Optimizer parameter groups and averages of weights."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -82,3 +83,35 @@ class ExponentialMovingAverage:
             else:
                 average.copy_(value)
         torch._foreach_lerp_(averaged, current, 1 - decay)
+
+
+@torch.no_grad()
+def average_models(models: Sequence[nn.Module]) -> nn.Module:
+    """
+    The mean of models' weights and batch-norm statistics (model soups, Wortsman et al., ICML 2022), in the first of them.
+
+    For runs that branched off the same weights: between them the loss stays low. Of runs from different random weights
+    the mean is worth nothing.
+
+    Args:
+        models (`Sequence[nn.Module]`): One or more, of one architecture.
+
+    Returns:
+        `models[0]`, changed in place. Counters are its own.
+
+    Raises:
+        `ValueError`: where names or shapes of weights differ.
+    """
+    states = [model.state_dict() for model in models]
+    shapes = [{name: value.shape for name, value in state.items()} for state in states]
+    for number, other in enumerate(shapes[1:], 2):
+        differing = sorted(dict(shapes[0].items() ^ other.items()))
+        if differing:
+            raise ValueError(
+                f"Model {number} differs from the first in {len(differing)} weights, such as {differing[0]!r}: only "
+                "models of one architecture have a mean."
+            )
+    for name, value in states[0].items():
+        if value.is_floating_point():
+            value.copy_(torch.stack([state[name] for state in states]).mean(0))
+    return models[0]

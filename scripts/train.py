@@ -59,7 +59,12 @@ from lemore_hf.hardware import hardware_name, shares_cpu
 from lemore_hf.hub import PublishingError, push_folder, signed_in_user
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 from lemore_hf.losses import SegmentationCriterion, count_for_median_frequency, median_frequency_weights
-from lemore_hf.optimization import ExponentialMovingAverage, freeze_batch_norm_statistics, parameter_groups
+from lemore_hf.optimization import (
+    ExponentialMovingAverage,
+    average_models,
+    freeze_batch_norm_statistics,
+    parameter_groups,
+)
 from lemore_hf.peers import PEERS, build_peer, head_prefixes
 from lemore_hf.training_state import TrainingState
 from lemore_hf.visualization import plot_training_curve
@@ -84,7 +89,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of checkpoints, logs and final model")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and dropout (default: 0)")
-    parser.add_argument("--init_from", help="folder or Hub id of a checkpoint whose weights training starts from")
+    parser.add_argument(
+        "--init_from",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="folder or Hub id of a checkpoint whose weights training starts from; of several, their mean",
+    )
     parser.add_argument("--peer", choices=sorted(PEERS), help="train this network instead of LeMoRe")
     parser.add_argument("--streaming", action="store_true", help="read the data while training, never all of it")
     parser.add_argument(
@@ -335,7 +345,7 @@ def divide_batch(batch_size: int, num_processes: int, accumulation_steps: int) -
 
 
 def build_model(args: argparse.Namespace, recipe: Recipe) -> PreTrainedModel:
-    """The network with random weights, or with those of `--init_from` wherever they fit."""
+    """The network with random weights, or with those of `--init_from`, their mean, wherever they fit."""
     is_classification = recipe.task == "image-classification"
     if args.peer:
         if is_classification:
@@ -351,27 +361,31 @@ def build_model(args: argparse.Namespace, recipe: Recipe) -> PreTrainedModel:
         "palette": [list(colour) for colour in recipe.palette] if recipe.palette else None,
         **recipe.model_config,
     }
-    if args.init_from is None:
+    if not args.init_from:
         return model_class(LeMoReConfig(**fields))
-    if Path(args.init_from).is_dir():
-        refuse_pickled(Path(args.init_from))
+    return average_models([load_initial(checkpoint, model_class, fields) for checkpoint in args.init_from])
+
+
+def load_initial(checkpoint: str, model_class: type[PreTrainedModel], fields: dict[str, Any]) -> PreTrainedModel:
+    """The model of a checkpoint, with the recipe's fields in its configuration."""
+    if Path(checkpoint).is_dir():
+        refuse_pickled(Path(checkpoint))
     try:
-        found, _ = LeMoReConfig.get_config_dict(args.init_from)
+        found, _ = LeMoReConfig.get_config_dict(checkpoint)
         if found.get("model_type") != LeMoReConfig.model_type or found.get("is_fused"):
             kind = "a fused model, for inference alone" if found.get("is_fused") else f"of {found.get('model_type')!r}"
             raise ValueError(
-                f"--init_from {args.init_from} is {kind}: give a LeMoRe checkpoint as training writes it, such as "
-                "OUT/final."
+                f"--init_from {checkpoint} is {kind}: give a LeMoRe checkpoint as training writes it, such as OUT/final."
             )
         return model_class.from_pretrained(
-            args.init_from, use_safetensors=True, ignore_mismatched_sizes=True, dtype=torch.float32, **fields
+            checkpoint, use_safetensors=True, ignore_mismatched_sizes=True, dtype=torch.float32, **fields
         )
     except SafetensorError as error:
         raise CheckpointError(
-            f"The weights in {args.init_from} are truncated or damaged ({error}): download or copy them again."
+            f"The weights in {checkpoint} are truncated or damaged ({error}): download or copy them again."
         ) from error
     except OSError as error:
-        raise OSError(f"--init_from {args.init_from} is no folder here, or cannot be read: {error}") from error
+        raise OSError(f"--init_from {checkpoint} is no folder here, or cannot be read: {error}") from error
 
 
 def build_criterion(recipe: Recipe, dataset: RecipeDataset | None) -> nn.Module:
@@ -470,6 +484,8 @@ def fingerprint(args: argparse.Namespace, recipe: Recipe, accelerator: Accelerat
     if args.streaming:
         options.append("num_workers")  # each reads a part of its own
     run = {name: getattr(args, name) for name in options}
+    if args.init_from and len(args.init_from) == 1:  # as before it took several
+        (run["init_from"],) = args.init_from
     return json.loads(json.dumps({**data, **run, "num_processes": accelerator.num_processes}))
 
 

@@ -9,7 +9,12 @@ import torch
 from torch import nn
 
 from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation
-from lemore_hf.optimization import ExponentialMovingAverage, freeze_batch_norm_statistics, parameter_groups
+from lemore_hf.optimization import (
+    ExponentialMovingAverage,
+    average_models,
+    freeze_batch_norm_statistics,
+    parameter_groups,
+)
 
 
 @pytest.fixture
@@ -62,3 +67,23 @@ def test_frozen_batch_norm_statistics_stay(model):
         model.state_dict()["decode_head.fusions.0.local.normalization.running_mean"],
         before["decode_head.fusions.0.local.normalization.running_mean"],
     )
+
+
+def test_mean_of_models_is_that_of_each_weight_and_statistic(model):
+    others = [copy.deepcopy(model) for _ in range(2)]
+    for value in (value for other in others for value in other.state_dict().values()):
+        value.copy_(torch.rand_like(value) if value.is_floating_point() else value + 5)
+    states = [copy.deepcopy(one.state_dict()) for one in (model, *others)]
+    assert average_models([model, *others]) is model
+    for name, value in model.state_dict().items():
+        expected = [state[name] for state in states]
+        torch.testing.assert_close(value, sum(expected) / 3 if value.is_floating_point() else expected[0])
+
+
+@pytest.mark.parametrize(
+    "options", [{"hidden_sizes": (8, 8, 8, 16)}, {"use_channel_attention": False}], ids=["shapes", "names"]
+)
+def test_models_of_different_architectures_have_no_mean(model, options):
+    config = LeMoReConfig(**{"hidden_sizes": (8, 8, 8, 8), "stem_sizes": (8,), "image_size": 64, **options})
+    with pytest.raises(ValueError, match=r"Model 3 differs from the first in \d+ weights, such as"):
+        average_models([model, copy.deepcopy(model), LeMoReForSemanticSegmentation(config)])

@@ -188,6 +188,9 @@ def test_card_tells_of_the_run_that_the_weights_come_from(folder):
     text = write_card(folder, "someone/lemore-test", {**RESULTS, "run": run}, load_recipe("camvid")).read_text()
     assert "from the weights of an earlier run, `crops`; seed 3;\n1.25 hours on a CPU with PyTorch 2.14.1." in text
     assert "trained with train_on train+validation in" in text, "the recipe's notes"
+    run["settings"]["init_from"] = ["one/final", "two/best"]
+    text = write_card(folder, "someone/lemore-test", {**RESULTS, "run": run}).read_text()
+    assert "over `train+validation`, from the mean of the weights of earlier runs, `one`, `two`; seed 3;" in text
 
 
 @pytest.mark.parametrize(

@@ -414,6 +414,20 @@ def test_weights_that_are_damaged_are_refused(tmp_path, recipe, data_dir, uninte
     assert "pytorch_model.bin" in output
 
 
+def test_training_starts_from_the_mean_of_several_checkpoints(tmp_path, recipe, data_dir, uninterrupted, run_here):
+    folders = [str(uninterrupted / "final"), str(tmp_path / "other")]
+    other = load_trained_model(folders[0])
+    for parameter in other.parameters():
+        parameter.data.mul_(2)
+    other.save_pretrained(folders[1])
+    still = ["--max_steps", "1", "--learning_rate", "1e-12", "--freeze_batch_norm", "--num_workers", "0"]
+    run_here(recipe, data_dir, tmp_path / "out", *still, "--init_from", *folders)
+    mean = load_trained_model(tmp_path / "out" / "final")
+    for (name, one), found in zip(load_trained_model(folders[0]).named_parameters(), mean.parameters(), strict=True):
+        torch.testing.assert_close(found, 1.5 * one, msg=name)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["init_from"] == folders
+
+
 def test_what_is_no_checkpoint_of_lemore_is_refused(tmp_path, recipe, data_dir, uninterrupted, run_here):
     build_peer("lraspp-mobilenet-v3-large", 9).save_pretrained(tmp_path / "peer")
     with pytest.raises(SystemExit, match="is of 'lraspp-mobilenet-v3': give a LeMoRe checkpoint"):

@@ -11,8 +11,8 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -60,6 +60,10 @@ class Cell:
     @property
     def size(self) -> tuple[int, int]:
         return self.height, self.width
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.runtime.startswith("cuda")
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -130,7 +134,7 @@ def _resident(field: str) -> int:
 
 
 def _measure_inference(cell: Cell) -> dict[str, Any]:
-    if cell.runtime.startswith("cuda"):
+    if cell.on_gpu:
         return _measure_cuda_graph(cell)
     open_network = _open_torch if cell.runtime in TORCH_RUNTIMES else _OPEN[cell.runtime.split("-")[0]]
     run = open_network(cell)
@@ -174,9 +178,15 @@ def _measure_cuda_graph(cell: Cell) -> dict[str, Any]:
     _use_tensor_cores()
     dtype = torch.bfloat16 if cell.runtime == "cuda-bfloat16" else torch.float32
     layout = memory_format(cell.layout)
-    model = build_model(cell.model).to("cuda", dtype, memory_format=layout)
-    pixel_values = torch.randn(cell.batch_size, 3, *cell.size, device="cuda", dtype=dtype)
-    pixel_values = pixel_values.contiguous(memory_format=layout)
+    model = build_model(cell.model).to(dtype, memory_format=layout)
+    pixel_values = torch.randn(cell.batch_size, 3, *cell.size, dtype=dtype).contiguous(memory_format=layout)
+
+    with _gpu_alone(cell):
+        return _time_replays(model.to("cuda"), pixel_values.to("cuda"), cell.seconds)
+
+
+def _time_replays(model: Any, pixel_values: Any, seconds: float) -> dict[str, Any]:
+    import torch
 
     with torch.inference_mode():
         stream = torch.cuda.Stream()
@@ -196,7 +206,16 @@ def _measure_cuda_graph(cell: Cell) -> dict[str, Any]:
         graph.replay()
         torch.cuda.synchronize()
 
-    return {**timed(replay, cell.seconds), "peak_memory": memory}
+    return {**timed(replay, seconds), "peak_memory": memory}
+
+
+@contextmanager
+def _gpu_alone(cell: Cell) -> Iterator[None]:
+    """Waits until no other cell of the same benchmark has the GPU."""
+    from filelock import FileLock
+
+    with FileLock(Path(cell.folder, "gpu.lock")):
+        yield
 
 
 def _use_tensor_cores() -> None:
@@ -355,27 +374,27 @@ def _measure_peaks(cell: Cell) -> dict[str, Any]:
     large copy, per second."""
     import torch
 
-    on_gpu = cell.runtime.startswith("cuda")
-    device = "cuda" if on_gpu else "cpu"
+    device = "cuda" if cell.on_gpu else "cpu"
     dtype = torch.bfloat16 if cell.runtime == "cuda-bfloat16" else torch.float32
     torch.set_num_threads(cell.threads)
-    if on_gpu:
+    if cell.on_gpu:
         _use_tensor_cores()
-    side = 8192 if on_gpu else 2048
-    left, right = torch.randn(2, side, side, device=device).to(dtype)
-    source = torch.ones(2**28, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    synchronize = torch.cuda.synchronize if on_gpu else (lambda: None)
+    synchronize = torch.cuda.synchronize if cell.on_gpu else (lambda: None)
+    with _gpu_alone(cell) if cell.on_gpu else nullcontext():
+        side = 8192 if cell.on_gpu else 2048
+        left, right = torch.randn(2, side, side, device=device).to(dtype)
+        source = torch.ones(2**28, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
 
-    def multiply() -> None:
-        torch.mm(left, right)
-        synchronize()
+        def multiply() -> None:
+            torch.mm(left, right)
+            synchronize()
 
-    def copy() -> None:
-        target.copy_(source)
-        synchronize()
+        def copy() -> None:
+            target.copy_(source)
+            synchronize()
 
-    product, copied = timed(multiply, cell.seconds), timed(copy, cell.seconds)
+        product, copied = timed(multiply, cell.seconds), timed(copy, cell.seconds)
     return {
         "macs_per_second": side**3 / product["median"],
         "bytes_per_second": 2 * source.numel() / copied["median"],
