@@ -288,7 +288,8 @@ def layouts(runtime: str) -> tuple[str, ...]:
 def print_report(report: dict[str, Any]) -> None:
     machine = report["machine"]
     versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
-    print(f"{machine['processor']}, {machine['cores']} cores, {machine['cpu_capability']}; {versions}")
+    parts = [machine["processor"], f"{machine['cores']} cores", machine["cpu_capability"], machine["gpu"]]
+    print(f"{', '.join(filter(None, parts))}; {versions}")
     for peaks in report["results"]:
         if peaks["kind"] == "peaks" and "macs_per_second" in peaks:
             what = peaks["runtime"] or f"{peaks['threads']} threads"

@@ -6,6 +6,9 @@ import importlib.util
 import json
 import subprocess
 import sys
+import threading
+import time
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,6 +124,38 @@ def test_a_close_layout_stays(monkeypatch):
     monkeypatch.setattr(rounds, "run_cell", lambda cell, environment: {"median": 1.05 if cell == close else 1.0})
     *_, results = rounds.run_rounds([EAGER, close], 2)
     assert [len(results[cell]) for cell in (EAGER, close)] == [2, 2]
+
+
+def test_cells_of_a_gpu_start_side_by_side_and_those_of_a_cpu_alone(monkeypatch):
+    together, running, most = threading.Barrier(2, timeout=30), [], defaultdict(int)
+
+    def fake_run_cell(cell, environment):
+        running.append(cell)
+        if cell.on_gpu:
+            together.wait()  # fails unless two are there at a time
+        else:
+            time.sleep(0.01)
+        most[cell.on_gpu] = max(most[cell.on_gpu], len(running))
+        running.remove(cell)
+        return {"median": cell.batch_size}
+
+    monkeypatch.setattr(rounds, "run_cell", fake_run_cell)
+    monkeypatch.setattr(rounds, "_GPU_PROCESSES", 2)
+    cells = [replace(EAGER, runtime=name, batch_size=size) for name in ("eager", "cuda-bfloat16") for size in (1, 2)]
+    *_, results = rounds.run_rounds(cells, 2)
+    assert most[False] == 1
+    assert {cell: found[-1] for cell, found in results.items()} == {
+        cell: {"median": cell.batch_size} for cell in cells
+    }
+
+
+def test_one_cell_at_a_time_has_the_gpu(tmp_path):
+    cell = replace(EAGER, runtime="cuda-bfloat16", folder=str(tmp_path))
+    other = "from filelock import FileLock; import sys; FileLock(sys.argv[1] + '/gpu.lock').acquire(timeout=0)"
+    command = [sys.executable, "-c", other, tmp_path]
+    with cell_module._gpu_alone(cell):
+        assert "Timeout" in subprocess.run(command, capture_output=True, text=True).stderr
+    assert subprocess.run(command).returncode == 0
 
 
 # Processes

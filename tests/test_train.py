@@ -177,6 +177,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_weights(tmp_
                 if attempt % 2 and written:
                     time.sleep(chance.uniform(0, 0.1))
                     break
+                time.sleep(0.002)  # who never sleeps is made to wait while the run goes on
             if process.poll() is None:
                 kill(process)
                 kills += 1
