@@ -75,14 +75,11 @@ class ExponentialMovingAverage:
     def update(self, model: nn.Module) -> None:
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         self.num_updates += 1
-        averaged, current = [], []
-        for average, value in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
-            if average.is_floating_point():
-                averaged.append(average)
-                current.append(value)
-            else:
-                average.copy_(value)
+        states = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
+        averaged, current = zip(*(pair for pair in states if pair[0].is_floating_point()), strict=True)
         torch._foreach_lerp_(averaged, current, 1 - decay)
+        if counters := [pair for pair in states if not pair[0].is_floating_point()]:
+            torch._foreach_copy_(*zip(*counters, strict=True))
 
 
 @torch.no_grad()
