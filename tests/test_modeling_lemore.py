@@ -704,9 +704,12 @@ def test_a_training_step_compiles_to_one_graph():
 def test_exports_with_dynamic_batch_height_and_width():
     model = tiny(image_size=(96, 128))
     dynamic = torch.export.Dim.DYNAMIC
-    program = torch.export.export(
+    exported = torch.export.export(
         model, (random_images(2, 128, 160),), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
-    ).module()
+    )
+    # The attention's strips are for eager mode; PyTorch 2.11 cannot write them as ONNX.
+    assert not [node for node in exported.graph.nodes if "split" in str(node.target)]
+    program = exported.module()
     # Smaller and odd, native in one axis, native, and where eager mode mixes at the native size.
     for batch_size, height, width in ((3, 67, 101), (1, 96, 200), (1, 96, 128), (1, 300, 400)):
         pixel_values = random_images(batch_size, height, width)

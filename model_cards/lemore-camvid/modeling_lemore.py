@@ -596,6 +596,8 @@ class LeMoReNestedAttention(nn.Module):
         scale = self.key_dim**-0.5
         if not self.softmax_per_map:
             return (query.sum(2) @ key.sum(2).transpose(-2, -1) * scale).softmax(-1)
+        if torch.compiler.is_compiling():  # one product, of any number of tokens
+            return self._mean_of_maps(query * scale, key)
         strips = (query * scale).split(self._queries_at_once(query), dim=3)
         return torch.cat([self._mean_of_maps(strip, key) for strip in strips], dim=2)
 
@@ -603,8 +605,6 @@ class LeMoReNestedAttention(nn.Module):
         """Positions whose maps make a strip. All maps of a large image at once would be by far its largest tensor: nine
         times the square of the tokens."""
         num_tokens = query.shape[3]
-        if torch.compiler.is_compiling():  # one product, of any number of tokens
-            return num_tokens
         num_maps = query.shape[:2].numel() * self.num_projections**2
         bytes_of_a_query = max(1, num_maps * num_tokens * query.element_size())  # 0 for an empty batch
         return max(1, STRIP_BYTES // bytes_of_a_query)
