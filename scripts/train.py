@@ -310,6 +310,9 @@ def main() -> None:
             # What the last validation has found; without one the card says that there is no evaluation.
             results = {**state.scores, "split": recipe.validate_on, "run": summary} if state.scores else None
             push_folder(args.output_dir / "final", args.push_to_hub, results=results, recipe=recipe)
+    # The wrapper must go before the process group. Were it the last to hold it, it would wait for the group's threads
+    # with Python's lock in hand, which one of them may still need (a hang at the end, one run in fifty).
+    prepared_model, prepared_optimizer = accelerator.free_memory(prepared_model, prepared_optimizer)
     accelerator.end_training()
 
 

@@ -225,6 +225,33 @@ def test_two_processes_train_and_resume_to_the_same_weights(tmp_path, recipe, da
     assert log_of(whole)[-1]["mean_iou"] == pytest.approx(scores["mean_iou"], abs=1e-4)
 
 
+NOTHING_WRAPPED_AT_THE_END = """
+import gc, runpy, sys
+from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
+
+def end_training(self, end=Accelerator.end_training):
+    wrapped = [found for found in gc.get_objects() if isinstance(found, DistributedDataParallel)]
+    assert self.num_processes == 2 and not wrapped, f"{len(wrapped)} would outlive the process group"
+    end(self)
+
+Accelerator.end_training = end_training
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_processes_do_not_wait_for_each_other_forever_at_the_end(tmp_path, recipe, data_dir):
+    # A wrapper that outlived the process group could hang, which one run in fifty did; so none may be left by then.
+    (tmp_path / "watched.py").write_text(NOTHING_WRAPPED_AT_THE_END)
+    options = command(recipe, data_dir, tmp_path / "out", "--max_steps", "2", "--eval_every", "0")[2:]
+    watched = launch(2, tmp_path / "watched.py", ROOT / "scripts" / "train.py", *options)
+    result = subprocess.run(
+        watched, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, timeout=200
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
 def test_resuming_with_other_settings_is_refused(recipe, data_dir, uninterrupted):
     output = run(recipe, data_dir, uninterrupted, "--resume", "--learning_rate", "1e-4", expect=1)
     assert "recipe.learning_rate was 0.002, is 0.0001" in output
