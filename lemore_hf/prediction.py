@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from transformers import PreTrainedConfig
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
+from .export import MANIFEST
 from .inference import PICTURE_SUFFIXES, Segmenter, find_model, read_picture
 from .pictures import files_below
 from .visualization import default_palette, draw_segmentation
@@ -128,7 +130,8 @@ def claim_results(
         model (`Path`): Folder or graph of the network, known by the hash of its files.
         targets (`dict[Path, dict[str, Path]]`): The files of each input, from [`target_files`].
         alpha (`float`): Opacity of the overlays.
-        overwrite (`bool`): Whether what is there will be written anew.
+        overwrite (`bool`): Whether what is there will be written anew. What is of something else is deleted first: were
+            it left for later, a run that is interrupted before would leave it under this run's name.
 
     Raises:
         `ValueError`: where a file that would be kept is of another input, another model or another opacity.
@@ -142,12 +145,14 @@ def claim_results(
             origin |= {"alpha": alpha} if kind == "overlays" else {}
             name = file.relative_to(output_dir).as_posix()
             before = record.get(name, origin)
-            if file.is_file() and not overwrite and before != origin:
-                other = next(key for key in origin if before.get(key) != origin[key])
-                raise ValueError(
-                    f"{file} is the result of another {other} ({before.get(other)}, now {origin[other]}): pass "
-                    "--overwrite to write it anew, or another --output."
-                )
+            if file.is_file() and before != origin:
+                if not overwrite:
+                    other = next(key for key in origin if before.get(key) != origin[key])
+                    raise ValueError(
+                        f"{file} is the result of another {other} ({before.get(other)}, now {origin[other]}): pass "
+                        "--overwrite to write it anew, or another --output."
+                    )
+                file.unlink()
             record[name] = origin
     output_dir.mkdir(parents=True, exist_ok=True)
     with _whole_file(path) as part:
@@ -155,10 +160,12 @@ def claim_results(
 
 
 def _hash_of(model: Path) -> str:
-    """Sixteen digits for the network in a folder: its weights or graph, configuration and processor."""
+    """Sixteen digits for the network in a folder: its weights or graph, configuration and processor. What else lies
+    there, such as its scores, is not of it."""
     digest = hashlib.sha256()
     for path in sorted(find_model(model).iterdir()):
-        if path.suffix in (".json", ".safetensors", ".onnx", ".data", ".xml", ".bin", ".pt2", ".pte"):
+        is_network = path.suffix in (".safetensors", ".onnx", ".data", ".xml", ".bin", ".pt2", ".pte")
+        if is_network or path.name in (CONFIG_NAME, IMAGE_PROCESSOR_NAME, MANIFEST):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -249,7 +256,8 @@ def overlay_image(
 
 def _palette(config: PreTrainedConfig) -> list:
     num_colors = max(config.num_labels, 2)
-    return config.palette if len(config.palette or ()) >= num_colors else default_palette(num_colors)
+    palette = getattr(config, "palette", None) or ()  # other families have none
+    return palette if len(palette) >= num_colors else default_palette(num_colors)
 
 
 def _narrow(labels: np.ndarray, config: PreTrainedConfig) -> np.ndarray:
@@ -259,7 +267,7 @@ def _narrow(labels: np.ndarray, config: PreTrainedConfig) -> np.ndarray:
 def _predict_video(segmenter: Segmenter, source: Path, targets: dict[str, Path], alpha: float) -> None:
     writers: dict[str, _VideoWriter] = {}
     with contextlib.ExitStack() as stack:
-        for image, moment, rate in _frames(source):
+        for image, moment, rate, aspect_ratio in _frames(source):
             with _refusing(Exception):
                 labels = segmenter(image)
             pictures = {"masks": _narrow(labels, segmenter.config)}
@@ -267,14 +275,19 @@ def _predict_video(segmenter: Segmenter, source: Path, targets: dict[str, Path],
                 pictures["overlays"] = np.asarray(overlay_image(image, labels, segmenter.config, alpha, legend=False))
             for kind, target in targets.items():
                 if kind not in writers:
-                    writers[kind] = stack.enter_context(_VideoWriter(target, kind, rate))
+                    writers[kind] = stack.enter_context(_VideoWriter(target, kind, rate, aspect_ratio))
                 writers[kind].add(pictures[kind], moment)
     if not writers:
         raise UnreadableInputError("it has no frames")
 
 
-def _frames(source: Path) -> Iterator[tuple[Image.Image, Fraction, Fraction]]:
-    """The upright frames of a video, each with its time in seconds and the video's frame rate."""
+def _frames(source: Path) -> Iterator[tuple[Image.Image, Fraction, Fraction, Fraction]]:
+    """The upright frames of a video, each with its time in seconds from the first one's, the video's frame rate, and
+    the width of a pixel over its height.
+
+    Raises:
+        `UnreadableInputError`: for a file that is no video, or that ends long before its header says.
+    """
     import av
 
     with _refusing(Exception):
@@ -285,17 +298,24 @@ def _frames(source: Path) -> Iterator[tuple[Image.Image, Fraction, Fraction]]:
             stream.thread_type = "AUTO"
         frames = container.decode(stream)
         rate = stream.average_rate or Fraction(25)
+        start = None
         for number in itertools.count():
             with _refusing(Exception):
                 frame = next(frames, None)
                 image = None if frame is None else frame.to_image()
             if image is None:
-                return
+                break
+            aspect_ratio = stream.sample_aspect_ratio or Fraction(1)
             if frame.rotation:
                 image = image.rotate(frame.rotation, expand=True)
-            # Phones film at rates that vary.
+                aspect_ratio = 1 / aspect_ratio if frame.rotation % 180 else aspect_ratio
+            # Phones film at rates that vary, and recordings of a stream begin at any time.
             moment = number / rate if frame.pts is None else frame.pts * frame.time_base
-            yield image, moment, rate
+            start = moment if start is None else start
+            yield image, moment - start, rate, aspect_ratio
+        # Decoders end a film that was cut off as if that were its end. Not all formats tell how many frames there are.
+        if number < 0.95 * stream.frames:
+            raise UnreadableInputError(f"it ends after {number} of {stream.frames} frames: the file is not whole")
 
 
 class _VideoWriter:
@@ -303,13 +323,18 @@ class _VideoWriter:
 
     CLOCK = Fraction(1, 90_000)  # in seconds; MPEG's
 
-    def __init__(self, path: Path, kind: str, rate: Fraction):
+    def __init__(self, path: Path, kind: str, rate: Fraction, aspect_ratio: Fraction = Fraction(1)):
         import av
 
         self.is_mask = kind == "masks"
         self.container = av.open(str(path), "w", format="matroska" if self.is_mask else "mp4")
         self.stream = self.container.add_stream("ffv1" if self.is_mask else "libx264", rate=rate)
-        self.stream.codec_context.time_base = self.CLOCK
+        context = self.stream.codec_context
+        context.time_base = self.CLOCK
+        if not self.is_mask:
+            context.sample_aspect_ratio = aspect_ratio
+            # Said, since players guess by the size where nothing is: 1 is BT.709, and the narrow range, in ITU-T H.273.
+            context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
         self.size: tuple[int, int] | None = None
         self.last = -1
 
@@ -336,6 +361,8 @@ class _VideoWriter:
         # Some films have two frames at one time, which MP4 does not take.
         self.last = max(self.last + 1, round(moment / self.CLOCK))
         frame.pts, frame.time_base = self.last, self.CLOCK
+        if not self.is_mask:
+            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
         self.container.mux(self.stream.encode(frame))
 
     def __exit__(self, kind: type | None, *rest: object) -> None:

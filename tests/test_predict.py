@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from quick_fit import quick_fit
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation, LeMoReModel
 from lemore_hf import prediction as prediction_module
@@ -159,7 +160,14 @@ def test_results_of_something_else_are_not_taken_for_the_ones_asked_for(checkpoi
     model.save_pretrained(tmp_path / "retrained")
     with pytest.raises(ValueError, match="is the result of another model"):
         claim_results(output, tmp_path / "retrained", targets, 0.5)
+    (checkpoint / "metrics.json").write_text("{}")
+    claim_results(output, checkpoint, targets, 0.5)  # scores beside a network make no other of it
+    (checkpoint / "metrics.json").unlink()
     claim_results(output, tmp_path / "retrained", targets, 0.5, overwrite=True)
+    # Gone before the record says that they are of the new model: a run that is interrupted now is made up for.
+    assert not any(file.exists() for file in targets[pictures / "one.png"].values())
+    for file in targets[pictures / "one.png"].values():
+        file.write_bytes(b"a result")
     with pytest.raises(ValueError, match="is the result of another model"):
         claim_results(output, checkpoint, targets, 0.5)
 
@@ -183,6 +191,22 @@ def test_grey_networks_get_grey_pictures(tmp_path):
     Image.new("L", (40, 30), 99).save(tmp_path / "picture.png")
     predict_file(Segmenter(tmp_path / "grey"), tmp_path / "picture.png", {"overlays": tmp_path / "overlay.png"})
     assert Image.open(tmp_path / "overlay.png").mode == "RGB"
+
+
+def test_networks_of_other_families_are_drawn_too(pictures, tmp_path):
+    config = SegformerConfig(
+        depths=[1, 1], num_encoder_blocks=2, sr_ratios=[2, 1], hidden_sizes=[8, 8], num_attention_heads=[1, 1],
+        patch_sizes=[7, 3], strides=[4, 2], mlp_ratios=[1, 1], decoder_hidden_size=8, num_labels=3,
+    )  # fmt: skip
+    SegformerForSemanticSegmentation(config).save_pretrained(tmp_path / "segformer")
+    LeMoReImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "segformer")
+    segmenter = Segmenter(tmp_path / "segformer")
+    targets = {kind: tmp_path / f"{kind}.png" for kind in prediction_module.TARGETS}
+    predict_file(segmenter, pictures / "one.png", targets)
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(targets["masks"])), segmenter(Image.open(pictures / "one.png"))
+    )
+    assert Image.open(targets["overlays"]).mode == "RGB"
 
 
 def test_alpha_without_overlays_is_refused(checkpoint, pictures, tmp_path):
@@ -271,10 +295,67 @@ def test_video_keeps_the_time_of_each_frame(segmenter, tmp_path):
             assert [round(frame.time, 3) for frame in result.decode(video=0)] == [float(time) for time in times]
 
 
+def write_film(path: Path, start: int = 0, count: int = 20, sample_aspect_ratio: Fraction = Fraction(1)) -> None:
+    """Frames of one colour, which changes from frame to frame, ten a second from the second `start`."""
+    import av
+
+    options = {"movflags": "faststart"} if path.suffix == ".mp4" else {}
+    with av.open(str(path), "w", options=options) as film:
+        stream = film.add_stream("libx264", rate=10, options={"g": "1"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = sample_aspect_ratio
+        stream.codec_context.time_base = Fraction(1, 10)
+        for number in range(count):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 96, 3), 10 * number, np.uint8))
+            frame.pts, frame.time_base = 10 * start + number, Fraction(1, 10)
+            film.mux(stream.encode(frame))
+        film.mux(stream.encode())
+
+
+def test_a_film_that_was_cut_off_is_refused(segmenter, tmp_path):
+    write_film(tmp_path / "whole.mp4")
+    content = (tmp_path / "whole.mp4").read_bytes()
+    (tmp_path / "film.mp4").write_bytes(content[: len(content) * 2 // 3])
+    with pytest.raises(prediction_module.UnreadableInputError, match=r"ends after \d+ of 20 frames"):
+        predict_file(segmenter, tmp_path / "film.mp4", {"masks": tmp_path / "out" / "masks.mkv"})
+    assert files_below(tmp_path / "out") == set()
+
+
+def test_results_of_a_film_begin_with_it_and_keep_the_shape_of_its_pixels(segmenter, tmp_path):
+    import av
+
+    write_film(tmp_path / "film.mkv", start=100, count=3, sample_aspect_ratio=Fraction(4, 3))
+    targets = {"masks": tmp_path / "masks.mkv", "overlays": tmp_path / "overlays.mp4"}
+    predict_file(segmenter, tmp_path / "film.mkv", targets)
+    for target in targets.values():
+        with av.open(str(target)) as result:
+            assert [round(frame.time, 3) for frame in result.decode(video=0)] == [0, 0.1, 0.2]
+            if target.suffix == ".mp4":  # masks are for programs
+                assert result.streams.video[0].sample_aspect_ratio == Fraction(4, 3)
+
+
+def test_an_overlay_says_by_which_standard_its_colours_are_stored(segmenter, tmp_path, monkeypatch):
+    import av
+
+    colour = (0, 158, 115)
+    monkeypatch.setattr(
+        prediction_module, "overlay_image", lambda image, *_, **__: Image.new("RGB", image.size, colour)
+    )
+    write_film(tmp_path / "film.mp4", count=2)
+    predict_file(segmenter, tmp_path / "film.mp4", {"overlays": tmp_path / "overlays.mp4"})
+    with av.open(str(tmp_path / "overlays.mp4")) as result:
+        frame = next(result.decode(video=0))
+    luma, blue, red = (np.frombuffer(plane, np.uint8)[0].astype(float) for plane in frame.planes)
+    assert (frame.colorspace, frame.color_range) == (1, 1), "BT.709 in the narrow range"
+    y, b, r = (luma - 16) / 219, (blue - 128) / 224, (red - 128) / 224
+    decoded = 255 * np.array([y + 1.5748 * r, y - 0.1873 * b - 0.4681 * r, y + 1.8556 * b])
+    np.testing.assert_allclose(decoded, colour, atol=4)
+
+
 def test_two_frames_at_one_time_are_both_kept(segmenter, tmp_path, monkeypatch):
     import av
 
-    frames = [(patches(seed), Fraction(time), Fraction(25)) for seed, time in enumerate((0, 1, 1, 2))]
+    frames = [(patches(seed), Fraction(time), Fraction(25), Fraction(1)) for seed, time in enumerate((0, 1, 1, 2))]
     monkeypatch.setattr(prediction_module, "_frames", lambda source: iter(frames))
     predict_file(segmenter, tmp_path / "film.mkv", {"overlays": tmp_path / "overlays.mp4"})
     with av.open(str(tmp_path / "overlays.mp4")) as result:
@@ -285,7 +366,8 @@ def test_two_frames_at_one_time_are_both_kept(segmenter, tmp_path, monkeypatch):
 
 def test_a_film_whose_frames_change_in_size_is_refused(segmenter, tmp_path, monkeypatch):
     frames = [
-        (patches(0).resize(size), Fraction(time), Fraction(25)) for time, size in enumerate([(80, 60), (60, 80)])
+        (patches(0).resize(size), Fraction(time), Fraction(25), Fraction(1))
+        for time, size in enumerate([(80, 60), (60, 80)])
     ]
     monkeypatch.setattr(prediction_module, "_frames", lambda source: iter(frames))
     with pytest.raises(prediction_module.UnreadableInputError, match="change from 60×80 to 80×60 pixels"):
