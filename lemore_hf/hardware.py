@@ -1,6 +1,6 @@
 # Copyright 2026 The LeMoRe-HF contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""The hardware that a process runs on: its name, and whether several processes share a CPU."""
+"""The hardware that a process runs on: its name, its cores, and whether several processes share a CPU."""
 
 import contextlib
 import os
@@ -17,8 +17,13 @@ def hardware_name(device: torch.device | str) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     return f"{processor_name()}, {cores} core{'s' if cores != 1 else ''}"
+
+
+def usable_cores() -> int:
+    """The processor cores that this process may use, which taskset, a container or a cluster's scheduler may limit."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor_name() -> str:

@@ -12,8 +12,8 @@ same machine and replaces only what is measured now, so that a long benchmark ca
 """
 
 import argparse
+import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,6 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import lemore_hf
 from lemore_hf.benchmarking.cell import GRAPH_RUNTIMES, LAYOUTS, Cell
 from lemore_hf.benchmarking.models import NAMES
 from lemore_hf.benchmarking.preparation import draw_picture
@@ -36,10 +37,12 @@ from lemore_hf.benchmarking.report import (
     size_table,
 )
 from lemore_hf.benchmarking.rounds import prepare_models, run_cell, run_rounds
+from lemore_hf.hardware import usable_cores
 from lemore_hf.visualization import plot_speed
 
 RUNTIMES = ("eager", "compile", "bf16", *GRAPH_RUNTIMES, "training")
 CUDA_RUNTIMES = ("cuda-float32", "cuda-bfloat16")
+CHART_RUNTIMES = ("eager", "onnx", "openvino", "cuda-float32")
 SIZES = ((256, 256), (384, 384), (512, 512), (768, 768), (1024, 1024), (1024, 2048), (1536, 1536), (2048, 2048))
 SIZE_RUNTIMES = ("eager", "onnx", "openvino")
 PICTURE_MODELS = ("lemore", "segformer-b0")
@@ -99,7 +102,19 @@ def parse_arguments() -> argparse.Namespace:
         file.parent.mkdir(parents=True, exist_ok=True)
     if arguments.seconds <= 0:
         parser.error(f"--seconds must be positive, got {arguments.seconds}")
-    return _with_defaults(arguments)
+    arguments = _with_defaults(arguments)
+    if arguments.chart and arguments.tables and not arguments.update and not shows_points(arguments):
+        parser.error(
+            f"--chart shows single images of the first table in the runtimes {', '.join(CHART_RUNTIMES)}, of which "
+            "nothing would be measured: leave it out, or measure some of them"
+        )
+    return arguments
+
+
+def shows_points(arguments: argparse.Namespace) -> bool:
+    """Whether anything that is measured has a place in the chart."""
+    runtimes = CHART_RUNTIMES if arguments.runtimes is None else set(CHART_RUNTIMES).intersection(arguments.runtimes)
+    return 1 in arguments.tables and 1 in arguments.batch_sizes and bool(runtimes)
 
 
 def _positive(text: str) -> int:
@@ -110,7 +125,7 @@ def _positive(text: str) -> int:
 
 
 def _with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
-    two = min(2, os.cpu_count() or 1)
+    two = min(2, usable_cores())
     quick_models = ["lemore", "segformer-b0", "mobilenetv2-deeplabv3", "lraspp-mobilenet-v3-large"]
     defaults = {
         "models": (list(NAMES), quick_models),
@@ -132,7 +147,13 @@ def main() -> None:
     report = measured_report(arguments) if arguments.tables else json.loads(arguments.json.read_text(encoding="utf-8"))
     print_report(report)
     if arguments.chart:
-        plot_speed(speed_points(report), chart_title(report)).save(arguments.chart)
+        points = speed_points(report)
+        if points:
+            plot_speed(points, chart_title(report)).save(arguments.chart)
+        else:
+            print(
+                f"No chart: no single images of LeMoRe were measured in {', '.join(CHART_RUNTIMES)}.", file=sys.stderr
+            )
     failures = {reason(result) for result in report["results"] if "error" in result}
     if failures:
         sys.exit(f"Some measurements failed: {'; '.join(sorted(failures))}")
@@ -150,14 +171,23 @@ def measured_report(arguments: argparse.Namespace) -> dict[str, Any]:
     report = new_report(arguments, machine)
 
     with TemporaryDirectory() as scratch:
-        # A peer's graph takes one size alone.
-        folder = (arguments.work_dir or Path(scratch)).absolute() / "{}x{}".format(*arguments.size)
+        # A peer's graph takes one size alone, and another release writes other graphs.
+        height, width = arguments.size
+        folder = (arguments.work_dir or Path(scratch)).absolute() / f"{height}x{width}-{release_of(machine)}"
         folder.mkdir(parents=True, exist_ok=True)
         failed = prepare_all(report, arguments, folder)
         if arguments.prepare_only:
             sys.exit("\n".join(f"{model} {graph}: {reason(why)}" for (model, graph), why in failed.items()) or None)
         measure_all(report, arguments, folder, failed)
     return report
+
+
+def release_of(machine: dict[str, Any]) -> str:
+    """Eight digits for this package's code and the versions of the others."""
+    digest = hashlib.sha256(json.dumps(machine["versions"], sort_keys=True).encode())
+    for path in sorted(Path(lemore_hf.__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def new_report(arguments: argparse.Namespace, machine: dict[str, Any]) -> dict[str, Any]:
@@ -306,9 +336,9 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def speed_points(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """What the chart shows: single images on the most threads, in the runtimes that keep single precision."""
-    shown = ("eager", "onnx", "openvino", "cuda-float32")
-    results = [result for result in report["results"] if result["table"] == 1 and result["runtime"] in shown]
+    """What the chart shows: single images on the most threads, in the runtimes that keep single precision and have LeMoRe,
+    whose speed is the measure of the others'."""
+    results = [result for result in report["results"] if result["table"] == 1 and result["runtime"] in CHART_RUNTIMES]
     results = [result for result in results if result["kind"] == "inference"]
     threads = max((result["threads"] for result in results), default=1)
     points: dict[str, list[dict[str, Any]]] = {}
@@ -318,7 +348,7 @@ def speed_points(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         if counts and "median" in result and result["batch_size"] == 1 and on_all_threads:
             point = {"name": NAMES[result["model"]], "seconds": result["median"], **counts}
             points.setdefault(RUNTIME_NAMES[result["runtime"]], []).append(point)
-    return points
+    return {runtime: models for runtime, models in points.items() if models[0]["name"] == NAMES["lemore"]}
 
 
 def chart_title(report: dict[str, Any]) -> str:

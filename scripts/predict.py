@@ -13,7 +13,6 @@ listed at the end.
 
 import argparse
 import errno
-import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,6 +25,7 @@ from tqdm.auto import tqdm
 
 import lemore_hf  # noqa: F401 (registers LeMoRe with the Auto classes)
 from lemore_hf.checkpointing import CheckpointError
+from lemore_hf.hardware import usable_cores
 from lemore_hf.inference import Segmenter
 from lemore_hf.prediction import (
     TARGETS,
@@ -76,7 +76,8 @@ def main() -> None:
         require_video_package()
 
     processes = max(1, min(arguments.processes, len(jobs)))
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    # A process that is alone leaves it to its runtime, which knows the cores, and to the environment.
+    threads = max(1, usable_cores() // processes) if processes > 1 else None
     if jobs:
         start_worker(arguments.model, threads)  # here too, so that a bad model is refused before anything is written
     claim_results(arguments.output, arguments.model, targets, arguments.alpha, arguments.overwrite)
@@ -95,7 +96,7 @@ def main() -> None:
         sys.exit("Not one of the inputs could be segmented.")
 
 
-def run(jobs: list[Job], model: Path, processes: int, threads: int) -> Iterator[tuple[Path, str | None]]:
+def run(jobs: list[Job], model: Path, processes: int, threads: int | None) -> Iterator[tuple[Path, str | None]]:
     """Each input with what is wrong with it, as they are finished; in this process, or in several others."""
     if processes == 1:
         yield from map(work, jobs)
@@ -115,7 +116,7 @@ def run(jobs: list[Job], model: Path, processes: int, threads: int) -> Iterator[
             raise
 
 
-def start_worker(model: Path, num_threads: int) -> None:
+def start_worker(model: Path, num_threads: int | None) -> None:
     global segmenter
     transformers.utils.logging.disable_progress_bar()  # of loading, over within a second
     segmenter = Segmenter(model, num_threads)

@@ -359,6 +359,9 @@ def script():
         (["--runtimes", "abacus"], "abacus"),
         (["--json", "."], "--json . is a folder"),
         (["--chart", "speed"], "--chart must be the name of a .png file"),
+        (["--chart", "speed.png", "--tables", "3"], "of which nothing would be measured"),
+        (["--chart", "speed.png", "--runtimes", "bf16", "cuda-bfloat16"], "of which nothing would be measured"),
+        (["--chart", "speed.png", "--batch-sizes", "8"], "of which nothing would be measured"),
     ],
 )
 def test_bad_options(arguments, message, script, monkeypatch, capsys):
@@ -368,9 +371,40 @@ def test_bad_options(arguments, message, script, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_command_line(tmp_path):
+def test_a_chart_has_the_runtimes_that_lemore_ran_in(script):
+    report = json.loads((SCRIPT.parents[1] / "model_cards" / "benchmark.json").read_text())
+    everywhere = script.speed_points(report)
+    assert len(everywhere) == 3
+    report["results"] = [
+        result for result in report["results"] if (result["model"], result["runtime"]) != ("lemore", "onnx")
+    ]
+    without = script.speed_points(report)
+    assert without == {name: models for name, models in everywhere.items() if name != script.RUNTIME_NAMES["onnx"]}
+
+
+def test_figures_without_a_chart(script, monkeypatch, tmp_path, capsys):
+    file, chart = SCRIPT.parents[1] / "model_cards" / "benchmark_gpu.json", tmp_path / "chart.png"
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--tables", "--json", str(file), "--chart", str(chart)])
+    script.main()
+    assert "No chart" in capsys.readouterr().err
+    assert not chart.exists()
+
+
+def test_graphs_of_another_release_are_not_measured(script, monkeypatch, tmp_path):
+    machine = {"versions": {"torch": "2.14"}}
+    release = script.release_of(machine)
+    assert release == script.release_of(machine)
+    assert release != script.release_of({"versions": {"torch": "2.15"}})
+    (tmp_path / "lemore_hf").mkdir()
+    (tmp_path / "lemore_hf" / "__init__.py").write_text("changed = True")
+    monkeypatch.setattr(script.lemore_hf, "__file__", str(tmp_path / "lemore_hf" / "__init__.py"))
+    assert release != script.release_of(machine)
+
+
+def test_command_line(script, tmp_path):
     file, chart = tmp_path / "results" / "benchmark.json", tmp_path / "chart.png"
-    broken = tmp_path / "work" / "64x96" / "lemore" / "onnx"
+    release = script.release_of(measure(Cell("machine")))
+    broken = tmp_path / "work" / f"64x96-{release}" / "lemore" / "onnx"
     broken.mkdir(parents=True)
     (broken / "model.onnx").write_text("not a graph")
     options = ["--tables", "1", "--models", "lemore", "--runtimes", "eager", "onnx", "--batch-sizes", "1"]

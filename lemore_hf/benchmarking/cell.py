@@ -402,13 +402,12 @@ def _measure_peaks(cell: Cell) -> dict[str, Any]:
 
 
 def _describe_machine(cell: Cell) -> dict[str, Any]:
-    import os
     import platform
     from importlib import metadata
 
     import torch
 
-    from lemore_hf.hardware import processor_name
+    from lemore_hf.hardware import processor_name, usable_cores
 
     versions = {"python": platform.python_version()}
     for package in ("torch", "torchvision", "transformers", "onnxruntime", "openvino", "nncf", "numpy", "pillow"):
@@ -417,7 +416,7 @@ def _describe_machine(cell: Cell) -> dict[str, Any]:
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor_name(),
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": versions,

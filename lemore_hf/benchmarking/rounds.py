@@ -17,12 +17,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..hardware import usable_cores
 from . import cell as cell_module
 from .cell import GRAPH_RUNTIMES, Cell
 
 _SLOWER_LAYOUT = 1.1
 # Cells of a GPU at a time: one has it, the others import and build their models on the CPU meanwhile.
-_GPU_PROCESSES = min(8, max(1, (os.cpu_count() or 1) // 2))
+_GPU_PROCESSES = min(8, max(1, usable_cores() // 2))
 
 
 def run_cell(cell: Cell, environment: Mapping[str, str] | None = None, timeout: float = 900) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def run_cell(cell: Cell, environment: Mapping[str, str] | None = None, timeout: 
 
 def prepare_models(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
     """Prepare models side by side, one a core, since nothing is timed yet; what [`prepare`] returns by model."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         results = tqdm(pool.map(run_cell, cells), total=len(cells), desc="Preparing", unit="model")
         return {cell.model: result for cell, result in zip(cells, results, strict=True)}
 
