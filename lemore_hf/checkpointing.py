@@ -24,11 +24,17 @@ from safetensors.torch import load_file, save_file
 
 TENSORS_NAME = "tensors.safetensors"
 STATE_NAME = "state.json"
+# Folders that are being written, replaced or deleted, behind a dot and the name.
+_WRITING, _REPLACED, _DOOMED = ".writing", ".replaced", ".doomed"
 PICKLED_SUFFIXES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read. The message names the file, the reason and the way out."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint whose files are not what was written."""
 
 
 @contextlib.contextmanager
@@ -37,13 +43,16 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     A temporary folder that becomes `folder`, replacing what was there, once the block has ended well.
 
     Everything is on the disk before the name changes, so that a process killed at any moment leaves the old folder or
-    the new one.
+    the new one; between two renames the old one under a hidden name, from which `recover_folders` brings it back.
+
+    Args:
+        folder (`Path`): A link to a folder stays one.
 
     Raises:
         `CheckpointError`: if the disk is full or not writable; what was there before is kept.
     """
-    temporary = folder.with_name(f".{folder.name}.writing")
-    replaced = folder.with_name(f".{folder.name}.replaced")
+    folder = folder.resolve()
+    temporary, replaced = (folder.with_name(f".{folder.name}{suffix}") for suffix in (_WRITING, _REPLACED))
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -66,12 +75,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def recover_folder(folder: Path) -> None:
-    """Finish a replacement that a kill between two renames has left half done, and clear away unfinished folders."""
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    if replaced.exists() and not folder.exists():
-        replaced.rename(folder)
-    for leftover in (replaced, folder.with_name(f".{folder.name}.writing")):
+def recover_folders(parent: Path) -> None:
+    """Bring back, in a folder, what `atomic_folder` was replacing when it was killed, and clear away what it has not
+    finished."""
+    for replaced in parent.glob(f".*{_REPLACED}"):
+        folder = parent / replaced.name[1:].removesuffix(_REPLACED)
+        if not folder.exists():
+            replaced.rename(folder)
+    for leftover in [path for suffix in (_REPLACED, _WRITING, _DOOMED) for path in parent.glob(f".*{suffix}")]:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -101,26 +112,27 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
         The tensors by name, on the CPU, and the state.
 
     Raises:
-        `CheckpointError`: for a folder without checkpoint, pickled files, or files that are not what was written.
+        `DamagedCheckpointError`: for a folder without checkpoint, or files that are not what was written.
+        `CheckpointError`: for pickled files.
     """
     refuse_pickled(folder)
     for name in (TENSORS_NAME, STATE_NAME):
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} is no checkpoint: it has no {name}.")
+            raise DamagedCheckpointError(f"{folder} is no checkpoint: it has no {name}.")
     advice = "delete this checkpoint and resume from an earlier one."
     try:
         state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{folder / STATE_NAME} is damaged ({error}): {advice}") from error
+        raise DamagedCheckpointError(f"{folder / STATE_NAME} is damaged ({error}): {advice}") from error
     if _sha256(folder / TENSORS_NAME) != state.get("sha256"):
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{folder / TENSORS_NAME} is truncated or was changed after it was written, its SHA-256 is not the one "
             f"in {STATE_NAME}: {advice}"
         )
     try:
         return load_file(folder / TENSORS_NAME), state
     except SafetensorError as error:
-        raise CheckpointError(f"{folder / TENSORS_NAME} is damaged ({error}): {advice}") from error
+        raise DamagedCheckpointError(f"{folder / TENSORS_NAME} is damaged ({error}): {advice}") from error
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
@@ -135,14 +147,12 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def prune_checkpoints(output_dir: Path, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints, and what a killed process has left unfinished."""
+    """Delete all but the last `keep` checkpoints."""
     for folder in list_checkpoints(output_dir)[:-keep]:
         # Renamed first: a kill in the middle must not leave half a checkpoint under its name.
-        doomed = folder.with_name(f".{folder.name}.replaced")
+        doomed = folder.with_name(f".{folder.name}{_DOOMED}")
         folder.rename(doomed)
         shutil.rmtree(doomed)
-    for leftover in output_dir.glob(".checkpoint-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def refuse_pickled(folder: Path) -> None:

@@ -10,15 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-HEAD_PREFIXES = ("decode_head.", "classifier.")
-
 
 def parameter_groups(
     model: nn.Module,
     learning_rate: float,
     weight_decay: float,
-    head_lr_multiplier: float = 1.0,
-    head_prefixes: tuple[str, ...] = HEAD_PREFIXES,
+    head_lr_multiplier: float,
+    head_prefixes: tuple[str, ...],
 ) -> list[dict]:
     """
     Parameter groups for AdamW: no decay on norms and biases, another rate for the head (TopFormer's settings).
@@ -28,7 +26,8 @@ def parameter_groups(
         learning_rate (`float`): Rate of all but the head.
         weight_decay (`float`): Decay of the weights of convolutions and linear layers.
         head_lr_multiplier (`float`): The head's rate over `learning_rate`.
-        head_prefixes (`tuple[str, ...]`): What the names of the head's parameters begin with.
+        head_prefixes (`tuple[str, ...]`): What the names of the head's parameters begin with; see
+            `lemore_hf.peers.head_prefixes`.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -37,6 +37,7 @@ class TrainingState:
         best (`dict`, *optional*): Step and score of the best validation so far.
         scores (`dict`): All scores of the last validation; empty where there was none.
         scored_step (`int`): The step that they belong to.
+        losses (`list[float]`): Those of the steps since the log's last entry.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class TrainingState:
         self.best: dict[str, float] | None = None
         self.scores: dict[str, float] = {}
         self.scored_step = 0
+        self.losses: list[float] = []
         self._seconds_before, self._started = 0.0, time.perf_counter()
 
     @property
@@ -83,6 +85,7 @@ class TrainingState:
             "best": self.best,
             "scores": self.scores,
             "scored_step": self.scored_step,
+            "losses": self.losses,
             "seconds": self.seconds,
             "ema_updates": self.ema.num_updates if self.ema is not None else 0,
             "scaler": scaler.state_dict() if scaler is not None else None,
@@ -101,6 +104,7 @@ class TrainingState:
         self.step, self.best, self._seconds_before = state["step"], state["best"], state["seconds"]
         self.scores = state["scores"]
         self.scored_step = state.get("scored_step", self.step)  # Earlier releases saved after validating alone.
+        self.losses = state.get("losses", [])
         self.model.load_state_dict(_part(tensors, "model"))
         if self.ema is not None:
             self.ema.module.load_state_dict(_part(tensors, "ema"))

@@ -109,7 +109,8 @@ def option_words(options: dict[str, Any]) -> list[str]:
 def train(plan: dict[str, Any], name: str, folder: Path, args: argparse.Namespace) -> None:
     options = training_options(plan, name)
     planned = folder / "plan.json"
-    if planned.is_file() and (before := json.loads(planned.read_text(encoding="utf-8"))) != options:
+    is_begun = (folder / "run.json").is_file() or any(folder.glob("checkpoint-*"))
+    if is_begun and planned.is_file() and (before := json.loads(planned.read_text(encoding="utf-8"))) != options:
         changed = sorted(key for key in before | options if before.get(key) != options.get(key))
         raise ValueError(
             f"{folder} was trained with other settings of {', '.join(changed)} than {name!r} has in the plan today: "
@@ -129,7 +130,9 @@ def settings(plan: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def training_options(plan: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in (plan["options"] | settings(plan, name)).items() if value is not False}
+    """Without the switches that are off. A field of the recipe may be on there, so that its `false` counts."""
+    options = plan["options"] | settings(plan, name)
+    return {key: value for key, value in options.items() if value is not False or key in RECIPE_FIELDS}
 
 
 def evaluate(plan: dict[str, Any], name: str, folder: Path, split: str, args: argparse.Namespace) -> None:

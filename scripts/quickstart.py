@@ -13,8 +13,8 @@ in `outputs/quickstart`; a second run finds and reuses them.
 """
 
 import argparse
+import functools
 import json
-import os
 import time
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from lemore_hf.data.augmentation import normalize
 from lemore_hf.data.loading import RecipeDataset, collate, load_split
 from lemore_hf.data.recipes import IGNORE_INDEX, Recipe, load_recipe
 from lemore_hf.data.scenes import draw_scene
+from lemore_hf.hardware import usable_cores
 from lemore_hf.metrics import trainer_metrics
 from lemore_hf.visualization import draw_segmentation, image_grid
 
@@ -54,13 +55,13 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     # The layers are small: threads that have to share the cores with anything else wait more than they work.
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    torch.set_num_threads(max(1, usable_cores() // 2))
     if args.dataset is not None:
         load_split(named_recipe(args), "train", args.dataset)  # what is not there is said at once
     first_look(args.output_dir)
     recipe = describe_data(args)
     train = RecipeDataset(load_split(recipe, "train", args.dataset), recipe, True, args.seed, cache="memory")
-    held_out_split = "test" if args.dataset is None else recipe.validate_on
+    held_out_split = "test" if recipe.dataset == "scenes" and args.dataset is None else recipe.validate_on
     held_out = RecipeDataset(load_split(recipe, held_out_split, args.dataset), recipe, cache="memory")
 
     started = time.perf_counter()
@@ -139,11 +140,16 @@ class FreshlyAugmented(Dataset):
         return self.dataset[int(torch.randint(2**31, ())), index]
 
 
-def make_trainer(model: torch.nn.Module, recipe: Recipe, args: argparse.Namespace, **options) -> Trainer:
-    def collate_normalized(samples: list[dict]) -> dict[str, torch.Tensor]:
-        batch = collate(samples)
-        return {"pixel_values": normalize(batch["pixel_values"], recipe), "labels": batch["labels"].long()}
+def collate_normalized(samples: list[dict], recipe: Recipe) -> dict[str, torch.Tensor]:
+    batch = collate(samples)
+    return {"pixel_values": normalize(batch["pixel_values"], recipe), "labels": batch["labels"].long()}
 
+
+def make_trainer(
+    model: torch.nn.Module, recipe: Recipe, args: argparse.Namespace, train: RecipeDataset | None = None
+) -> Trainer:
+    """A `Trainer` that trains on `train`, or without it one that evaluates."""
+    steps = args.epochs * (max(1, len(train) // args.batch_size) if train is not None else 1)
     metrics = trainer_metrics(recipe.num_classes, recipe.id2label)
     training_arguments = TrainingArguments(
         output_dir=str(args.output_dir / "trainer"),
@@ -152,7 +158,9 @@ def make_trainer(model: torch.nn.Module, recipe: Recipe, args: argparse.Namespac
         per_device_eval_batch_size=recipe.eval_batch_size,
         learning_rate=args.learning_rate,
         lr_scheduler_type="polynomial",
-        warmup_steps=50,
+        warmup_steps=steps // 27,  # 50 of the generated scenes' 1 350
+        # The last batch of an epoch may be one small image, which the network's norms cannot train on.
+        dataloader_drop_last=train is not None and len(train) >= args.batch_size,
         weight_decay=0.01,
         bf16=not torch.backends.mps.is_available(),
         use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
@@ -167,10 +175,10 @@ def make_trainer(model: torch.nn.Module, recipe: Recipe, args: argparse.Namespac
     return Trainer(
         model,
         training_arguments,
-        data_collator=collate_normalized,
+        data_collator=functools.partial(collate_normalized, recipe=recipe),
         compute_metrics=metrics.compute_metrics,
         preprocess_logits_for_metrics=metrics.preprocess_logits_for_metrics,
-        **options,
+        train_dataset=FreshlyAugmented(train) if train is not None else None,
     )
 
 
@@ -183,7 +191,7 @@ def fine_tune(recipe: Recipe, train: RecipeDataset, held_out: RecipeDataset, fol
     )
     set_seed(args.seed)  # Before the weights are drawn; `Trainer` does it too late for them.
     model = LeMoReForSemanticSegmentation(config).to(memory_format=torch.channels_last)
-    make_trainer(model, recipe, args, train_dataset=FreshlyAugmented(train)).train()
+    make_trainer(model, recipe, args, train).train()
     model.to(memory_format=torch.contiguous_format).save_pretrained(folder)
     LeMoReImageProcessor(**recipe.processor_settings).save_pretrained(folder)
 

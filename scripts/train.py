@@ -34,12 +34,12 @@ from transformers import PreTrainedModel, get_polynomial_decay_schedule_with_war
 from lemore_hf import LeMoReConfig, LeMoReForImageClassification, LeMoReForSemanticSegmentation
 from lemore_hf.checkpointing import (
     CheckpointError,
+    DamagedCheckpointError,
     atomic_folder,
     checkpoint_folder,
     list_checkpoints,
-    load_checkpoint,
     prune_checkpoints,
-    recover_folder,
+    recover_folders,
     refuse_pickled,
 )
 from lemore_hf.data.augmentation import mix_images, normalize
@@ -205,8 +205,10 @@ def main() -> None:
         resume(state, args.output_dir)
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
+    # A run at a constant rate may end inside its warm-up, to be gone on with.
+    end = max(recipe.max_steps, recipe.warmup_steps + 1)
     scheduler = get_polynomial_decay_schedule_with_warmup(
-        optimizer, recipe.warmup_steps, recipe.max_steps, 0.0, recipe.poly_power, last_epoch=state.step - 1
+        optimizer, recipe.warmup_steps, end, 0.0, recipe.poly_power, last_epoch=state.step - 1
     )
     if args.compile:
         model.compile()
@@ -273,9 +275,11 @@ def main() -> None:
             )
             # Reading a loss waits for a GPU, so there it is done for many steps at once.
             if logs or evaluates or saves or accelerator.device.type == "cpu":
-                mean_loss = check_losses(pending)
+                state.losses += check_losses(pending)
                 pending.clear()
             if logs:
+                mean_loss = sum(state.losses) / len(state.losses)
+                state.losses.clear()
                 rate = progress.format_dict["rate"] or 0.0
                 log.write(
                     step=state.step,
@@ -294,7 +298,7 @@ def main() -> None:
                 save(state, args)
     except BadSampleError:  # Raised on all processes, between two steps.
         if pending:
-            check_losses(pending)
+            state.losses += check_losses(pending)
         save(state, args)
         raise
     progress.close()
@@ -307,8 +311,9 @@ def main() -> None:
             write_summary(args, recipe, accelerator, state, dataset)
         if args.push_to_hub:
             summary = json.loads((args.output_dir / "run.json").read_text(encoding="utf-8"))
-            # What the last validation has found; without one the card says that there is no evaluation.
-            results = {**state.scores, "split": recipe.validate_on, "run": summary} if state.scores else None
+            # What a validation of these weights has found; without one the card says that there is no evaluation.
+            is_scored = state.scores and state.scored_step == state.step
+            results = {**state.scores, "split": recipe.validate_on, "run": summary} if is_scored else None
             push_folder(args.output_dir / "final", args.push_to_hub, results=results, recipe=recipe)
     # The wrapper must go before the process group. Were it the last to hold it, it would wait for the group's threads
     # with Python's lock in hand, which one of them may still need (a hang at the end, one run in fifty).
@@ -317,7 +322,10 @@ def main() -> None:
 
 
 def prepare_output_folder(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Refuse to overwrite a run, or to resume none."""
+    """Bring back what a kill has left half replaced; refuse to overwrite a run, or to resume none."""
+    if accelerator.is_main_process:
+        recover_folders(args.output_dir)
+    accelerator.wait_for_everyone()
     if args.resume and not list_checkpoints(args.output_dir):
         accelerator.print(f"There is no checkpoint in {args.output_dir} yet: starting from the beginning.")
         args.resume = False
@@ -332,8 +340,6 @@ def prepare_output_folder(args: argparse.Namespace, accelerator: Accelerator) ->
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        for name in ("final", "best"):
-            recover_folder(args.output_dir / name)
 
 
 def divide_batch(batch_size: int, num_processes: int, accumulation_steps: int) -> int:
@@ -502,26 +508,23 @@ def resume(state: TrainingState, output_dir: Path) -> None:
     """Go on from the newest checkpoint; where it is damaged, say so and take the one before."""
     for folder in reversed(list_checkpoints(output_dir)):
         try:
-            load_checkpoint(folder)
-        except CheckpointError as error:
+            return state.load(folder)
+        except DamagedCheckpointError as error:
             print(f"Skipping a checkpoint: {error}")
-            continue
-        state.load(folder)
-        return
     raise CheckpointError(f"None of the checkpoints in {output_dir} can be read: start again without --resume.")
 
 
-def check_losses(pending: list[tuple[int, list[str], torch.Tensor]]) -> float:
-    """Mean of the losses since the last check; an error that names the samples if one is not finite."""
+def check_losses(pending: list[tuple[int, list[str], torch.Tensor]]) -> list[float]:
+    """The losses since the last check; an error that names the samples if one is not finite."""
     values = torch.stack([loss for _, _, loss in pending]).float().tolist()
     for (step, names, _), value in zip(pending, values, strict=True):
         if not torch.isfinite(torch.tensor(value)):
             raise FloatingPointError(
-                f"The loss of step {step + 1} is {value}, for the samples {', '.join(names)}. The last checkpoint is "
-                "from before. Look at the samples with scripts/check_dataset.py, lower learning_rate or set "
-                "max_grad_norm, then --resume."
+                f"The loss of step {step + 1} is {value}, for the samples {', '.join(names)}. Look at them with "
+                "scripts/check_dataset.py; where they are right, train into another --output_dir with a lower "
+                "learning_rate, or with max_grad_norm."
             )
-    return sum(values) / len(values)
+    return values
 
 
 def is_due(every: int, step: int, recipe: Recipe) -> bool:

@@ -21,7 +21,7 @@ from lemore_hf.checkpointing import (
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
-    recover_folder,
+    recover_folders,
     save_checkpoint,
 )
 
@@ -64,7 +64,7 @@ def test_a_writer_that_dies_at_any_moment_leaves_the_old_checkpoint_or_the_new(t
         folder = tmp_path / str(count) / "checkpoint-0000001"
         save_checkpoint(folder, {"weight": torch.full((3,), 1.0)}, {"step": 1})
         finished = save_and_die(folder, count)
-        recover_folder(folder)
+        recover_folders(folder.parent)
         tensors, state = load_checkpoint(folder)
         assert torch.equal(tensors["weight"], torch.full((3,), float(state["step"])))
         assert not list(folder.parent.glob(".*")), "something unfinished was left behind"
@@ -137,6 +137,17 @@ def test_an_error_inside_the_block_leaves_the_folder_as_it_was(tmp_path):
         interrupted()
     assert (folder / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+def test_a_folder_behind_a_link_is_replaced_where_it_lies(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "export").symlink_to(tmp_path / "disk" / "export", target_is_directory=True)
+    for content in ("old", "new", "newest"):
+        with atomic_folder(tmp_path / "export") as temporary:
+            (temporary / "a").write_text(content)
+    assert (tmp_path / "export").is_symlink()
+    assert (tmp_path / "disk" / "export" / "a").read_text() == "newest"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "disk", "export", "export"]
 
 
 def test_pruning_keeps_the_last(tmp_path):

@@ -122,10 +122,12 @@ def test_seeds_are_summed_up(script, tmp_path):
     )
 
 
-def test_results_of_other_options_are_not_shown_as_those_of_the_plan(compare, script, monkeypatch):
+def test_results_of_other_options_are_not_shown_as_those_of_the_plan(compare, script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "run", lambda name, *words: None)
+    compare({**PLAN, "options": {**PLAN["options"], "mixed_precision": "fp8"}})  # which train.py has refused
     compare(PLAN)
     compare({**PLAN, "notes": "Another note."})
+    (tmp_path / "out" / "plan-first" / "checkpoint-0000001").mkdir()
     with pytest.raises(ValueError, match="other settings of max_steps than 'first' has in the plan today"):
         compare({**PLAN, "options": {**PLAN["options"], "max_steps": 3}})
 
@@ -139,6 +141,18 @@ def test_an_older_line_of_the_same_name_is_no_score_of_a_new_training(compare, s
     monkeypatch.setattr(script, "run", lambda name, *words: started.append(name))
     assert "| first |" not in compare(PLAN, "--only", "first")
     assert started == ["evaluate.py"]
+
+
+def test_false_switches_off_what_the_recipe_has_on(compare, script, tmp_path, monkeypatch):
+    (tmp_path / "recipe.yaml").write_text(json.dumps({**RECIPE, "classmix": True, "reduce_labels": True}))
+    started = {}
+    monkeypatch.setattr(script, "run", lambda name, *words: started.update({name: words}))
+    off = {"classmix": False, "reduce_labels": False, "channels_last": False}
+    compare({**PLAN, "variants": {"first": off}})
+    for name, fields in (("train.py", ("classmix", "reduce_labels")), ("evaluate.py", ("reduce_labels",))):
+        words = started[name]
+        assert all(words[words.index(f"--{field}") + 1] == "False" for field in fields)
+        assert "--channels_last" not in words
 
 
 def test_a_failing_variant_stops_with_its_command(compare):

@@ -5,6 +5,7 @@
 import functools
 import io
 import itertools
+import pickle
 from pathlib import Path
 
 import datasets
@@ -233,6 +234,36 @@ def test_class_folders_have_the_numbers_of_the_recipes_classes(tmp_path, streami
         if not streaming:
             folders = [Path(row["image"]["path"]).parent.name for row in samples.cast_column("image", ENCODED)]
             assert [sample.labels for sample in decoded] == [expected[name] for name in folders]
+
+
+def test_class_folders_of_other_names_are_not_guessed_where_one_is_known(tmp_path):
+    for folder in ("train/Dog", "train/cat", "train/bird"):
+        write(tmp_path / folder / "1.png", picture(0))
+    recipe = load_recipe("imagenet1k", {"crop_size": (32, 32), "class_names": ["dog", "cat", "bird"]})
+    with pytest.raises(ValueError, match="3 folders, of which Dog are none of the 3 classes"):
+        load_split(recipe, "train", tmp_path)
+    # Such as WordNet's numbers: all of them unknown, in the order of the classes.
+    for number, folder in enumerate(("n01/dog", "n02/cat", "n03/bird")):
+        write(tmp_path / "numbers" / "train" / folder.split("/")[0] / "1.png", picture(number))
+    samples = load_split(recipe, "train", tmp_path / "numbers")
+    assert [SampleDecoder(recipe)(stored).labels for stored in samples] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("layout", ["classes", "parquet"])
+def test_streams_go_to_workers_that_are_not_forked(layout, tmp_path):
+    if layout == "classes":
+        for folder in ("train/cat", "train/dog"):
+            write(tmp_path / folder / "1.png", picture(0))
+        options = {"class_names": ["dog", "cat"]}
+    else:
+        rows = {"image": [picture(index) for index in range(4)], "label": [0, 1, 0, 1]}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "samples.parquet")
+        options = {"class_names": ["dog", "cat"], "validation_fraction": 0.5}
+    recipe = load_recipe("imagenet1k", {"crop_size": (32, 32), **options})
+    samples = load_split(recipe, "train", tmp_path, streaming=True)
+    stream = StreamedRecipeDataset(samples, recipe, training=False)
+    assert len(list(pickle.loads(pickle.dumps(stream)))) == 2
 
 
 def test_class_names_of_an_image_classification_folder(tmp_path):

@@ -23,7 +23,7 @@ def model():
 
 
 def test_norms_and_biases_do_not_decay_and_the_head_has_its_own_rate(model):
-    groups = parameter_groups(model, learning_rate=0.1, weight_decay=0.01, head_lr_multiplier=10)
+    groups = parameter_groups(model, 0.1, weight_decay=0.01, head_lr_multiplier=10, head_prefixes=("decode_head.",))
     settings = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert len(settings) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
@@ -34,7 +34,7 @@ def test_norms_and_biases_do_not_decay_and_the_head_has_its_own_rate(model):
 
 def test_frozen_parameters_are_left_out(model):
     model.lemore.requires_grad_(False)
-    grouped = sum(len(group["params"]) for group in parameter_groups(model, 0.1, 0.01))
+    grouped = sum(len(group["params"]) for group in parameter_groups(model, 0.1, 0.01, 1, ("decode_head.",)))
     assert grouped == len(list(model.decode_head.parameters()))
 
 

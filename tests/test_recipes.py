@@ -270,6 +270,8 @@ def test_class_names_as_windows_saves_them_and_at_home(tmp_path, monkeypatch):
 def test_short_runs_shorten_the_warm_up():
     assert load_recipe("camvid", {"max_steps": 20}).warmup_steps < 20
     assert load_recipe("camvid", {"max_steps": 20, "warmup_steps": 5}).warmup_steps == 5
+    # A run at a constant rate may be gone on with, as one that was longer from the start.
+    assert load_recipe("camvid", {"max_steps": 20, "poly_power": 0}).warmup_steps == 300
 
 
 def test_a_new_size_leaves_the_old_ones_limit_behind():

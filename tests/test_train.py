@@ -252,6 +252,27 @@ def test_processes_do_not_wait_for_each_other_forever_at_the_end(tmp_path, recip
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+def test_a_checkpoint_that_was_being_replaced_is_brought_back(tmp_path, recipe, data_dir, uninterrupted, run_here):
+    """Killed between two renames, while the checkpoint of a step was saved again with the step's scores."""
+    folder = shutil.copytree(uninterrupted, tmp_path / "killed")
+    *_, last = checkpoints = list_checkpoints(folder)
+    for checkpoint in checkpoints[:-1]:
+        shutil.rmtree(checkpoint)
+    shutil.copytree(last, folder / f".{last.name}.writing")
+    last.rename(folder / f".{last.name}.replaced")
+    run_here(recipe, data_dir, folder, "--resume")
+    assert list_checkpoints(folder) == [last]
+    assert not list(folder.glob(".*"))
+
+
+def test_the_log_has_the_mean_loss_since_the_last_entry(tmp_path, recipe, data_dir, run_here):
+    options = ("--max_steps", "6", "--eval_every", "0", "--cache", "memory", "--num_workers", "0")
+    for every in (1, 3):
+        run_here(recipe, data_dir, tmp_path / str(every), *options, "--log_every", str(every))
+    each, some = ([record["loss"] for record in log_of(tmp_path / str(every))] for every in (1, 3))
+    assert some == pytest.approx([np.mean(each[:3]), np.mean(each[3:])])
+
+
 def test_resuming_with_other_settings_is_refused(recipe, data_dir, uninterrupted):
     output = run(recipe, data_dir, uninterrupted, "--resume", "--learning_rate", "1e-4", expect=1)
     assert "recipe.learning_rate was 0.002, is 0.0001" in output
@@ -274,7 +295,8 @@ def test_a_checkpoint_of_before_a_setting_came_is_resumed_where_the_setting_is_o
 
 
 def test_a_run_of_constant_rate_goes_on_beyond_its_end(tmp_path, recipe, data_dir):
-    options = ("--poly_power", "0", "--eval_every", "4", "--max_steps")
+    # The shorter run ends with its warm-up.
+    options = ("--poly_power", "0", "--warmup_steps", "4", "--eval_every", "4", "--max_steps")
     whole, longer = tmp_path / "whole", tmp_path / "longer"
     run(recipe, data_dir, whole, *options, "8")
     run(recipe, data_dir, longer, *options, "4")
@@ -345,6 +367,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     output = run(recipe, data_dir, tmp_path, "--learning_rate", "1e18", "--save_every", "1", expect=1)
     assert "The loss of step" in output
     assert "for the samples" in output
+    assert "train into another --output_dir" in output, "since --resume refuses other settings"
     tensors, _ = load_checkpoint(list_checkpoints(tmp_path)[-1])
     assert tensors
     assert not (tmp_path / "final").exists()

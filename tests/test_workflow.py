@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README's routes from data to a published checkpoint, end to end, with the command lines that it shows."""
 
+import importlib.util
 import json
 import os
+import pickle
 import runpy
 import shutil
 import subprocess
@@ -26,6 +28,8 @@ from lemore_hf import (
     LeMoReImageProcessor,
 )
 from lemore_hf.checkpointing import list_checkpoints, load_checkpoint
+from lemore_hf.data.loading import RecipeDataset
+from lemore_hf.data.recipes import load_recipe
 from lemore_hf.data.scenes import CLASS_NAMES, load_scenes
 from lemore_hf.metrics import trainer_metrics
 
@@ -246,6 +250,25 @@ def test_quickstart_reuses_a_checkpoint_of_the_same_data_and_settings_alone(tmp_
     assert trained == [2]
     with pytest.raises(SystemExit, match="trained with another epochs: give another --output_dir"):
         quickstart("--epochs", "1")
+
+
+def test_quickstart_trains_on_few_pictures(tmp_path, monkeypatch):
+    """With one picture more than its batches take, and what worker processes need that are not forked, as on macOS."""
+    spec = importlib.util.spec_from_file_location("quickstart_script", SCRIPTS / "quickstart.py")
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, script)
+    spec.loader.exec_module(script)
+    recipe = load_recipe("scenes", {"crop_size": (64, 64), "image_size": (64, 64)})
+    train = RecipeDataset(load_scenes(5, 1, 1, size=(64, 64))["train"], recipe, True, cache="memory")
+    args = SimpleNamespace(output_dir=tmp_path, epochs=14, batch_size=2, learning_rate=1e-3, seed=0)
+    model = LeMoReForSemanticSegmentation(LeMoReConfig(**TINY_MODEL, num_labels=9))
+    trainer = script.make_trainer(model, recipe, args, train)
+    loader = trainer.get_train_dataloader()
+    batches = list(loader)
+    assert [len(batch["labels"]) for batch in batches] == [2, 2]
+    assert trainer.args.warmup_steps == 14 * 2 // 27
+    collate = pickle.loads(pickle.dumps(loader.collate_fn))
+    assert collate([train[0]])["pixel_values"].is_floating_point()
 
 
 @pytest.mark.parametrize("options", [(), ("--dataset", "my data", "--epochs", "2")])

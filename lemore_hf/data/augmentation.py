@@ -4,7 +4,7 @@
 
 Every random choice comes from a generator made of (seed, epoch, index), so that a sample looks the same whatever the
 number of workers and wherever a run was resumed. Pixels stay uint8 until `normalize`, which belongs on the device: a
-worker then hands over an eighth of the bytes.
+worker then hands over a fifth of the bytes.
 """
 
 import math

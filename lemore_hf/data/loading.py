@@ -12,6 +12,7 @@ for batch in DataLoader(dataset, recipe.batch_size, sampler=sampler, collate_fn=
 ```
 """
 
+import functools
 import io
 import itertools
 import math
@@ -201,7 +202,8 @@ def _with_labels_of(recipe: Recipe, samples: datasets.Dataset | datasets.Iterabl
         return samples
     folders = samples.features["label"].names
     if not set(folders) <= recipe.label2id.keys():
-        if len(folders) == recipe.num_classes:  # such as WordNet's numbers, which stand in the order of the classes
+        # Such as WordNet's numbers, which stand in the order of the classes. One class by its name is reason to doubt.
+        if len(folders) == recipe.num_classes and recipe.label2id.keys().isdisjoint(folders):
             return samples
         unknown = [name for name in folders if name not in recipe.label2id]
         raise ValueError(
@@ -212,12 +214,13 @@ def _with_labels_of(recipe: Recipe, samples: datasets.Dataset | datasets.Iterabl
     features = datasets.Features(
         {**samples.features, "label": datasets.ClassLabel(names=list(recipe.id2label.values()))}
     )
-    return samples.map(
-        lambda labels: {"label": [classes[label] for label in labels]},
-        batched=True,
-        input_columns="label",
-        features=features,
-    )
+    # No closure: where worker processes are not forked, a stream takes this with it to them.
+    renumber = functools.partial(_renumbered, classes=classes)
+    return samples.map(renumber, batched=True, input_columns="label", features=features)
+
+
+def _renumbered(labels: list[int], classes: list[int]) -> dict[str, list[int]]:
+    return {"label": [classes[label] for label in labels]}
 
 
 def _load_folders(
@@ -318,24 +321,26 @@ def _hold_out(samples, recipe: Recipe, split: str, folder: Path):
     samples = without_decoding(samples)
     fraction = recipe.validation_fraction
 
-    def wanted(index: int) -> bool:
-        held_out = math.floor(index * fraction + 0.5) > math.floor((index - 1) * fraction + 0.5)
-        return held_out == (split == "validation")
-
+    wanted = functools.partial(_is_part, fraction=fraction, held_out=split == "validation")
     if isinstance(samples, datasets.IterableDataset):
         if samples.num_shards > 1:  # which are shuffled and shared out, so that a sample's number is not its own
             raise ValueError(
                 f"{folder} is a stream of {samples.num_shards} files without splits, of which no part can be held out: "
                 "give the splits as sub-folders or files, or do not stream."
             )
-        return samples.filter(lambda _, index: wanted(index), with_indices=True)
-    indices = [index for index in range(len(samples)) if wanted(index)]
+        return samples.filter(wanted, with_indices=True)
+    indices = [index for index in range(len(samples)) if wanted(None, index)]
     if not indices:
         raise ValueError(
             f"Of the {len(samples)} samples in {folder} none is left for {split} with validation_fraction {fraction}: "
             "add samples, change the fraction, or give the splits as sub-folders."
         )
     return samples.select(indices)
+
+
+def _is_part(sample: Any, index: int, fraction: float, held_out: bool) -> bool:
+    """Whether a sample is of the part that is held out, or of the other."""
+    return held_out == (math.floor(index * fraction + 0.5) > math.floor((index - 1) * fraction + 0.5))
 
 
 def _normalize_columns(samples, recipe: Recipe):

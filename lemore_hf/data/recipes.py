@@ -108,7 +108,7 @@ class Recipe:
 
     # Classes
     num_classes: int | None = None
-    """Number of classes; must agree with `class_names`. From the data where neither is given."""
+    """Number of classes; must agree with `class_names`. In classification from the data where neither is given."""
     class_names: tuple[str, ...] = ()
     """Class names in the order of the labels that the network learns."""
     palette: tuple[tuple[int, int, int], ...] | None = None
@@ -171,7 +171,7 @@ class Recipe:
     max_steps: int = 80_000
     """Optimizer steps."""
     warmup_steps: int = 1_500
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; a tenth of `max_steps` where the rate would fall before its end."""
     batch_size: int = 16
     """Samples of an optimizer step, over all processes and accumulated batches together."""
     eval_batch_size: int = 1
@@ -317,7 +317,7 @@ class Recipe:
                 if value is not None and not smallest <= value <= largest:
                     limit = f"at least {smallest}" if largest == math.inf else f"in {smallest}…{largest}"
                     raise ValueError(f"{field} must be {limit}, got {value}.")
-        if self.warmup_steps >= self.max_steps:
+        if self.warmup_steps >= self.max_steps and self.poly_power > 0:
             # A short trial run (--max_steps 20) should not need a second option.
             object.__setattr__(self, "warmup_steps", self.max_steps // 10)
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
