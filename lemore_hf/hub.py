@@ -24,7 +24,7 @@ from huggingface_hub import (
     ModelCardData,
     RepoFile,
 )
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
@@ -157,7 +157,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _load_config(folder: Path) -> LeMoReConfig:
     try:
         return LeMoReConfig.from_dict(_read_json(folder / CONFIG))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise PublishingError(f"{folder / CONFIG} is no valid LeMoRe configuration: {error}") from error
 
 

@@ -145,6 +145,9 @@ def sample_pixels(
     here = [slice(min(start, size - 1), None, stride) for start, size in zip(offset, sizes, strict=True)]
     # Channels-last logits would stay so, which all terms are slower with.
     logits = logits.to(torch.float32, memory_format=torch.contiguous_format)
+    if any(length > size for length, size in zip(logits.shape[-2:], sizes, strict=True)):
+        # The tent filter would smooth what shrinks, which resizing logits does nowhere else.
+        return resize_bilinear(logits, sizes)[(..., *here)], labels[(..., *here)]
     rows, columns = (
         tent_filter(length, size, logits)[kept]
         for length, size, kept in zip(logits.shape[-2:], sizes, here, strict=True)

@@ -113,6 +113,8 @@ def label_maps(logits: Tensor, size: tuple[int, int]) -> Tensor:
     Raises:
         ValueError: if the logits are not finite.
     """
+    if not len(logits):
+        return torch.empty((0, *size), dtype=torch.int64, device=logits.device)
     outputs = SemanticSegmenterOutput(logits=logits)
     sizes = [tuple(size)] * len(logits)
     return torch.stack(LeMoReImageProcessor().post_process_semantic_segmentation(outputs, sizes))

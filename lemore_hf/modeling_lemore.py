@@ -176,6 +176,11 @@ def _is_channels_last(hidden_state: torch.Tensor) -> bool:
     return hidden_state.is_contiguous(memory_format=torch.channels_last) and not hidden_state.is_contiguous()
 
 
+def _is_same_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors, both alive, are the same memory."""
+    return (one.data_ptr(), one.dtype, one.device) == (other.data_ptr(), other.dtype, other.device)
+
+
 def _is_transformed() -> bool:
     """Whether `torch.func` (`vmap`, `grad`, ...) looks on, under which tensors have no memory to ask about."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
@@ -268,16 +273,17 @@ class LeMoReAxisView(nn.Module):
         is_traced = torch.compiler.is_compiling() or _is_transformed()
         if not self.is_fused or is_traced or needs_gradient or weight.is_inference():
             return self._make_factors(size)
-        key = (size, weight.dtype, weight.device, weight.data_ptr(), weight._version)
-        factors = self._factors.get(key)  # other threads may forget what this one remembers
-        if factors is None:
+        known, version, factors = self._factors.get(size, (None, None, ()))
+        if known is None or version != weight._version or not _is_same_tensor(known, weight):
             # What inference mode or autocast makes could not be used outside of it.
             autocast = torch.autocast(weight.device.type, enabled=False)
             with torch.inference_mode(False), torch.no_grad(), autocast:
                 factors = self._make_factors(size)
+            self._factors.pop(size, None)
             for oldest in list(self._factors)[: 1 - self.MAX_SIZES]:
-                self._factors.pop(oldest, None)
-            self._factors[key] = factors
+                self._factors.pop(oldest, None)  # other threads may forget what this one remembers
+            # With the weight itself: another that took its place in memory could not be told from it.
+            self._factors[size] = (weight.detach(), weight._version, factors)
         return factors
 
     def _make_factors(self, size: int) -> tuple[torch.Tensor, ...]:
@@ -322,12 +328,11 @@ class ResampleAxisWeights(ConversionOps):
         weight = tensors[0] if isinstance(tensors, list) else tensors
         size = model.get_parameter(full_layer_name).shape[-1]
         if size != weight.shape[-1]:
-            if not model.axis_weights_were_resampled:
+            if not getattr(model, "_axis_weights_were_resampled", False):  # any model with a LeMoRe backbone
                 logger.info(
-                    "The checkpoint's axis weights were made for another image size: they are resampled to "
-                    f"`image_size`={model.config.image_size}."
+                    "The checkpoint's axis weights were made for another `image_size`: they are resampled to the model's."
                 )
-                model.axis_weights_were_resampled = True
+                model._axis_weights_were_resampled = True
             weight = resample_axis_weight(weight, size)
         return {pattern: weight}
 
@@ -496,7 +501,7 @@ class LeMoReEncoder(nn.Module):
                 "model that it was made of and call its `fuse()` again."
             )
         self.check_pixel_values(pixel_values)
-        if self.is_fused and not torch.compiler.is_exporting():
+        if self.is_fused and not torch.compiler.is_exporting() and not _is_transformed():
             # On CPUs and GPUs the faster layout of every convolution, interpolation and product along an axis.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         hidden_state = self.stem(pixel_values)
@@ -528,9 +533,9 @@ class LeMoReEncoder(nn.Module):
 
 
 def _drop_path_rates(config: LeMoReConfig) -> list[float]:
-    """Stochastic depth of the four Cartesian encoders, then of the global block: linear in depth."""
-    depth = len(config.hidden_sizes)
-    return [config.drop_path_rate * index / depth for index in range(depth + 1)]
+    """Stochastic depth of the four Cartesian encoders, then of the global block where there is one: linear in depth."""
+    last = len(config.hidden_sizes) - (0 if config.use_nested_attention else 1)
+    return [config.drop_path_rate * index / last for index in range(last + 1)]
 
 
 class LeMoReTokenPyramid(nn.Module):
@@ -712,8 +717,6 @@ class LeMoRePreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["LeMoReStage", "LeMoReGlobalBlock", "LeMoReDecodeHead"]
     _can_compile_fullgraph = True
-    # Whether loading resampled the checkpoint's axis weights to another native size.
-    axis_weights_were_resampled = False
     _can_record_outputs = {
         "hidden_states": LeMoReStage,
         "attentions": OutputRecorder(LeMoReNestedAttention, index=1),
@@ -730,6 +733,17 @@ class LeMoRePreTrainedModel(PreTrainedModel):
             )
             config.palette = None
 
+    def _check_batch(self, pixel_values: torch.Tensor, stride: int) -> None:
+        """Batch norms cannot be trained on one value a channel, which one image has where a position is of `stride`."""
+        if not self.training or pixel_values.shape[0] != 1 or max(pixel_values.shape[2:], default=0) > stride:
+            return
+        if any(module.training for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)):
+            raise ValueError(
+                f"A training batch of one image needs more than {stride} pixels on a side, since batch norms need more "
+                f"than one value; got shape {tuple(pixel_values.shape)}. Take more images in a batch (and leave out a "
+                "last one alone, with `drop_last`) or larger ones."
+            )
+
     def fuse(self) -> LeMoRePreTrainedModel:
         """
         A copy for inference, faster and with the same outputs up to rounding; the model itself is left as it is.
@@ -743,7 +757,7 @@ class LeMoRePreTrainedModel(PreTrainedModel):
         `MALLOC_MMAP_MAX_=0` and `MALLOC_TRIM_THRESHOLD_=17179869184` in the environment (glibc).
 
         The copy remembers axis weights that it resampled: change its weights by `load_state_dict` or under
-        `torch.no_grad()`, which it notices, not through `.data`.
+        `torch.no_grad()`, which it notices, not in place through `.data`.
 
         Returns:
             [`LeMoRePreTrainedModel`] of the same class; of a fused model an equal copy.
@@ -883,25 +897,13 @@ class LeMoReModel(LeMoRePreTrainedModel):
 
         Raises:
             `ValueError`: for pixel values that are not 4-D, have another channel count, or are smaller than 32×32; in
-            training also for a single image of a single token.
+            training also for a single image of a single token (of 32×32 pixels without `use_nested_attention`).
         """
-        self._check_batch(pixel_values)
+        self._check_batch(pixel_values, self.config.token_stride if self.config.use_nested_attention else MINIMUM_SIZE)
         _, *local_features = self.encoder(pixel_values)
         tokens = self.token_pyramid(local_features)
         global_features = self.global_block(tokens)
         return LeMoReModelOutput(last_hidden_state=global_features, local_features=tuple(local_features))
-
-    def _check_batch(self, pixel_values: torch.Tensor) -> None:
-        """Batch norms cannot be trained on one value a channel."""
-        side = self.config.token_stride
-        if not self.training or pixel_values.shape[0] > 1 or max(pixel_values.shape[2:], default=0) > side:
-            return
-        if any(module.training for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)):
-            raise ValueError(
-                f"A training batch of one image needs more than {side} pixels on a side, for more than one token; got "
-                f"shape {tuple(pixel_values.shape)}. Take more images in a batch (and leave out a last one alone, with "
-                "`drop_last`) or larger ones."
-            )
 
 
 class LeMoReBackbone(BackboneMixin, LeMoRePreTrainedModel):
@@ -943,6 +945,7 @@ class LeMoReBackbone(BackboneMixin, LeMoRePreTrainedModel):
         [(1, 48, 64, 64), (1, 176, 16, 16)]
         ```
         """
+        self._check_batch(pixel_values, MINIMUM_SIZE)
         features = self.encoder(pixel_values)
         feature_maps = tuple(
             feature for name, feature in zip(self.stage_names, features, strict=True) if name in self.out_features
@@ -1070,7 +1073,7 @@ class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
 
                 Labels out of range raise an error wherever that needs no synchronization with a GPU: on the CPU
                 always; on other devices in evaluation and in the first training step of a model. In later training
-                steps there they make the loss NaN.
+                steps there, in compiled graphs and under `torch.func` they make the loss NaN.
 
         Returns:
             [`~transformers.modeling_outputs.SemanticSegmenterOutput`] with `logits` of shape
@@ -1095,6 +1098,7 @@ class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
         """
         if labels is not None:
             self._check_labels(labels, pixel_values)
+        self._check_batch(pixel_values, self.config.token_stride)
         outputs = self.lemore(pixel_values, return_dict=True, **kwargs)
         logits = self.decode_head(outputs.local_features, outputs.last_hidden_state)
         return SemanticSegmenterOutput(
@@ -1112,7 +1116,7 @@ class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
             )
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise TypeError(f"`labels` must hold integers, got {labels.dtype}: convert them with `labels.long()`.")
-        if torch.compiler.is_compiling() or labels.is_meta:
+        if torch.compiler.is_compiling() or _is_transformed() or labels.is_meta:
             return
         # Looking at values waits for the device. On a GPU that would stall every training step.
         if labels.device.type == "cpu" or not self.training or not self._labels_were_checked:

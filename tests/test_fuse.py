@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_modeling_lemore import MODEL_CLASSES, main_output, random_images, random_labels, tiny
 from torch import nn
+from torch.func import functional_call, vmap
 from transformers import AutoModel, AutoModelForSemanticSegmentation
 
 from lemore_hf import LeMoReBackbone, LeMoReConfig, LeMoReForSemanticSegmentation, LeMoReImageProcessor
@@ -291,7 +292,7 @@ def test_resampled_axis_weights_are_made_once_for_a_size():
     assert all(len(factors) == 1 for factors in kept)
     assert torch.equal(main_output(fused, random_images(1, 90, 300)), first)
     for before, factors in zip(kept, factors_of(fused), strict=True):
-        assert all(factors[key] is made for key, made in before.items())
+        assert all(factors[size][-1] is made for size, (*_, made) in before.items())
 
 
 def test_only_some_sizes_are_remembered_and_none_is_saved():
@@ -335,6 +336,31 @@ def test_axis_weights_are_made_again_for_new_weights_types_and_layouts():
     assert relative_error(main_output(fused, images), expected) < 2e-5
     assert relative_error(main_output(fused.double(), images.double()), expected) < 2e-5
     assert relative_error(main_output(copy.deepcopy(fused).float(), images), expected) < 2e-5
+
+
+def test_axis_weights_of_one_network_are_not_taken_for_those_of_another_in_its_place():
+    """Weights that are swapped and dropped, as an ensemble does it, come to lie where the ones before did."""
+    fused, images = trained().fuse().requires_grad_(False), random_images(1, 90, 120)
+    for _ in range(8):
+        state = {name: tensor.clone() for name, tensor in fused.state_dict().items()}
+        for name in state:
+            if "views" in name:
+                nn.init.normal_(state[name], std=0.2)
+        expected = main_output(load_into(copy.deepcopy(fused), state), images)
+        assert torch.equal(functional_call(fused, state, (images,)).logits, expected)
+        assert torch.equal(main_output(load_into(fused, state), images), expected)
+        del state
+
+
+def load_into(model: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def test_a_fused_network_is_mapped_over_images():
+    fused, images = trained().fuse().requires_grad_(False), random_images(3, 64, 96)
+    mapped = vmap(lambda image: fused(image[None]).logits[0])(images)
+    assert relative_error(mapped, fused(images).logits) < 2e-5
 
 
 def test_what_inference_mode_remembers_serves_outside_of_it():

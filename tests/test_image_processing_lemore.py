@@ -65,6 +65,7 @@ def image_variants(rgb: np.ndarray) -> dict[str, object]:
         "batch": rgb[None],
         "tensor": torch.from_numpy(rgb),
         "int64": rgb.astype(np.int64),
+        "int16": rgb.astype(np.int16),
         "uint16": deep,
         "uint16 tensor": torch.from_numpy(deep),
         "float64": rgb.astype(np.float64),
@@ -279,6 +280,13 @@ def test_label_map_files_keep_palette_indices(processor_class, rgb, labels, tmp_
     map_variants(labels)["mode P"].save(tmp_path / "map.png")
     outputs = processor_class(do_resize=False)(rgb, tmp_path / "map.png", return_tensors="np")
     np.testing.assert_array_equal(outputs["labels"][0], labels)
+
+
+@both
+@pytest.mark.parametrize("values", [np.full((40, 60), 1.0, object), np.full((40, 60), 2 + 5j), np.full((40, 60), "3")])
+def test_maps_of_what_is_no_number_are_refused(processor_class, rgb, values):
+    with pytest.raises(TypeError, match="Segmentation maps must hold numbers, got the dtype"):
+        processor_class(do_resize=False)(rgb, values)
 
 
 @both

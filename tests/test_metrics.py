@@ -105,6 +105,9 @@ def test_logits_are_upsampled_to_the_labels():
     from_logits.update(logits, labels)
     from_maps.update(F.interpolate(logits, size=(65, 90), mode="bilinear").argmax(1), labels)
     assert from_logits.compute() == from_maps.compute()
+    counts = from_logits.counts.clone()
+    from_logits.update(logits[:0], labels[:0])  # a process may have no image of a batch
+    assert torch.equal(from_logits.counts, counts)
 
 
 def test_one_label_is_background_and_foreground():

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import infer_auto_device_map
 from torch import nn
+from transformers import UperNetConfig, UperNetForSemanticSegmentation
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
@@ -402,6 +403,21 @@ def test_gradients(height, width):
     assert torch.autograd.gradcheck(logits, (pixel_values, *parameters), fast_mode=True)
 
 
+def test_gradients_of_single_images_are_mapped_over_a_batch():
+    """As differentially private training needs them."""
+    model, images, labels = tiny(), random_images(3), random_labels(3)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, image, label_map):
+        return torch.func.functional_call(model, parameters, (image[None],), {"labels": label_map[None]}).loss
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, images, labels)
+    for index in range(3):
+        expected = torch.autograd.grad(loss(parameters, images[index], labels[index]), parameters.values())
+        for name, gradient in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(each[name][index], gradient, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "option",
     [
@@ -471,6 +487,9 @@ def test_drop_path_grows_linearly_with_depth():
     blocks = [*(stage.cartesian_encoder for stage in model.encoder.stages), model.global_block]
     rates = [getattr(block.drop_path, "p", 0.0) for block in blocks]
     assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+    model = LeMoReModel(LeMoReConfig(**TINY, drop_path_rate=0.3, use_nested_attention=False))
+    rates = [getattr(stage.cartesian_encoder.drop_path, "p", 0.0) for stage in model.encoder.stages]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3]), "the last one of those that there are"
 
 
 @pytest.mark.parametrize("name", ["frontal", "lateral"])
@@ -632,6 +651,13 @@ def test_one_token_is_too_little_to_train_on():
     model(random_images(2, 64, 40))
     model(random_images(1, 64, 65))
     model.requires_grad_(False).train()(random_images(1, 64, 40))
+    # Without a block over the tokens only the head's norms see them.
+    tiny(LeMoReForImageClassification, use_nested_attention=False).train()(random_images(1, 64, 40))
+    with pytest.raises(ValueError, match="more than 64 pixels"):
+        tiny(use_nested_attention=False).train()(random_images(1, 64, 40))
+    with pytest.raises(ValueError, match="more than 32 pixels"):
+        tiny(LeMoReBackbone).train()(random_images(1, 32, 32))
+    tiny(LeMoReBackbone).train()(random_images(1, 32, 40))
 
 
 def test_a_palette_for_fewer_classes_is_left_out():
@@ -759,7 +785,20 @@ def test_loading_into_another_image_size_resamples_and_says_so_once(tmp_path, ca
         torch.testing.assert_close(parameter, original)
     messages = [line for line in captured_log.io.getvalue().splitlines() if line]
     assert len(messages) == 2
-    assert all("resampled" in message and "(96, 160)" in message for message in messages)
+    assert all("resampled" in message for message in messages)
+
+
+def test_a_backbone_inside_another_model_is_loaded_at_another_image_size(tmp_path):
+    backbone = LeMoReConfig(**TINY | {"image_size": 64}, out_features=["stage1", "stage2", "stage3", "stage4"])
+    config = UperNetConfig(backbone_config=backbone, hidden_size=16, pool_scales=[1], use_auxiliary_head=False)
+    torch.manual_seed(0)
+    model = UperNetForSemanticSegmentation(config)
+    model.save_pretrained(tmp_path)
+    config = UperNetConfig.from_pretrained(tmp_path)
+    config.backbone_config.image_size = 96
+    loaded = UperNetForSemanticSegmentation.from_pretrained(tmp_path, config=config)
+    name = "backbone.encoder.stages.0.cartesian_encoder.views.frontal.weight"
+    torch.testing.assert_close(loaded.get_parameter(name), resample_axis_weight(model.get_parameter(name), 24))
 
 
 def test_loading_at_the_same_size_says_nothing(tmp_path, captured_log):

@@ -110,6 +110,14 @@ def test_folder_that_needs_the_package_is_refused(folder):
         validate_folder(folder)
 
 
+@pytest.mark.parametrize(("field", "value"), [("dilation", "2"), ("dilation", 0)])
+def test_a_configuration_that_is_none_is_refused(folder, field, value):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(PublishingError, match=r"config\.json is no valid LeMoRe configuration: (.|\n)*dilation"):
+        validate_folder(folder)
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "optimizer.pt", "figures/scores.pkl"])
 def test_pickled_files_are_refused(folder, name):
     (folder / name).parent.mkdir(exist_ok=True)

@@ -411,8 +411,8 @@ def _to_numpy(array: Union[np.ndarray, "torch.Tensor"]) -> np.ndarray:
 def _eight_bit(image: np.ndarray) -> np.ndarray:
     """Integer values of any width as uint8, floats as float32.
 
-    Unsigned 16-bit values are scaled from [0, 65535] to [0, 255]. Wider integers say nothing about their range: they are
-    taken for 8 bit if they fit and for 16 bit otherwise (our choice; Pillow reads some 16-bit files as mode I).
+    Unsigned 16-bit values are scaled from [0, 65535] to [0, 255]. Signed and wider integers say nothing about their range:
+    they are taken for 8 bit if they fit and for 16 bit otherwise (our choice; Pillow reads some 16-bit files as mode I).
     """
     if image.dtype == np.uint8:
         return image
@@ -425,7 +425,8 @@ def _eight_bit(image: np.ndarray) -> np.ndarray:
     low, high = int(image.min()), int(image.max())
     if low < 0 or high > 65535:
         raise ValueError(f"Integer pixel values must lie in [0, 255] or [0, 65535], got [{low}, {high}].")
-    if high <= 255 and image.dtype.itemsize != 2:
+    is_unsigned_16_bit = image.dtype.kind == "u" and image.dtype.itemsize == 2
+    if high <= 255 and not is_unsigned_16_bit:
         return image.astype(np.uint8)
     return ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
@@ -460,7 +461,9 @@ def _read_label_map(label_map: Union[Image.Image, np.ndarray, "torch.Tensor"]) -
             )
         label_map = np.array(_upright(label_map))
     labels = _to_numpy(label_map)
-    if not np.issubdtype(labels.dtype, np.floating):
+    if labels.dtype.kind not in "buif":
+        raise TypeError(f"Segmentation maps must hold numbers, got the dtype {labels.dtype}.")
+    if labels.dtype.kind != "f":
         return labels
     whole = np.isfinite(labels) & (labels == np.rint(labels))
     if not whole.all():
