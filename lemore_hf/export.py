@@ -27,6 +27,7 @@ import transformers
 from PIL import Image
 from torch import nn
 from transformers.exporters.utils import apply_patches, register_patch
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
 from .checkpointing import CheckpointError, atomic_folder
 from .modeling_lemore import (
@@ -268,8 +269,19 @@ def _check_output(output_dir: Path) -> None:
         raise ValueError(f"{str(output_dir)!r} has no name to replace it by: name a folder, such as ./export.")
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"{output_dir} is a file: name a folder for the export.")
-    if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / MANIFEST).is_file():
-        raise ValueError(f"{output_dir} holds files that are no export of a model: name an empty or a new folder.")
+    files = sorted(output_dir.iterdir()) if output_dir.exists() else []
+    is_replaced = (output_dir / MANIFEST).is_file()
+    if others := [path.name for path in files if not is_replaced or not _is_of_export(path)]:
+        raise ValueError(
+            f"{output_dir} holds what is no export of a model and would be lost: {', '.join(others[:8])}. Move it "
+            "elsewhere, or name an empty or a new folder."
+        )
+
+
+def _is_of_export(path: Path) -> bool:
+    """Whether a file has the name of one that an export consists of."""
+    own = {MANIFEST, CONFIG_NAME, IMAGE_PROCESSOR_NAME, *FILES.values(), "model.onnx.data", "openvino_model.bin"}
+    return path.is_file() and (path.name in own or path.name.endswith("_lemore.py"))
 
 
 # The graph

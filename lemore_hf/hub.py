@@ -214,6 +214,11 @@ def write_card(
     if not Path(template).is_file():
         raise PublishingError(f"there is no card template {template}; give one, such as the repository's model_cards/")
     config, architecture = _load_config(folder), _model_class(folder).__name__
+    if export := (results or {}).get("export"):
+        raise PublishingError(
+            f"the results are of an export ({export.get('format')}, {export.get('precision')}), not of these weights: "
+            "evaluate the model itself"
+        )
     scores = _scores(results or {})
     card = ModelCard.from_template(
         _card_data(architecture, repo_id, results or {}, scores, recipe, license),

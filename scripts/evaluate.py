@@ -129,6 +129,11 @@ def check_options(args: argparse.Namespace, recipe: Recipe) -> None:
         raise ValueError(
             f"--runs keeps lines of whole trainings, --model {args.model} is of one's middle: give its final."
         )
+    if args.runs is not None and not (Path(args.model).parent / "run.json").is_file():
+        raise ValueError(
+            f"--runs keeps lines of trainings, of which --model {args.model} has no run.json beside it: give the final of a "
+            "run, or leave --runs out."
+        )
     if args.runs is not None and args.runs.is_dir():
         raise ValueError(f"--runs {args.runs} is a folder: give the name of a file.")
 

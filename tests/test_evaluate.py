@@ -5,6 +5,7 @@
 import importlib.util
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -535,6 +536,11 @@ def test_bad_input_is_refused_before_the_work(run_script, model_dir, data_dir, t
     with pytest.raises(ValueError, match="is a folder"):
         run_script(*arguments(model_dir, data_dir, tmp_path))
     output = tmp_path / "metrics.json"
+    untrained = shutil.copytree(model_dir, tmp_path / "elsewhere" / "net")
+    with pytest.raises(
+        ValueError, match=r"--runs keeps lines of trainings, of which .*net has no run\.json beside it"
+    ):
+        run_script(*arguments(untrained, data_dir, output, "--runs", str(tmp_path / "runs.jsonl")))
     with pytest.raises(ValueError, match=r"--runs .* is a folder"):
         run_script(*arguments(model_dir, data_dir, output, "--runs", str(tmp_path)))
     with pytest.raises(ValueError, match=r"--model .*best is of one's middle"):

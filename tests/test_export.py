@@ -351,6 +351,15 @@ def test_folder_of_other_files_is_not_replaced(checkpoint, model, image_processo
     assert sorted(checkpoint.iterdir()) == files
 
 
+def test_an_export_is_replaced_and_what_lies_beside_it_is_not(model, image_processor, tmp_path):
+    for _ in range(2):
+        export_model(model, image_processor, tmp_path, "torch")
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"would be lost: metrics\.json\. Move it elsewhere"):
+        export_model(model, image_processor, tmp_path, "torch")
+    assert (tmp_path / "metrics.json").is_file()
+
+
 def test_more_labels_than_a_byte_holds(image_processor, tmp_path):
     config = LeMoReConfig(num_labels=300, image_size=64, semantic_loss_ignore_index=-100)
     with pytest.raises(ValueError, match=r"255 labels.*300"):

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSemanticSegmentation
 
-from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation
+from lemore_hf import LeMoReConfig, LeMoReForImageClassification, LeMoReForSemanticSegmentation
 from lemore_hf.data.recipes import load_recipe
 from lemore_hf.hub import PublishingError, ensure_card, validate_folder, write_card
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
@@ -216,6 +216,30 @@ def test_card_says_at_what_size_the_scores_are(folder, resize, said):
     assert "- **Multiply-accumulates**: 1991 million for 720×960 pixels\n- **Weights**" in text
 
 
+def test_card_says_how_the_scores_were_made(folder):
+    inference = {"scales": [0.75, 1.0, 1.25], "flip": True, "window": [360, 480], "resize": None}
+    text = write_card(
+        folder, "x/lemore-test", {**RESULTS, "inference": inference, "mixed_precision": "bf16"}
+    ).read_text()
+    how = "averaged over the scales 0.75, 1.0, 1.25, averaged with their mirror images, in windows of 360×480 pixels"
+    assert f"233 images, {how}, computed in bf16, in percent of the pixels at their own size" in text
+    inference = {"scales": [1.0], "flip": False, "window": None, "resize": None}
+    text = write_card(
+        folder, "x/lemore-test", {**RESULTS, "inference": inference, "mixed_precision": "no"}
+    ).read_text()
+    assert "233 images, in percent of the pixels at their own size; void pixels do not count:" in text
+
+
+def test_card_of_a_classifier_speaks_of_pictures(folder):
+    config = LeMoReConfig.from_pretrained(folder)
+    LeMoReForImageClassification(config).save_pretrained(folder)
+    results = {"accuracy": 0.5, "dataset": "ImageNet-1k", "split": "validation", "num_images": 9}
+    text = write_card(folder, "someone/lemore-test", results).read_text()
+    assert "On ImageNet-1k, split `validation`, 9 images, in percent:\n" in text
+    assert "Every picture gets one of the classes" in text
+    assert "pixels do not count" not in text
+
+
 def test_card_without_results_claims_nothing(folder):
     write_card(folder, "someone/lemore-test")
     card = ModelCard.load(folder / "README.md")
@@ -254,6 +278,7 @@ def test_card_of_a_network_with_a_single_label(folder):
         ({"mean_iou": 68.1}, r"numbers in 0…1: mean_iou=68\.1"),
         ({"loss": 1.0}, "no evaluation's JSON"),
         ({"mean_iou": 0.5, "per_class_iou": [0.1, 0.2]}, "not of this model"),
+        ({"mean_iou": 0.5, "export": {"format": "onnx", "precision": "int8"}}, r"of an export \(onnx, int8\)"),
         ({"mean_iou": 0.5, "per_class_iou": {"sky": 0.1, "road": 0.2, "boat": 0.3}}, "not of this model.*boat"),
     ],
 )
