@@ -87,6 +87,8 @@ def add_figures(folder: Path, figures: Sequence[Path]) -> None:
 
 def copy_files(folder: Path, files: Sequence[Path], output: Path) -> None:
     """Exactly `files` of a folder, in an output folder that may hold an older edition of them."""
+    if output.resolve() == folder.resolve():
+        raise PublishingError(f"--output {output} is the model's own folder: give another, or --dry_run alone.")
     if output.is_dir() and any(output.iterdir()) and not (output / WEIGHTS).is_file():
         raise PublishingError(f"--output {output} holds something else than a model: give a new or an empty folder.")
     with atomic_folder(output) as temporary:

@@ -377,6 +377,8 @@ def test_output_is_exactly_the_folder_that_would_be_uploaded(folder, tmp_path):
     (folder / "modeling_lemore.py").write_text("# of an older release")
     push([*options, "--refresh_code", "--output", str(output)])
     assert (output / "modeling_lemore.py").read_bytes() == current
+    with pytest.raises(SystemExit, match="is the model's own folder"):
+        push([*options, "--output", str(folder)])
     with pytest.raises(SystemExit, match="holds something else than a model"):
         push([*options, "--output", str(tmp_path)])
     assert (tmp_path / "curves.png").is_file()
