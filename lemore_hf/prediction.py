@@ -312,14 +312,15 @@ def _frames(source: Path) -> Iterator[tuple[Image.Image, Fraction, Fraction, Fra
             # Phones film at rates that vary, and recordings of a stream begin at any time.
             moment = number / rate if frame.pts is None else frame.pts * frame.time_base
             start = moment if start is None else start
-            end = moment - start + max(1 / rate, frame.duration * frame.time_base)
+            end = moment + max(1 / rate, frame.duration * frame.time_base)
             yield image, moment - start, rate, aspect_ratio
         # Decoders end a film that was cut off as if that were its end. Not all formats say how long it is.
-        length = stream.duration and stream.duration * stream.time_base
-        if end and length and end < 0.95 * length:
-            raise UnreadableInputError(
-                f"it ends after {float(end):.1f} of {float(length):.1f} seconds: the file is not whole"
-            )
+        if end is not None and stream.duration:
+            length, end = stream.duration * stream.time_base, end - (stream.start_time or 0) * stream.time_base
+            if end < 0.95 * length:
+                raise UnreadableInputError(
+                    f"it ends after {float(end):.1f} of {float(length):.1f} seconds: the file is not whole"
+                )
 
 
 class _VideoWriter:
