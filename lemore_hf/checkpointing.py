@@ -76,12 +76,15 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def recover_folders(parent: Path) -> None:
-    """Bring back, in a folder, what `atomic_folder` was replacing when it was killed, and clear away what it has not
-    finished."""
+    """Bring back, in a folder, what `atomic_folder` was replacing when it was killed."""
     for replaced in parent.glob(f".*{_REPLACED}"):
         folder = parent / replaced.name[1:].removesuffix(_REPLACED)
         if not folder.exists():
             replaced.rename(folder)
+
+
+def clear_unfinished(parent: Path) -> None:
+    """Delete, in a folder, what killed processes have left half written, replaced or deleted; nobody may be writing there."""
     for leftover in [path for suffix in (_REPLACED, _WRITING, _DOOMED) for path in parent.glob(f".*{suffix}")]:
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -37,6 +37,7 @@ from lemore_hf.checkpointing import (
     DamagedCheckpointError,
     atomic_folder,
     checkpoint_folder,
+    clear_unfinished,
     list_checkpoints,
     prune_checkpoints,
     recover_folders,
@@ -340,6 +341,7 @@ def prepare_output_folder(args: argparse.Namespace, accelerator: Accelerator) ->
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
+        clear_unfinished(args.output_dir)  # not before: a run that is refused must not disturb the one that is there
 
 
 def divide_batch(batch_size: int, num_processes: int, accumulation_steps: int) -> int:

@@ -18,6 +18,7 @@ from lemore_hf.checkpointing import (
     CheckpointError,
     atomic_folder,
     checkpoint_folder,
+    clear_unfinished,
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
@@ -65,6 +66,7 @@ def test_a_writer_that_dies_at_any_moment_leaves_the_old_checkpoint_or_the_new(t
         save_checkpoint(folder, {"weight": torch.full((3,), 1.0)}, {"step": 1})
         finished = save_and_die(folder, count)
         recover_folders(folder.parent)
+        clear_unfinished(folder.parent)
         tensors, state = load_checkpoint(folder)
         assert torch.equal(tensors["weight"], torch.full((3,), float(state["step"])))
         assert not list(folder.parent.glob(".*")), "something unfinished was left behind"

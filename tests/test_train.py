@@ -260,6 +260,10 @@ def test_a_checkpoint_that_was_being_replaced_is_brought_back(tmp_path, recipe, 
         shutil.rmtree(checkpoint)
     shutil.copytree(last, folder / f".{last.name}.writing")
     last.rename(folder / f".{last.name}.replaced")
+    # A second start by mistake is refused and deletes nothing that the run may be writing.
+    with pytest.raises(SystemExit, match="already holds a run"):
+        run_here(recipe, data_dir, folder)
+    assert (folder / f".{last.name}.writing").is_dir()
     run_here(recipe, data_dir, folder, "--resume")
     assert list_checkpoints(folder) == [last]
     assert not list(folder.glob(".*"))
