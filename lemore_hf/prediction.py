@@ -312,7 +312,7 @@ def _frames(source: Path) -> Iterator[tuple[Image.Image, Fraction, Fraction, Fra
             # Phones film at rates that vary, and recordings of a stream begin at any time.
             moment = number / rate if frame.pts is None else frame.pts * frame.time_base
             start = moment if start is None else start
-            end = moment + max(1 / rate, frame.duration * frame.time_base)
+            end = moment + max(1 / rate, (frame.duration or 0) * (frame.time_base or 0))
             yield image, moment - start, rate, aspect_ratio
         # Decoders end a film that was cut off as if that were its end. Not all formats say how long it is.
         if end is not None and stream.duration:
