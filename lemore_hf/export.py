@@ -207,12 +207,13 @@ def require_packages(export_format: str, names: Sequence[str]) -> None:
     """Refuse to go on without the packages of a format.
 
     Raises:
-        `ImportError`: naming the extra that installs them.
+        `ModuleNotFoundError`: naming the extra that installs them.
     """
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(
-            f"The format {export_format!r} needs {', '.join(missing)}: pip install 'lemore-hf[{export_format}]'"
+        raise ModuleNotFoundError(
+            f"The format {export_format!r} needs {', '.join(missing)}: pip install 'lemore-hf[{export_format}]'",
+            name=", ".join(missing),
         )
 
 

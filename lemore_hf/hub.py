@@ -33,7 +33,8 @@ from .configuration_lemore import LeMoReConfig
 from .data.recipes import Recipe
 from .modeling_lemore import LeMoReForImageClassification, LeMoReForSemanticSegmentation
 
-WEIGHTS, CONFIG, PROCESSOR, CARD = "model.safetensors", "config.json", "preprocessor_config.json", "README.md"
+WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
+CARD, LICENSE = "README.md", "LICENSE.md"
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".svg", ".gif")
 # In the repository it lies beside the package, in an installed wheel inside.
 _CARD_FOLDERS = [folder / "model_cards" for folder in Path(__file__).parents[:2]]
@@ -69,7 +70,7 @@ def validate_folder(folder: str | Path) -> list[Path]:
         folder: as `save_pretrained` of model and image processor write it, with the model card.
 
     Returns:
-        The files to publish, relative to the folder: weights, configurations, remote code, card and the card's
+        The files to publish, relative to the folder: weights, configurations, remote code, card, licence and the card's
         pictures. Whatever else lies in the folder stays there.
 
     Raises:
@@ -171,7 +172,7 @@ def _model_class(folder: Path) -> type[torch.nn.Module]:
 
 
 def _card_files(folder: Path) -> list[Path]:
-    """The card and the pictures in the folder that it shows."""
+    """The card, the licence, if the folder has one, and the pictures in the folder that the card shows."""
     if not (folder / CARD).is_file():
         raise PublishingError(f"{folder} has no {CARD}: render it with `write_card`, from an evaluation's JSON.")
     text = (folder / CARD).read_text(encoding="utf-8")
@@ -181,7 +182,7 @@ def _card_files(folder: Path) -> list[Path]:
     missing = [link for link in pictures if not (folder / link).is_file()]
     if bad := outside + missing:
         raise PublishingError(f"{folder / CARD} shows pictures that are not in the folder: {', '.join(bad)}.")
-    return [Path(CARD), *(Path(link) for link in pictures)]
+    return [Path(name) for name in (CARD, LICENSE, *pictures) if (folder / name).is_file()]
 
 
 # The card
@@ -195,7 +196,7 @@ def write_card(
     license: str | None = None,
     template: str | Path = CARD_TEMPLATE,
 ) -> Path:
-    """Render the model card into a folder that `save_pretrained` wrote.
+    """Render the model card into a folder that `save_pretrained` wrote; and its `LICENSE.md`, where the Hub asks for one.
 
     Args:
         folder: the model's; every picture in it and in its subfolder `figures/` is shown.
@@ -204,7 +205,8 @@ def write_card(
             none. `mean_iou` and the other scores are in 0…1, `per_class_iou` is by name or in the labels' order.
         recipe: the recipe of the training, for the data's name, terms and citation.
         license: Hub licence identifier of the weights. Default: `apache-2.0` where the recipe's data is, `other` with
-            the data's terms where they are others, `unknown` without recipe.
+            the data's terms where they are others, `unknown` without recipe. `other` needs a file with the terms: one
+            in the folder stays.
         template: Jinja template of the card.
 
     Raises:
@@ -236,6 +238,8 @@ def write_card(
     )
     # Rendered in full before the old card goes.
     (folder / CARD).write_text(str(card), encoding="utf-8")
+    if card.data.license == "other" and not (folder / LICENSE).is_file():
+        (folder / LICENSE).write_text(_terms(recipe), encoding="utf-8")
     return folder / CARD
 
 
@@ -277,26 +281,27 @@ def _card_data(
     recipe: Recipe | None,
     license: str | None,
 ) -> ModelCardData:
-    dataset = (recipe.dataset or recipe.name) if recipe else results.get("dataset")
+    hub_dataset = recipe.dataset if recipe and "/" in (recipe.dataset or "") else None
+    name = (recipe.title or recipe.name) if recipe else results.get("dataset") or "custom"
     terms = recipe.license if recipe else ""
     if license is None:
         license = "unknown" if not terms else "apache-2.0" if terms.lower() == "apache-2.0" else "other"
-    # The Hub asks for a name and a link where the licence is not one of its list: the card's own section.
-    other = {"license_name": "apache-2.0-with-data-terms", "license_link": CARD} if license == "other" else {}
+    # What the Hub asks for where the licence is not one of its list.
+    other = {"license_name": "apache-2.0-with-data-terms", "license_link": LICENSE} if license == "other" else {}
     return ModelCardData(
         library_name="transformers",
         pipeline_tag=_PIPELINE_TAGS[architecture],
         license=license,
         **other,
         tags=["lemore", "vision", "lightweight"],
-        datasets=[dataset] if dataset else None,
+        datasets=[hub_dataset] if hub_dataset else None,
         metrics=list(scores) or None,
         model_name=repo_id.split("/")[-1],
         eval_results=[
             EvalResult(
                 task_type=_PIPELINE_TAGS[architecture],
-                dataset_type=dataset or "custom",
-                dataset_name=(recipe.title if recipe else None) or dataset or "custom",
+                dataset_type=hub_dataset or (recipe.name if recipe else "custom"),
+                dataset_name=name,
                 dataset_split=results.get("split"),
                 metric_type=key,
                 metric_name=_SCORES[key],
@@ -305,6 +310,16 @@ def _card_data(
             for key, score in scores.items()
         ]
         or None,
+    )
+
+
+def _terms(recipe: Recipe | None) -> str:
+    """The licence file of weights whose licence is not one of the Hub's list."""
+    terms = f"{recipe.title or recipe.name}: {recipe.license}" if recipe and recipe.license else "not recorded here"
+    return (
+        "# Licence\n\nThe code in this folder is licensed under the Apache License, version 2.0 "
+        "(https://www.apache.org/licenses/LICENSE-2.0).\n\nThe weights carry the terms of the data that they were trained "
+        f"on ({terms}).\n"
     )
 
 
@@ -462,6 +477,8 @@ def _explained(action: str) -> Iterator[None]:
             412: "The repository changed meanwhile: look at it, and run the command again.",
         }.get(status, "Run the command again.")
         raise PublishingError(f"cannot {action} (HTTP status {status}). {advice} Details: {error}") from error
+    except ValueError as error:  # A name or metadata that the Hub does not take.
+        raise PublishingError(f"cannot {action}: {error}") from error
     except Exception as error:  # The client's transport errors differ between its versions and share no other base.
         cause = error.__cause__ or error
         raise PublishingError(

@@ -300,6 +300,7 @@ class BoundaryIoU(_StreamingCounts):
         self.dilation_ratio = dilation_ratio
 
     def _count(self, prediction: Tensor, label: Tensor) -> Tensor:
+        label = label.long()  # where an `ignore_index` of -100 is no class, as it is in bytes
         # Refuses values out of range before the boundaries are looked for.
         count_pairs(prediction, label, self.num_classes, self.ignore_index)
         void = torch.zeros_like(label, dtype=torch.bool) if self.ignore_index is None else label == self.ignore_index
@@ -382,6 +383,7 @@ def trainer_metrics(
         logits = logits[0] if isinstance(logits, (tuple, list)) else logits
         if labels is None:
             return label_maps(logits, logits.shape[-2:]).to(torch.int32)
+        labels = labels.long()  # in bytes -100 is class 156
         # The logits belong to the image above the padding.
         height = int((labels != _TRAINER_PADDING).any(-1).any(0).sum())
         size = (height or labels.shape[-2], labels.shape[-1])
@@ -393,7 +395,7 @@ def trainer_metrics(
         # Trainer hands over lists with eval_do_concat_batches=False.
         batched = isinstance(predictions, list)
         for prediction, label in zip(predictions, labels, strict=True) if batched else [(predictions, labels)]:
-            label = torch.as_tensor(label)
+            label = torch.as_tensor(label).long()
             matrix.update(prediction, label.masked_fill(label == _TRAINER_PADDING, ignore_index))
         if not compute_result:
             return {}

@@ -368,7 +368,7 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 # What a panel shows: its title, and the keys of the records it draws, with the names that `Trainer` logs them under.
 _CURVES = (
-    ("Loss", {"training": ("loss", "train_loss"), "evaluation": ("eval_loss",)}),
+    ("Loss", {"training": ("loss",), "evaluation": ("eval_loss",)}),
     ("Learning rate", {"": ("lr", "learning_rate")}),
     ("mIoU, %", {"": ("mean_iou", "eval_mean_iou")}),
 )
@@ -378,7 +378,7 @@ def plot_training_curve(records: Sequence[Mapping[str, Any]], title: str | None 
     """Loss, learning rate and mIoU over the steps of a run; a panel for each that the records hold.
 
     Args:
-        records: Log records, each with `step` and any of `loss` (or `train_loss`), `eval_loss`, `lr` (or
+        records: Log records, each with `step` and any of `loss`, `eval_loss`, `lr` (or
             `learning_rate`) and `mean_iou` (or `eval_mean_iou`, in [0, 1]); `trainer.state.log_history` will do. Other keys
             are passed over. A resumed run may log a step again: its last record counts.
         title: Written above.

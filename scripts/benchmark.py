@@ -40,7 +40,9 @@ from lemore_hf.benchmarking.rounds import prepare_models, run_cell, run_rounds
 from lemore_hf.hardware import usable_cores
 from lemore_hf.visualization import plot_speed
 
-RUNTIMES = ("eager", "compile", "bf16", *GRAPH_RUNTIMES, "training")
+# Each model with its own loss, as under `Trainer`; and with the same, as `scripts/train.py` trains all.
+TRAINING_RUNTIMES = ("training", "training-one-loss")
+RUNTIMES = ("eager", "compile", "bf16", *GRAPH_RUNTIMES, *TRAINING_RUNTIMES)
 CUDA_RUNTIMES = ("cuda-float32", "cuda-bfloat16")
 CHART_RUNTIMES = ("eager", "onnx", "openvino", "cuda-float32")
 SIZES = ((256, 256), (384, 384), (512, 512), (768, 768), (1024, 1024), (1024, 2048), (1536, 1536), (2048, 2048))
@@ -52,7 +54,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 
 TITLES = {
     1: "The network",
-    2: "From a 1920×1080 JPEG file to its label map",
+    2: "From a 1920×1080 JPEG file to its label map, through a network at 512×512",
     3: "LeMoRe by the size of the image",
 }
 
@@ -75,7 +77,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--runtimes", nargs="+", choices=(*RUNTIMES, *CUDA_RUNTIMES))
     parser.add_argument("--batch-sizes", type=_positive, nargs="+")
     parser.add_argument("--threads", type=_positive, nargs="+")
-    parser.add_argument("--size", type=_positive, nargs=2, metavar=("HEIGHT", "WIDTH"), default=(512, 512))
+    parser.add_argument(
+        "--size",
+        type=_positive,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        default=(512, 512),
+        help="of the first table's images; the second's have 512×512 pixels, the third's are of many sizes",
+    )
     parser.add_argument("--rounds", type=_positive, help="how often each process is started (default: 3; quick: 1)")
     parser.add_argument(
         "--seconds", type=float, default=1.0, help="how long each process repeats, at least three times"
@@ -278,15 +287,17 @@ def plan_models(arguments: argparse.Namespace) -> Iterator[Cell]:
     for runtime in arguments.runtimes:
         on_gpu = runtime in CUDA_RUNTIMES
         for threads in [1] if on_gpu else arguments.threads:
-            for batch_size in [TRAINING_BATCH_SIZE] if runtime == "training" else arguments.batch_sizes:
+            for batch_size in [TRAINING_BATCH_SIZE] if runtime in TRAINING_RUNTIMES else arguments.batch_sizes:
                 for model in arguments.models:
                     # Graphs are fused when they are exported, and training runs what is not fused anyway.
                     if model == "lemore-not-fused" and runtime != "eager":
                         continue
-                    if model.endswith("-full") and runtime == "training":
-                        continue  # the loss upsamples in all models alike
+                    if model.endswith("-full") and runtime in TRAINING_RUNTIMES:
+                        continue  # the loss upsamples anyway
                     for layout in layouts(runtime):
-                        kind, name = ("training", "") if runtime == "training" else ("inference", runtime)
+                        kind, name = "inference", runtime
+                        if runtime in TRAINING_RUNTIMES:
+                            kind, _, name = runtime.partition("-")
                         yield Cell(kind, model, name, layout, batch_size, threads, height, width)
 
 

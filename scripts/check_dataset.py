@@ -142,6 +142,16 @@ def main() -> int:
         report = check_split(samples, recipe, split, args)
         print_report(report, recipe, split)
         problems += [f"{split}: {failure}" for failure in report.failures]
+        is_segmentation = recipe.task == "semantic-segmentation"
+        if (
+            is_segmentation
+            and split in split_names(recipe.validate_on)
+            and len(report.sizes) > 1 < recipe.eval_batch_size
+        ):
+            problems.append(
+                f"{split}: images of {len(report.sizes)} sizes cannot be validated {recipe.eval_batch_size} at a time: "
+                "give --eval_batch_size 1."
+            )
         pictures += [(f"{split}: {sample.name}", sample) for sample in report.pictures]
     if problems:
         print(f"\nA training would fail ({len(problems)}):")

@@ -20,10 +20,9 @@ from typing import Any
 
 import yaml
 
-from lemore_hf.data.recipes import TRAINING_FIELDS, Recipe, load_recipe, split_names
+from lemore_hf.data.recipes import DESCRIPTIVE_FIELDS, TRAINING_FIELDS, Recipe, load_recipe, split_names
 
 SCRIPTS = Path(__file__).parent
-IDENTITY = ("configuration_hash", "seed", "steps")  # of a run, beside its name, as `evaluate.py` knows it
 RECIPE_FIELDS = {field.name for field in fields(Recipe)}
 EVALUATION_FIELDS = RECIPE_FIELDS - TRAINING_FIELDS
 PLAN_KEYS = {"title", "notes", "recipe", "splits", "options", "variants"}
@@ -107,21 +106,36 @@ def option_words(options: dict[str, Any]) -> list[str]:
 
 
 def train(plan: dict[str, Any], name: str, folder: Path, args: argparse.Namespace) -> None:
-    options = training_options(plan, name)
-    planned = folder / "plan.json"
+    options, planned = training_options(plan, name), folder / "plan.json"
     is_begun = (folder / "run.json").is_file() or any(folder.glob("checkpoint-*"))
-    if is_begun and planned.is_file() and (before := json.loads(planned.read_text(encoding="utf-8"))) != options:
-        changed = sorted(key for key in before | options if before.get(key) != options.get(key))
-        raise ValueError(
-            f"{folder} was trained with other settings of {', '.join(changed)} than {name!r} has in the plan today: "
-            "name the variant anew, or delete the folder to train again."
-        )
+    if is_begun and planned.is_file():
+        changed = changes_since(json.loads(planned.read_text(encoding="utf-8")), as_kept(plan, options))
+        if changed:
+            raise ValueError(
+                f"{folder} was trained with other settings of {', '.join(changed)} than {name!r} has in the plan today: "
+                "name the variant anew, or delete the folder to train again."
+            )
     if (folder / "run.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    planned.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+    planned.write_text(json.dumps(as_kept(plan, options), indent=2) + "\n", encoding="utf-8")
     data = ["--data_dir", str(args.data_dir)] if args.data_dir else []
     run("train.py", "--recipe", plan["recipe"], *data, "--output_dir", str(folder), "--resume", *option_words(options))
+
+
+def as_kept(plan: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """What `plan.json` keeps: the options, and what the recipe was that they change."""
+    fields = load_recipe(plan["recipe"]).to_dict().items()
+    recipe = {field: value for field, value in fields if field not in DESCRIPTIVE_FIELDS}
+    return json.loads(json.dumps({**options, "recipe": recipe}))  # whose keys are words, those of a label map too
+
+
+def changes_since(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Options and recipe's fields of another value; a field that was not there yet is none of them."""
+    recipe, recipe_now = before.pop("recipe", {}), now.pop("recipe")
+    changed = sorted(key for key in before | now if before.get(key) != now.get(key))
+    overridden = before.keys() | now.keys()
+    return changed + [key for key in recipe if key not in overridden and recipe[key] != recipe_now.get(key)]
 
 
 def settings(plan: dict[str, Any], name: str) -> dict[str, Any]:
@@ -158,7 +172,7 @@ def known_run(folder: Path, runs: Path) -> dict[str, Any] | None:
     known = [run for run in map(json.loads, lines) if run["name"] == folder.name]
     if (folder / "run.json").is_file():
         trained = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        known = [run for run in known if all(run.get(key) == trained.get(key) for key in IDENTITY)]
+        known = [run for run in known if all(run.get(key) == value for key, value in trained.items())]
     return known[-1] if known else None
 
 

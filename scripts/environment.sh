@@ -1,7 +1,15 @@
 # Source this: `source scripts/environment.sh EXTRA` (or "") makes the checkout's virtual environment where there is none,
-# installs the package with that extra, if any, and activates it. Run again, it reuses what is there.
-if [ ! -x .venv/bin/python ]; then
-  "${PYTHON:-python3}" -m venv .venv
+# installs the package with that extra, if any, and activates it. Run again, it reuses what is there. PYTHON names the
+# interpreter that makes it.
+is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; }
+# `activate` is what venv writes last: without it an earlier attempt broke off.
+if [ ! -f .venv/bin/activate ] || ! is_recent .venv/bin/python; then
+  python=${PYTHON:-python3}
+  if ! is_recent "$python"; then
+    echo "Python 3.10 or newer is needed, and $python is $("$python" --version 2>&1): name one with PYTHON=python3.12 before the command." >&2
+    exit 1
+  fi
+  "$python" -m venv --clear .venv
 fi
 source .venv/bin/activate
 installed=".venv/.installed-${1:-base}"

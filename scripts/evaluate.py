@@ -28,6 +28,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 from transformers import PreTrainedModel
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 import lemore_hf
 from lemore_hf.checkpointing import CheckpointError
@@ -80,7 +81,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     if accelerator.is_main_process:
         check_output(args.output)
-    check_processor(Path(args.model), recipe, accelerator)
+    check_processor(args.model, recipe, accelerator)
     model = load_network(args.model, recipe)
     with accelerator.main_process_first():  # which fills the cache of the data set
         samples = load_split(recipe, args.split, args.data_dir, args.streaming)
@@ -150,10 +151,10 @@ def check_export_options(args: argparse.Namespace, recipe: Recipe) -> None:
         )
 
 
-def check_processor(folder: Path, recipe: Recipe, accelerator: Accelerator) -> None:
+def check_processor(name_or_path: str, recipe: Recipe, accelerator: Accelerator) -> None:
     """Refuse to feed a model other pixel values than its image processor would; say so where the size is another."""
-    path = folder / "preprocessor_config.json"
-    processor = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    path = cached_file(name_or_path, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False)
+    processor = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
     for field in ("image_mean", "image_std"):
         values = processor.get(field)
         if values is not None and list(values) != list(getattr(recipe, field)):
@@ -164,7 +165,7 @@ def check_processor(folder: Path, recipe: Recipe, accelerator: Accelerator) -> N
     size = processor.get("size", recipe.processor_size)
     if recipe.resize is not None and size != recipe.processor_size:
         accelerator.print(
-            f"The recipe {recipe.name} resizes images to {recipe.processor_size}, the image processor in {folder} to "
+            f"The recipe {recipe.name} resizes images to {recipe.processor_size}, the image processor in {name_or_path} to "
             f"{size}: the scores are those at the recipe's size, which --resize changes."
         )
 
@@ -320,7 +321,8 @@ def run_of(folder: Path) -> dict[str, Any]:
 def record_run(report: dict[str, Any], args: argparse.Namespace) -> None:
     """
     Put the scores into the line of the run that the model comes from: a line holds the run's `run.json` and, under
-    `evaluation`, what was measured on each split. A run is known by its name, configuration hash, seed and length.
+    `evaluation`, what was measured on each split. A run is known by its name, configuration hash, seed and length; the
+    scores of an earlier training of the same are not kept.
     """
     lines = args.runs.read_text(encoding="utf-8").splitlines() if args.runs.is_file() else []
     runs = [json.loads(line) for line in lines]
@@ -328,6 +330,9 @@ def record_run(report: dict[str, Any], args: argparse.Namespace) -> None:
     known = next((run for run in runs if all(run.get(key) == report["run"].get(key) for key in identity)), None)
     if known is None:
         runs.append(known := dict(report["run"]))
+    elif any(known.get(key) != value for key, value in report["run"].items()):
+        known.clear()
+        known.update(report["run"])
     keys = ("mean_iou", "mean_accuracy", "overall_accuracy", "boundary_iou", "accuracy", "inference")
     known |= {key: report[key] for key in ("parameters", "multiply_accumulates")}
     known.setdefault("evaluation", {})[args.split] = {key: report[key] for key in keys if key in report}

@@ -114,11 +114,16 @@ def describe_data(args: argparse.Namespace) -> Recipe:
     """The recipe, with the classes and the size of the pictures found in the data where it does not know them."""
     recipe = named_recipe(args)
     if recipe.num_classes is None:
-        largest = 0
-        for sample in tqdm(load_split(recipe, "train", args.dataset), "Counting classes"):
-            values = np.asarray(sample["label"])
-            largest = max(largest, int(values[values != IGNORE_INDEX].max(initial=0)))
-        recipe = recipe.replace(num_classes=largest + 1)
+        found = set()
+        for split in ("train", recipe.validate_on):
+            for sample in tqdm(load_split(recipe, split, args.dataset), f"Counting classes in {split}"):
+                found.update(np.unique(np.asarray(sample["label"])).tolist())
+        if found <= {0, IGNORE_INDEX}:
+            raise ValueError(
+                f"the masks in {args.dataset} hold {sorted(found)}, where {IGNORE_INDEX} is void: there are no two classes "
+                "to tell apart. Store them as the numbers 0, 1, ..., such as 0 and 1 for background and foreground."
+            )
+        recipe = recipe.replace(num_classes=max(found - {IGNORE_INDEX}) + 1)
     if args.recipe is None and args.dataset is not None:
         width, height = load_split(recipe, "train", args.dataset)[0]["image"].size
         scale = min(1.0, LARGEST_SIDE / max(width, height))
@@ -145,6 +150,13 @@ def collate_normalized(samples: list[dict], recipe: Recipe) -> dict[str, torch.T
     return {"pixel_values": normalize(batch["pixel_values"], recipe), "labels": batch["labels"].long()}
 
 
+def has_fast_bfloat16() -> bool:
+    """Elsewhere it takes several times as long as float32: convolutions leave oneDNN for PyTorch's own slow ones."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def make_trainer(
     model: torch.nn.Module, recipe: Recipe, args: argparse.Namespace, train: RecipeDataset | None = None
 ) -> Trainer:
@@ -162,7 +174,7 @@ def make_trainer(
         # The last batch of an epoch may be one small image, which the network's norms cannot train on.
         dataloader_drop_last=train is not None and len(train) >= args.batch_size,
         weight_decay=0.01,
-        bf16=not torch.backends.mps.is_available(),
+        bf16=has_fast_bfloat16(),
         use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         seed=args.seed,
         dataloader_num_workers=1,

@@ -9,4 +9,4 @@ ruff check .
 ruff format --check .
 # Two processes of one thread each: most tests are too small for more, and many start processes of their own.
 export OMP_NUM_THREADS=1
-exec python -m pytest --numprocesses 2 --dist loadscope "$@"
+exec python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder "$@"

@@ -54,7 +54,7 @@ from lemore_hf.data.loading import (
     raise_together,
     with_classes_of,
 )
-from lemore_hf.data.recipes import Recipe, add_recipe_arguments, load_recipe, recipe_overrides
+from lemore_hf.data.recipes import DESCRIPTIVE_FIELDS, Recipe, add_recipe_arguments, load_recipe, recipe_overrides
 from lemore_hf.evaluation import evaluate
 from lemore_hf.hardware import hardware_name, shares_cpu
 from lemore_hf.hub import PublishingError, push_folder, signed_in_user
@@ -69,18 +69,6 @@ from lemore_hf.optimization import (
 from lemore_hf.peers import PEERS, build_peer, head_prefixes
 from lemore_hf.training_state import TrainingState
 from lemore_hf.visualization import plot_training_curve
-
-# Of a recipe: what changes nothing about what a run computes.
-DESCRIPTIVE_FIELDS = {
-    "title",
-    "status",
-    "paper_mean_iou",
-    "license",
-    "citation",
-    "notes",
-    "palette",
-    "eval_batch_size",
-}
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -3,6 +3,7 @@
 """Fixtures that the tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,34 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 CAMVID_DIR = Path(os.environ.get("LEMORE_CAMVID", Path(__file__).resolve().parents[2] / "shared" / "camvid"))
+
+# Modules go to the processes as they come: what takes longest first, so that none ends long after the others.
+LONGEST = (
+    "test_train",
+    "test_workflow",
+    "test_released",
+    "test_export",
+    "test_evaluate",
+    "test_predict",
+    "test_loading",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.fixture(autouse=True)
+def _process_as_it_was() -> Iterator[None]:
+    """No test finds what another has set for the whole process."""
+    import transformers  # the first time here, with what is set above
+    from accelerate.state import AcceleratorState
+
+    verbosity = transformers.logging.get_verbosity()
+    yield
+    transformers.logging.set_verbosity(verbosity)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

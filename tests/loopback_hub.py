@@ -13,6 +13,8 @@ import sys
 import threading
 import urllib.parse
 
+import yaml
+
 
 class LoopbackHub(http.server.ThreadingHTTPServer):
     """Repositories in memory, behind the endpoints that the client uses to publish and to download."""
@@ -40,6 +42,13 @@ class LoopbackHub(http.server.ThreadingHTTPServer):
 
 def git_hash(data):
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def metadata_errors(card):
+    """What the Hub says of a licence outside of its list: "LICENSE", "LICENSE.md" or an address has its text."""
+    metadata = yaml.safe_load(card.split("---")[1]) if card.startswith("---") else {}
+    link = metadata.get("license_link", "LICENSE")
+    return [] if link in ("LICENSE", "LICENSE.md") or "://" in link else [f'"license_link" must not be {link!r}']
 
 
 class LoopbackHandler(http.server.BaseHTTPRequestHandler):
@@ -76,7 +85,8 @@ class LoopbackHandler(http.server.BaseHTTPRequestHandler):
         elif path == "/api/whoami-v2":
             self.reply({"type": "user", "name": "someone", "orgs": [], "auth": {"type": "access_token"}})
         elif path == "/api/validate-yaml":
-            self.reply({"errors": [], "warnings": []})
+            errors = metadata_errors(json.loads(body)["content"])
+            self.reply({"errors": [{"message": error} for error in errors], "warnings": []}, 400 if errors else 200)
         elif path == "/api/repos/create":
             self.create(json.loads(body))
         elif path == "/lfs/verify":

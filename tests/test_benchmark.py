@@ -19,6 +19,7 @@ from torch import nn
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 from transformers.pipelines import image_segmentation
 
+from lemore_hf import modeling_lemore
 from lemore_hf.benchmarking import cell as cell_module
 from lemore_hf.benchmarking import models, preparation, rounds
 from lemore_hf.benchmarking.cell import Cell, measure, summary
@@ -173,12 +174,13 @@ def test_a_missing_package_is_reported(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("program", "reason"), [("import os; os.abort()", "SIGABRT"), ("import time; time.sleep(60)", "1 seconds")]
+    ("program", "timeout", "reason"),
+    [("import os; os.abort()", 100, "SIGABRT"), ("import time; time.sleep(60)", 1, "1 seconds")],
 )
-def test_a_process_that_dies_or_hangs_is_reported(program, reason, tmp_path, monkeypatch):
+def test_a_process_that_dies_or_hangs_is_reported(program, timeout, reason, tmp_path, monkeypatch):
     (tmp_path / "cell.py").write_text(program)
     monkeypatch.setattr(cell_module, "__file__", str(tmp_path / "cell.py"))
-    assert reason in rounds.run_cell(EAGER, timeout=1)["error"]
+    assert reason in rounds.run_cell(EAGER, timeout=timeout)["error"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
@@ -261,9 +263,18 @@ def test_stages_from_file_to_label_map(runtime, tmp_path, monkeypatch):
     assert sum(figures["stages"].values()) == pytest.approx(figures["median"])
 
 
-def test_training_step():
-    cell = Cell("training", "lemore", batch_size=2, height=64, width=64, seconds=0.01)
+@pytest.mark.parametrize("loss", ["", "one-loss"])
+def test_training_step(loss, monkeypatch):
+    taken, segmentation_loss = [], modeling_lemore.segmentation_loss
+
+    def watched(logits, labels):
+        taken.append(labels)
+        return segmentation_loss(logits, labels)
+
+    monkeypatch.setattr(modeling_lemore, "segmentation_loss", watched)
+    cell = Cell("training", "segformer-b0", loss, batch_size=2, height=64, width=64, seconds=0.01)
     assert measure(replace(cell, threads=torch.get_num_threads()))["median"] > 0
+    assert bool(taken) is bool(loss), "SegFormer has a loss of its own"
 
 
 # Tables

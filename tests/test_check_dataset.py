@@ -122,6 +122,15 @@ def test_every_sample_that_would_fail_is_named_with_its_reason(check, folder, tm
     assert not (tmp_path / "dataset_check.png").exists()
 
 
+def test_sizes_that_cannot_be_validated_together_are_told(check, folder):
+    for part, mode in (("images", "RGB"), ("masks", "L")):
+        Image.new(mode, (64, 40)).save(folder / "validation" / part / "0.png")
+    status, output = check(folder, "--recipe", "folder", "--num_workers", "0", "--eval_batch_size", "2")
+    assert status == 1
+    assert "validation: images of 2 sizes cannot be validated 2 at a time: give --eval_batch_size 1" in output
+    assert check(folder, "--recipe", "folder", "--num_workers", "0")[0] == 0, "where each is validated alone"
+
+
 def test_a_label_map_without_image(check, folder):
     (folder / "train" / "images" / "2.png").unlink()
     status, printed = check(folder, "--recipe", "folder", "--split", "train")

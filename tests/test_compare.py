@@ -130,6 +130,25 @@ def test_results_of_other_options_are_not_shown_as_those_of_the_plan(compare, sc
     (tmp_path / "out" / "plan-first" / "checkpoint-0000001").mkdir()
     with pytest.raises(ValueError, match="other settings of max_steps than 'first' has in the plan today"):
         compare({**PLAN, "options": {**PLAN["options"], "max_steps": 3}})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({**RECIPE, "title": "Described otherwise"}))
+    compare(PLAN)
+    recipe.write_text(json.dumps({**RECIPE, "learning_rate": 0.5}))
+    with pytest.raises(ValueError, match="other settings of learning_rate than 'first' has in the plan today"):
+        compare(PLAN)
+
+
+def test_a_plan_whose_options_have_numbers_for_keys_goes_on(compare, script, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(script, "run", lambda name, *words: started.append(name))
+    plan = {**PLAN, "options": {**PLAN["options"], "label_map": {number: number for number in range(9)}}}
+    load = script.yaml.safe_load  # JSON, which the test's plans are, has words alone for keys
+    numbered = {"options": plan["options"]}
+    monkeypatch.setattr(script.yaml, "safe_load", lambda text: load(text) | numbered)
+    compare(plan, "--only", "first")
+    (tmp_path / "out" / "plan-first" / "checkpoint-0000001").mkdir()
+    compare(plan, "--only", "first")
+    assert started.count("train.py") == 2
 
 
 def test_an_older_line_of_the_same_name_is_no_score_of_a_new_training(compare, script, tmp_path, monkeypatch):
@@ -141,6 +160,10 @@ def test_an_older_line_of_the_same_name_is_no_score_of_a_new_training(compare, s
     monkeypatch.setattr(script, "run", lambda name, *words: started.append(name))
     assert "| first |" not in compare(PLAN, "--only", "first")
     assert started == ["evaluate.py"]
+    # The same settings once more, after a change of the code say: the folder's run.json tells them apart.
+    (tmp_path / "runs.jsonl").write_text(json.dumps({**line, "hours": 123.0}) + "\n")
+    assert "| first |" not in compare(PLAN, "--only", "first")
+    assert started == ["evaluate.py"] * 2
 
 
 def test_false_switches_off_what_the_recipe_has_on(compare, script, tmp_path, monkeypatch):

@@ -253,6 +253,18 @@ def test_a_sliding_window_shows_the_network_windows_only(tiny_lemore, dataset, r
         assert not torch.equal(labels, predict_labels(tiny_lemore, pixel_values, SIZE))
 
 
+def test_where_windows_overlap_their_scores_are_averaged(tiny_lemore, dataset, recipe):
+    pixel_values = normalize(dataset[0]["pixel_values"][None], recipe)
+    total, count = torch.zeros(1, len(NAMES), *SIZE), torch.zeros(SIZE[1])
+    with torch.no_grad():
+        for left in (0, 24, 28):  # by two thirds of 36 pixels, and the last at the end
+            logits = tiny_lemore(pixel_values[..., left : left + 36]).logits
+            total[..., left : left + 36] += F.interpolate(logits, size=(48, 36), mode="bilinear")
+            count[left : left + 36] += 1
+        labels = predict_labels(tiny_lemore, pixel_values, SIZE, window=(48, 36))
+    assert torch.equal(labels, (total / count).argmax(1))
+
+
 def test_flip_makes_predictions_equivariant(tiny_lemore, dataset, recipe):
     pixel_values = normalize(dataset[0]["pixel_values"][None], recipe)
     with torch.no_grad():
@@ -463,6 +475,11 @@ def test_the_report_says_what_was_measured(run_script, tiny_lemore, model_dir, d
     (run,) = map(json.loads, runs.read_text().splitlines())
     assert (run["name"], run["seed"]) == (model_dir.parent.name, 7)
     assert run["evaluation"]["test"]["mean_iou"] == json.loads(output.read_text())["mean_iou"]
+    # An earlier training with the same settings leaves nothing in the line.
+    old = {**run, "hours": 99, "evaluation": {"validation": {"mean_iou": 0.9}, **run["evaluation"]}}
+    runs.write_text(json.dumps(old) + "\n")
+    run_script(*arguments(model_dir, data_dir, output, "--runs", str(runs)))
+    assert list(map(json.loads, runs.read_text().splitlines())) == [run]
 
 
 def test_scores_are_written_before_they_are_drawn(run_script, model_dir, data_dir, tmp_path, monkeypatch):

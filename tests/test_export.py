@@ -5,6 +5,7 @@
 import io
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from lemore_hf import LeMoReConfig, LeMoReForImageClassification, LeMoReForSeman
 from lemore_hf import export as export_module
 from lemore_hf.checkpointing import CheckpointError
 from lemore_hf.data.scenes import draw_scene
-from lemore_hf.export import ExportManifest, export_model
+from lemore_hf.export import ExportManifest, SegmentationGraph, export_model
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 from lemore_hf.inference import Segmenter, comparison_sizes, label_agreement, read_pictures
 
@@ -371,7 +372,7 @@ def test_more_labels_than_a_byte_holds(image_processor, tmp_path):
 @pytest.mark.parametrize("export_format", ["onnx", "openvino", "executorch"])
 def test_missing_package_names_the_extra(export_format, model, image_processor, tmp_path, monkeypatch):
     monkeypatch.setattr(export_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=rf"pip install 'lemore-hf\[{export_format}\]'"):
+    with pytest.raises(ModuleNotFoundError, match=rf"pip install 'lemore-hf\[{export_format}\]'"):
         export_model(model, image_processor, tmp_path / "out", export_format)
 
 
@@ -386,6 +387,54 @@ def test_calibration_folder_with_nothing_usable(tmp_path):
         read_pictures(tmp_path / "absent", 8)
     Image.new("RGB", (40, 40)).save(tmp_path / "good.png")
     assert len(read_pictures(tmp_path, 8)) == 1
+
+
+def test_calibration_pictures_are_spread_over_the_folder(tmp_path):
+    for number in range(9):
+        Image.new("RGB", (40 + number, 40)).save(tmp_path / f"{number}.png")
+    assert [image.width - 40 for image in read_pictures(tmp_path, 3)] == [0, 4, 8]
+
+
+@pytest.mark.parametrize("steps", [{"do_normalize": False}, {"do_rescale": False, "image_mean": [100.0] * 3}])
+@pytest.mark.parametrize("num_labels", [1, 3])
+def test_a_graph_with_postprocessing_does_as_the_processor(num_labels, steps):
+    torch.manual_seed(0)
+    config = LeMoReConfig(num_labels=num_labels, hidden_sizes=(8, 8, 8, 8), stem_sizes=(8,), image_size=64)
+    model = LeMoReForSemanticSegmentation(config).eval()
+    processor = LeMoReImageProcessor(do_resize=False, **steps)
+    image = torch.randint(0, 256, (1, 64, 96, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        inputs = processor(image[0].permute(2, 0, 1), return_tensors="pt")
+        model.decode_head.classifier.bias -= model(**inputs).logits.mean((0, 2, 3))  # all classes occur
+        (expected,) = processor.post_process_semantic_segmentation(model(**inputs), [(64, 96)])
+        (labels,) = SegmentationGraph(model, processor)(image)["labels"]
+    assert len(expected.unique()) > 1
+    assert (labels == expected).float().mean() > 0.999
+
+
+@pytest.mark.parametrize(
+    ("options", "precision", "images"),
+    [([], "float32", 0), (["--fp16"], "float16", 0), (["--int8", "pictures", "--calibration-images", "2"], "int8", 2)],
+)
+def test_options_of_the_command_line_reach_the_export(options, precision, images, checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    for number in range(3):
+        Image.new("RGB", (40, 40)).save(tmp_path / "pictures" / f"{number}.png")
+    script = runpy.run_path(str(ROOT / "scripts" / "export.py"))
+    taken = {}
+
+    def export_model(model, processor, output, export_format, **settings):
+        taken.update(settings)
+        raise InterruptedError("seen enough")
+
+    monkeypatch.setitem(script["main"].__globals__, "export_model", export_model)
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", str(checkpoint), "--format", "onnx", "--output", "out", "--with-postprocessing", *options]
+    monkeypatch.setattr(sys, "argv", ["export.py", *words])
+    with pytest.raises(InterruptedError):
+        script["main"]()
+    assert (taken["precision"], len(taken["calibration_images"])) == (precision, images)
+    assert taken["with_postprocessing"] is True
 
 
 def test_size_that_the_graph_was_not_exported_for(exported):

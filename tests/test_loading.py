@@ -692,6 +692,17 @@ def test_streamed_training_repeats_reproducibly_and_resumes(set_of_ten, num_work
     assert run(start=5) == reference[5:]
 
 
+def test_a_streamed_training_is_shuffled_and_augmented_anew_each_epoch(set_of_ten):
+    recipe = folder_recipe(shuffle_buffer_size=4)
+    stream = load_split(recipe, "train", set_of_ten, streaming=True)
+    seen = list(itertools.islice(StreamedRecipeDataset(stream, recipe, training=True), 30))
+    stored = [f"frame-{index}" for index in range(10)]
+    epochs = [[sample["name"] for sample in seen[start : start + 10]] for start in (0, 10, 20)]
+    assert all(sorted(epoch) == stored for epoch in epochs)
+    assert len({*map(tuple, epochs), tuple(stored)}) == 4
+    assert len({sample["pixel_values"].numpy().tobytes() for sample in seen}) == 30
+
+
 def test_streamed_augmentation_depends_on_image_and_epoch_alone(set_of_ten):
     recipe = folder_recipe()
     stream = load_split(recipe, "train", set_of_ten, streaming=True)

@@ -4,6 +4,7 @@
 
 import copy
 import os
+import struct
 import subprocess
 import sys
 from fractions import Fraction
@@ -312,8 +313,30 @@ def write_film(path: Path, start: int = 0, count: int = 20, sample_aspect_ratio:
         film.mux(stream.encode())
 
 
-def test_a_film_that_was_cut_off_is_refused(segmenter, tmp_path):
-    write_film(tmp_path / "whole.mp4")
+def test_a_film_of_a_phone_that_was_turned_is_upright(tmp_path):
+    import av
+
+    path = tmp_path / "film.mp4"
+    with av.open(str(path), "w") as film:
+        stream = film.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        bright_above = np.zeros((64, 96, 3), np.uint8)
+        bright_above[:32] = 255
+        film.mux(stream.encode(av.VideoFrame.from_ndarray(bright_above)))
+        film.mux(stream.encode())
+    # The track's header has a matrix that players turn the picture by: here by a quarter, clockwise.
+    content = bytearray(path.read_bytes())
+    at = content.index(b"tkhd") + 44
+    content[at : at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 64 << 16, 0, 1 << 30)
+    path.write_bytes(content)
+    image = next(prediction_module._frames(path))[0]
+    assert image.size == (64, 96)
+    assert np.asarray(image)[:, 40:].min() > np.asarray(image)[:, :24].max(), "bright on the right"
+
+
+@pytest.mark.parametrize("start", [0, 100])
+def test_a_film_that_was_cut_off_is_refused(segmenter, tmp_path, start):
+    write_film(tmp_path / "whole.mp4", start)
     content = (tmp_path / "whole.mp4").read_bytes()
     (tmp_path / "film.mp4").write_bytes(content[: len(content) * 2 // 3])
     with pytest.raises(prediction_module.UnreadableInputError, match=r"ends after [01]\.\d of 2\.0 seconds"):

@@ -172,8 +172,10 @@ def test_card_says_what_the_results_say(folder):
     card = ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
     assert card.data.pipeline_tag == "image-segmentation"
     assert card.data.library_name == "transformers"
-    assert card.data.license == "other"
-    assert card.data.datasets == ["camvid"]
+    assert (card.data.license, card.data.license_link) == ("other", "LICENSE.md")
+    assert "CamVid: for research and tests" in (folder / "LICENSE.md").read_text()
+    assert Path("LICENSE.md") in validate_folder(folder)
+    assert card.data.datasets is None, "CamVid is no data set of the Hub"
     scores = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert scores == {"mean_iou": 0.6813, "mean_accuracy": 0.75, "overall_accuracy": 0.875}
     assert {result.dataset_split for result in card.data.eval_results} == {"test"}
@@ -238,6 +240,21 @@ def test_card_of_a_classifier_speaks_of_pictures(folder):
     assert "On ImageNet-1k, split `validation`, 9 images, in percent:\n" in text
     assert "Every picture gets one of the classes" in text
     assert "pixels do not count" not in text
+
+
+def test_card_names_the_hubs_data_sets_alone(folder):
+    write_card(folder, "someone/lemore-test", RESULTS, load_recipe("ade20k"))
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.datasets == ["zhoubolei/scene_parse_150"]
+    assert {result.dataset_type for result in card.data.eval_results} == {"zhoubolei/scene_parse_150"}
+    text = write_card(folder, "someone/lemore-test", recipe=load_recipe("folder")).read_text()
+    assert "Local folder" not in text
+
+
+def test_a_licence_of_ones_own_is_kept(folder):
+    (folder / "LICENSE.md").write_text("mine")
+    write_card(folder, "someone/lemore-test", RESULTS, load_recipe("camvid"))
+    assert (folder / "LICENSE.md").read_text() == "mine"
 
 
 def test_card_without_results_claims_nothing(folder):
@@ -433,11 +450,14 @@ def test_failures_are_explained_and_leave_everything_as_it_was(hub, folder, tmp_
         (hub.token, "replaced"),  # The same content again.
         (hub.token, "replaced", "--private"),
         (hub.token, "secret", "--private"),
+        (hub.token, "unclear", "--model", str(tmp_path / "unclear")),
     ]
+    shutil.copytree(folder, tmp_path / "unclear")
+    (tmp_path / "unclear" / "README.md").write_text("---\nlicense: other\nlicense_link: README.md\n---\n# A model\n")
     script = REPOSITORY / "scripts" / "push_to_hub.py"
     result = run_client(["-c", textwrap.dedent(PUBLISH_EACH)], hub, tmp_path, script, folder, json.dumps(runs))
     assert result.returncode == 0, result.stderr
-    wrong_token, taken, cut, replaced, again, public, secret = json.loads(result.stdout.splitlines()[-1])
+    wrong_token, taken, cut, replaced, again, public, secret, unclear = json.loads(result.stdout.splitlines()[-1])
 
     # `sys.exit` with a text prints it and ends with status 1.
     assert wrong_token.startswith("error: cannot sign in")
@@ -456,5 +476,8 @@ def test_failures_are_explained_and_leave_everything_as_it_was(hub, folder, tmp_
     assert public.startswith("error: the repository someone/replaced is there already, and public")
     assert secret is None
     assert hub.private_repositories == {"someone/secret"}
+    assert unclear.startswith("error: cannot upload to someone/unclear: Invalid metadata in README.md")
+    assert "license_link" in unclear
+    assert "connection" not in unclear
     assert sum(path == "/api/models/someone/replaced/commit/main" for _, path in hub.requests) == 1
     assert contents(folder) == before

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`scripts/train.py` as people run it: in processes that are killed, resumed, launched twice over, and fed bad data."""
 
+import functools
 import json
 import os
 import random
@@ -13,11 +14,13 @@ import time
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from launching import kill, launch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from lemore_hf import LeMoReConfig, LeMoReForImageClassification, LeMoReForSemanticSegmentation, evaluation
@@ -81,25 +84,30 @@ def command(
     return launch(processes, ROOT / "scripts" / "train.py", *places, *every, *cache, *options)
 
 
-def run(*args, expect: int = 0, **kwargs) -> str:
+def run(*args, expect: str | None = None, **kwargs) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         command(*args, **kwargs), capture_output=True, text=True, env=environment, check=False, timeout=400
     )
-    assert (result.returncode != 0) == bool(expect), result.stderr[-3000:]
+    assert (result.returncode != 0) == (expect is not None), result.stderr[-3000:]
     return result.stdout + result.stderr
 
 
 @pytest.fixture
 def run_here(monkeypatch):
-    """Runs the script in this process, which spares the imports; for what ends before training."""
+    """Runs the script in this process, which spares the imports; `expect` matches the line that it ends with."""
 
-    def run(recipe: Path, data_dir: Path, output_dir: Path, *options: str) -> None:
-        words = ["--recipe", str(recipe), "--data_dir", str(data_dir), "--output_dir", str(output_dir), *options]
-        monkeypatch.setattr(sys, "argv", ["train.py", *words])
-        runpy.run_path(str(ROOT / "scripts" / "train.py"), run_name="__main__")
+    def run_here(*places: Path | str, expect: str | None = None, cached: bool = True) -> str:
+        words = command(*places[:3], "--num_workers", "0", *places[3:], cached=cached)[1:]
+        monkeypatch.setattr(sys, "argv", words)
+        if expect is None:
+            runpy.run_path(words[0], run_name="__main__")
+            return ""
+        with pytest.raises(SystemExit, match=expect) as ended:
+            runpy.run_path(words[0], run_name="__main__")
+        return str(ended.value)
 
-    return run
+    return run_here
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +124,8 @@ def test_a_run_leaves_what_its_user_needs(uninterrupted):
     records = [json.loads(line) for line in (uninterrupted / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "loss" in record] == list(range(2, 25, 2))
     assert [record["step"] for record in records if "mean_iou" in record] == [8, 16, 24]
+    rates = [record["lr"] for record in records if "lr" in record]
+    assert rates == pytest.approx([2e-3 * (24 - step) / 22 for step in range(2, 25, 2)]), "after the warm-up, to 0"
     with Image.open(uninterrupted / "curves.png") as curves:
         assert len(np.unique(np.asarray(curves))) > 10
     assert list((uninterrupted / "tensorboard").rglob("events*"))
@@ -135,11 +145,30 @@ def test_the_model_that_validated_best_is_kept(uninterrupted, recipe, data_dir):
     assert AutoImageProcessor.from_pretrained(uninterrupted / "best").size == {"height": 64, "width": 64}
 
 
-@pytest.mark.parametrize("eval_every", ["1", "8"])
-def test_validating_changes_nothing_of_the_training(eval_every, tmp_path, recipe, data_dir):
+def test_the_average_is_what_is_validated_saved_and_chosen_from(tmp_path, recipe, data_dir, run_here, monkeypatch):
+    scores = iter([0.5, 0.7, 0.6])
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: {"mean_iou": next(scores)})
+    options = ["--max_steps", "3", "--eval_every", "1", "--save_every", "1", "--keep_checkpoints", "3"]
+    run_here(recipe, data_dir, tmp_path, *options, "--log_every", "1", "--max_grad_norm", "0.01")
+    _, second, third = (load_checkpoint(folder)[0] for folder in list_checkpoints(tmp_path))
+    for folder, tensors in (("best", second), ("final", third)):
+        for name, value in load_file(tmp_path / folder / "model.safetensors").items():
+            assert torch.equal(value, tensors[f"ema.{name}"]), name
+    weight = "decode_head.classifier.weight"  # the first step has no rate, so that the later two differ
+    states = {
+        tensors[f"{kind}.{weight}"].numpy().tobytes() for tensors in (second, third) for kind in ("ema", "model")
+    }
+    assert len(states) == 4
+    assert [record["lr"] for record in log_of(tmp_path) if "lr" in record] == pytest.approx([1e-3, 2e-3, 0])
+    moments = [value for name, value in third.items() if name.startswith("optimizer.") and name.endswith(".exp_avg")]
+    norm = sum(moment.square().sum() for moment in moments).sqrt()
+    assert norm <= 0.01 * 0.1 * (1 + 0.9 + 0.81) * 1.001, "of three clipped gradients"
+
+
+def test_validating_changes_nothing_of_the_training(tmp_path, recipe, data_dir, run_here):
     options = ["--max_steps", "6", "--eval_every"]
-    run(recipe, data_dir, tmp_path / "never", *options, "0")
-    run(recipe, data_dir, tmp_path / "often", *options, eval_every)
+    run_here(recipe, data_dir, tmp_path / "never", *options, "0")
+    run_here(recipe, data_dir, tmp_path / "often", *options, "1")
     assert weights_of(tmp_path / "never") == weights_of(tmp_path / "often")
 
 
@@ -166,13 +195,16 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_weights(tmp_
     arguments = command(recipe, data_dir, tmp_path, "--resume")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for attempt in range(3):
+        leftover = bool(list(tmp_path.glob(".checkpoint-*")))  # of the kill before, until the run clears it away
         seen = set(tmp_path.glob("checkpoint-*"))
         with open(tmp_path / f"log{attempt}.txt", "w") as log:
             process = subprocess.Popen(arguments, stdout=log, stderr=log, env=environment)
             # In turn: while a checkpoint is being written (or at the latest after the second), and some time after one.
             while process.poll() is None:
                 written = len(set(tmp_path.glob("checkpoint-*")) - seen)
-                if attempt % 2 == 0 and (written >= 2 or list(tmp_path.glob(".checkpoint-*"))):
+                writing = bool(list(tmp_path.glob(".checkpoint-*")))
+                leftover = leftover and writing
+                if attempt % 2 == 0 and (written >= 2 or (writing and not leftover)):
                     break
                 if attempt % 2 and written:
                     time.sleep(chance.uniform(0, 0.1))
@@ -261,8 +293,7 @@ def test_a_checkpoint_that_was_being_replaced_is_brought_back(tmp_path, recipe, 
     shutil.copytree(last, folder / f".{last.name}.writing")
     last.rename(folder / f".{last.name}.replaced")
     # A second start by mistake is refused and deletes nothing that the run may be writing.
-    with pytest.raises(SystemExit, match="already holds a run"):
-        run_here(recipe, data_dir, folder)
+    run_here(recipe, data_dir, folder, expect="already holds a run")
     assert (folder / f".{last.name}.writing").is_dir()
     run_here(recipe, data_dir, folder, "--resume")
     assert list_checkpoints(folder) == [last]
@@ -277,11 +308,10 @@ def test_the_log_has_the_mean_loss_since_the_last_entry(tmp_path, recipe, data_d
     assert some == pytest.approx([np.mean(each[:3]), np.mean(each[3:])])
 
 
-def test_resuming_with_other_settings_is_refused(recipe, data_dir, uninterrupted):
-    output = run(recipe, data_dir, uninterrupted, "--resume", "--learning_rate", "1e-4", expect=1)
-    assert "recipe.learning_rate was 0.002, is 0.0001" in output
-    output = run(recipe, data_dir, uninterrupted, expect=1)
-    assert "already holds a run" in output
+def test_resuming_with_other_settings_is_refused(recipe, data_dir, uninterrupted, run_here):
+    changed = ["--resume", "--learning_rate", "1e-4"]
+    run_here(recipe, data_dir, uninterrupted, *changed, expect=r"recipe\.learning_rate was 0\.002, is 0\.0001")
+    run_here(recipe, data_dir, uninterrupted, expect="already holds a run")
 
 
 def test_a_checkpoint_of_before_a_setting_came_is_resumed_where_the_setting_is_off(
@@ -293,18 +323,17 @@ def test_a_checkpoint_of_before_a_setting_came_is_resumed_where_the_setting_is_o
         del state["fingerprint"]["recipe.blur"]
         shutil.rmtree(checkpoint)
         save_checkpoint(checkpoint, tensors, state)
-    with pytest.raises(SystemExit, match=r"recipe\.blur was 0\.0, is 0\.5"):
-        run_here(recipe, data_dir, folder, "--resume", "--blur", "0.5")
+    run_here(recipe, data_dir, folder, "--resume", "--blur", "0.5", expect=r"recipe\.blur was 0\.0, is 0\.5")
     run_here(recipe, data_dir, folder, "--resume")
 
 
-def test_a_run_of_constant_rate_goes_on_beyond_its_end(tmp_path, recipe, data_dir):
+def test_a_run_of_constant_rate_goes_on_beyond_its_end(tmp_path, recipe, data_dir, run_here):
     # The shorter run ends with its warm-up.
     options = ("--poly_power", "0", "--warmup_steps", "4", "--eval_every", "4", "--max_steps")
     whole, longer = tmp_path / "whole", tmp_path / "longer"
-    run(recipe, data_dir, whole, *options, "8")
-    run(recipe, data_dir, longer, *options, "4")
-    run(recipe, data_dir, longer, *options, "8", "--resume")
+    run_here(recipe, data_dir, whole, *options, "8")
+    run_here(recipe, data_dir, longer, *options, "4")
+    run_here(recipe, data_dir, longer, *options, "8", "--resume")
     assert weights_of(longer) == weights_of(whole)
     assert log_of(longer) == log_of(whole)
     assert json.loads((longer / "run.json").read_text())["steps"] == 8
@@ -313,11 +342,11 @@ def test_a_run_of_constant_rate_goes_on_beyond_its_end(tmp_path, recipe, data_di
     (longer / "final").mkdir()
     summary = json.loads((longer / "run.json").read_text())
     (longer / "run.json").write_text(json.dumps(summary | {"steps": 4}))
-    run(recipe, data_dir, longer, *options, "8", "--resume")
+    run_here(recipe, data_dir, longer, *options, "8", "--resume")
     assert weights_of(longer) == weights_of(whole)
     # It cannot be made shorter.
     (longer / "final" / "README.md").write_text("A card that was written since.")
-    run(recipe, data_dir, longer, *options, "4", "--resume")
+    run_here(recipe, data_dir, longer, *options, "4", "--resume")
     assert (longer / "final" / "README.md").is_file()
     assert weights_of(longer) == weights_of(whole)
 
@@ -328,7 +357,8 @@ def test_resuming_a_finished_run_leaves_its_results_alone(tmp_path, recipe, data
     (folder / "final" / "README.md").write_text("A card that was written since.")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     # What describes a recipe, or how it is evaluated, is no other run.
-    run(recipe, data_dir, folder, "--resume", "--title", "Streets", "--citation", "A book", "--eval_batch_size", "1")
+    described = ["--title", "Streets", "--citation", "A book", "--eval_batch_size", "1"]
+    run_here(recipe, data_dir, folder, "--resume", *described)
     after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert {path: after.get(path) for path in before} == before
     scores = load_checkpoint(list_checkpoints(folder)[-1])[1]["scores"]
@@ -337,19 +367,17 @@ def test_resuming_a_finished_run_leaves_its_results_alone(tmp_path, recipe, data
     for checkpoint in list_checkpoints(folder):
         shutil.rmtree(checkpoint)
     for options in ([], ["--resume"]):
-        with pytest.raises(SystemExit, match="holds a finished run without checkpoints"):
-            run_here(recipe, data_dir, folder, *options)
+        run_here(recipe, data_dir, folder, *options, expect="holds a finished run without checkpoints")
 
 
-def test_images_of_another_size_in_validation_lose_no_step(tmp_path, recipe):
+def test_images_of_another_size_in_validation_lose_no_step(tmp_path, recipe, run_here):
     for split, sizes in (("train", [(64, 64)] * 4), ("validation", [(64, 64), (64, 64), (70, 64)])):
         for kind, mode in (("images", "RGB"), ("masks", "L")):
             (tmp_path / "data" / split / kind).mkdir(parents=True)
             for index, size in enumerate(sizes):
                 Image.new(mode, size, 1).save(tmp_path / "data" / split / kind / f"{index}.png")
     options = ["--class_weights", "none", "--max_steps", "3", "--save_every", "100", "--eval_every", "2"]
-    output = run(recipe, tmp_path / "data", tmp_path / "out", *options, expect=1)
-    assert "Sample '2'" in output
+    output = run_here(recipe, tmp_path / "data", tmp_path / "out", *options, expect="Sample '2'")
     assert "--eval_batch_size 1" in output
     assert load_checkpoint(list_checkpoints(tmp_path / "out")[-1])[1]["step"] == 2
 
@@ -363,13 +391,12 @@ def test_images_of_another_size_in_validation_lose_no_step(tmp_path, recipe):
     ],
 )
 def test_mistakes_end_in_a_line(options, message, tmp_path, recipe, data_dir, run_here):
-    with pytest.raises(SystemExit, match=message):
-        run_here(recipe, data_dir, tmp_path, *options)
+    run_here(recipe, data_dir, tmp_path, *options, expect=message)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, recipe, data_dir):
-    output = run(recipe, data_dir, tmp_path, "--learning_rate", "1e18", "--save_every", "1", expect=1)
-    assert "The loss of step" in output
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, recipe, data_dir, run_here):
+    options = ["--learning_rate", "1e18", "--save_every", "1"]
+    output = run_here(recipe, data_dir, tmp_path, *options, expect="The loss of step")
     assert "for the samples" in output
     assert "train into another --output_dir" in output, "since --resume refuses other settings"
     tensors, _ = load_checkpoint(list_checkpoints(tmp_path)[-1])
@@ -378,7 +405,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_bad_sample_is_named_and_nothing_is_lost(tmp_path, recipe, processes):
+def test_a_bad_sample_is_named_and_nothing_is_lost(tmp_path, recipe, processes, run_here):
     data = tmp_path / "data"
 
     def write_mask(split: str, index: int, label: int) -> None:
@@ -391,10 +418,13 @@ def test_a_bad_sample_is_named_and_nothing_is_lost(tmp_path, recipe, processes):
             Image.new("RGB", (64, 64), (index * 20, 0, 99)).save(data / split / f"images/street{index:02}.png")
             write_mask(split, index, index % 3)
     options = ["--class_weights", "none", "--max_steps", "4", "--save_every", "100", "--eval_every", "2"]
-    options += ["--gradient_accumulation_steps", "2"] if processes == 1 else []
-    how = {"processes": processes, "cached": False}
+    if processes == 1:
+        options += ["--gradient_accumulation_steps", "2", "--num_workers", "1"]
+    else:  # as the README advises on a CPU
+        options += ["--mixed_precision", "bf16", "--channels_last"]
+    train = functools.partial(run_here if processes == 1 else functools.partial(run, processes=2), cached=False)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    run(recipe, data, whole, *options, **how)
+    train(recipe, data, whole, *options)
 
     # In the middle of the third step, in the last batch or process; and in the validation before it.
     third_step = [index for _, index in islice(EpochSampler(12, seed=0), 8, 12)]
@@ -402,24 +432,26 @@ def test_a_bad_sample_is_named_and_nothing_is_lost(tmp_path, recipe, processes):
     for split, index in bad:
         write_mask(split, index, 77)
     for split, index in bad:
-        output = run(recipe, data, stopped, *options, "--resume", **how, expect=1)
+        output = train(recipe, data, stopped, *options, "--resume", expect="BadSampleError")
         assert f"BadSampleError: Sample {index} ('street{index:02}') cannot be used" in output
         assert "77" in output
         assert "check_dataset.py" in output
         assert load_checkpoint(list_checkpoints(stopped)[-1])[1]["step"] == 2
         write_mask(split, index, index % 3)
-    run(recipe, data, stopped, *options, "--resume", **how)
+    train(recipe, data, stopped, *options, "--resume")
     assert weights_of(stopped) == weights_of(whole)
 
 
-def test_a_stream_is_trained_on_and_resumed_to_the_same_weights(tmp_path, recipe, data_dir):
-    options = ("--streaming", "--class_weights", "none", "--max_steps", "6", "--eval_every", "3")
+def test_a_stream_is_trained_on_and_resumed_to_the_same_weights(tmp_path, recipe, data_dir, run_here, monkeypatch):
+    # At the end of each epoch `datasets` waits for its threads.
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    options = ("--streaming", "--class_weights", "none", "--max_steps", "6", "--eval_every", "3", "--num_workers", "1")
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    run(recipe, data_dir, whole, *options, cached=False)
+    run_here(recipe, data_dir, whole, *options, cached=False)
     shutil.copytree(whole, halves)
     shutil.rmtree(halves / "final")
     shutil.rmtree(halves / "checkpoint-0000006")
-    run(recipe, data_dir, halves, *options, "--resume", cached=False)
+    run_here(recipe, data_dir, halves, *options, "--resume", cached=False)
     assert weights_of(halves) == weights_of(whole)
 
 
@@ -442,31 +474,29 @@ def test_options_without_effect_are_refused(options, message, monkeypatch, capsy
     assert message in capsys.readouterr().err
 
 
-def test_cutmix_needs_two_images_at_a_time(tmp_path, recipe, data_dir):
-    output = run(recipe, data_dir, tmp_path / "out", "--batch_size", "1", expect=1)
-    assert "cutmix_alpha has no effect on one image at a time" in output
+def test_cutmix_needs_two_images_at_a_time(tmp_path, recipe, data_dir, run_here):
+    message = "cutmix_alpha has no effect on one image at a time"
+    run_here(recipe, data_dir, tmp_path / "out", "--batch_size", "1", expect=message)
 
 
-def test_mixup_needs_two_images_at_a_time(tmp_path):
+def test_mixup_needs_two_images_at_a_time(tmp_path, run_here):
     for color in ("red", "blue"):
         (tmp_path / "data" / "train" / color).mkdir(parents=True)
         Image.new("RGB", (40, 40), color).save(tmp_path / "data" / "train" / color / "one.png")
     options = {"task": "image-classification", "class_names": ["red", "blue"], "scale_range": [0.1, 1]}
     options |= {"image_size": [64, 64], "crop_size": [64, 64], "mixup_alpha": 0.2, "batch_size": 1}
     (tmp_path / "recipe.yaml").write_text(json.dumps(options))
-    output = run(tmp_path / "recipe.yaml", tmp_path / "data", tmp_path / "out", expect=1)
-    assert "mixup_alpha has no effect on one image at a time" in output
+    message = "mixup_alpha has no effect on one image at a time"
+    run_here(tmp_path / "recipe.yaml", tmp_path / "data", tmp_path / "out", expect=message)
 
 
-def test_weights_that_are_damaged_are_refused(tmp_path, recipe, data_dir, uninterrupted):
+def test_weights_that_are_damaged_are_refused(tmp_path, recipe, data_dir, uninterrupted, run_here):
     damaged = Path(shutil.copytree(uninterrupted / "final", tmp_path / "damaged"))
     weights = damaged / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    output = run(recipe, data_dir, tmp_path / "out", "--init_from", str(damaged), expect=1)
-    assert "truncated or damaged" in output
+    run_here(recipe, data_dir, tmp_path / "out", "--init_from", str(damaged), expect="truncated or damaged")
     weights.rename(damaged / "pytorch_model.bin")
-    output = run(recipe, data_dir, tmp_path / "out", "--init_from", str(damaged), expect=1)
-    assert "pytorch_model.bin" in output
+    run_here(recipe, data_dir, tmp_path / "out", "--init_from", str(damaged), expect=r"pytorch_model\.bin")
 
 
 def test_training_starts_from_the_mean_of_several_checkpoints(tmp_path, recipe, data_dir, uninterrupted, run_here):
@@ -480,16 +510,17 @@ def test_training_starts_from_the_mean_of_several_checkpoints(tmp_path, recipe, 
     mean = load_trained_model(tmp_path / "out" / "final")
     for (name, one), found in zip(load_trained_model(folders[0]).named_parameters(), mean.parameters(), strict=True):
         torch.testing.assert_close(found, 1.5 * one, msg=name)
+    for (name, one), found in zip(load_trained_model(folders[0]).named_buffers(), mean.buffers(), strict=True):
+        torch.testing.assert_close(found, one, msg=f"{name}, frozen")
     assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["init_from"] == folders
 
 
 def test_what_is_no_checkpoint_of_lemore_is_refused(tmp_path, recipe, data_dir, uninterrupted, run_here):
     build_peer("lraspp-mobilenet-v3-large", 9).save_pretrained(tmp_path / "peer")
-    with pytest.raises(SystemExit, match="is of 'lraspp-mobilenet-v3': give a LeMoRe checkpoint"):
-        run_here(recipe, data_dir, tmp_path / "out", "--init_from", str(tmp_path / "peer"))
+    message = "is of 'lraspp-mobilenet-v3': give a LeMoRe checkpoint"
+    run_here(recipe, data_dir, tmp_path / "out", "--init_from", str(tmp_path / "peer"), expect=message)
     load_trained_model(uninterrupted / "final").fuse().save_pretrained(tmp_path / "fused")
-    with pytest.raises(SystemExit, match="is a fused model"):
-        run_here(recipe, data_dir, tmp_path / "out", "--init_from", str(tmp_path / "fused"))
+    run_here(recipe, data_dir, tmp_path / "out", "--init_from", str(tmp_path / "fused"), expect="is a fused model")
 
 
 def test_class_weights_are_counted_in_the_training_set(recipe, data_dir):
@@ -511,6 +542,15 @@ def test_class_weights_are_counted_in_the_training_set(recipe, data_dir):
     assert weights(class_weights=None, class_weight_power=2) is None
     with pytest.raises(ValueError, match="'median_frequency' needs the whole set"):
         build_criterion(load_recipe(recipe, {}, data_dir), None)
+
+
+def test_the_criterion_is_the_recipes(recipe):
+    build_criterion = runpy.run_path(str(ROOT / "scripts" / "train.py"))["build_criterion"]
+    options = {"label_smoothing": 0.1, "ohem_threshold": 0.7, "ohem_min_kept": 50, "dice_weight": 0.2}
+    options |= {"lovasz_weight": 0.3, "lovasz_stride": 4}
+    criterion = build_criterion(load_recipe(recipe, {**options, "loss_stride": 3, "class_weights": None}), None)
+    assert {name: getattr(criterion, name) for name in options} == options
+    assert criterion.stride == 3
 
 
 def test_an_exported_classifier_sees_what_it_was_evaluated_on(tmp_path):

@@ -7,9 +7,11 @@ import json
 import os
 import pickle
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,7 +55,7 @@ def test_train_kill_resume_evaluate_and_publish_camvid(tmp_path, camvid_dir, pro
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(train, stdout=log, stderr=log, env=environment)
         while process.poll() is None and not list_checkpoints(tmp_path / "run"):
-            pass
+            time.sleep(0.005)
         assert process.poll() is None, (tmp_path / "log.txt").read_text()[-2000:]
         kill(process)
     assert not (tmp_path / "run" / "final").exists()
@@ -269,6 +271,45 @@ def test_quickstart_trains_on_few_pictures(tmp_path, monkeypatch):
     assert trainer.args.warmup_steps == 14 * 2 // 27
     collate = pickle.loads(pickle.dumps(loader.collate_fn))
     assert collate([train[0]])["pixel_values"].is_floating_point()
+
+
+def test_an_environment_that_broke_off_is_made_again(tmp_path):
+    """As where Debian's python3-venv is missing at first: the interpreter is there, `activate` is not."""
+    shutil.copytree(SCRIPTS, tmp_path / "scripts")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / ".venv" / ".installed-base").touch()  # what is to be seen is the environment, not an installation
+    (tmp_path / "python").write_text(
+        f'#!/bin/sh\n{shlex.quote(sys.executable)} "$@" && touch .venv/.installed-base || exit 1\n'
+    )
+    (tmp_path / "python").chmod(0o755)
+    source = 'source scripts/environment.sh "" && python -c "import sys; print(sys.prefix)"'
+    made = subprocess.run(
+        ["bash", "-euc", source],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHON": str(tmp_path / "python")},
+        capture_output=True,
+        text=True,
+    )
+    assert made.returncode == 0, made.stderr
+    assert Path(made.stdout.strip()).samefile(tmp_path / ".venv")
+
+
+def test_an_old_python_is_named_before_anything_is_made(tmp_path):
+    shutil.copytree(SCRIPTS, tmp_path / "scripts")
+    (tmp_path / "old").write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.6\nexit 1\n')
+    (tmp_path / "old").chmod(0o755)
+    refused = subprocess.run(
+        ["bash", "scripts/quickstart.sh"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHON": str(tmp_path / "old")},
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 1
+    assert "Python 3.10 or newer is needed" in refused.stderr
+    assert "3.9.6" in refused.stderr
+    assert not (tmp_path / ".venv").exists()
 
 
 @pytest.mark.parametrize("options", [(), ("--dataset", "my data", "--epochs", "2")])

@@ -23,6 +23,7 @@ RUNTIME_NAMES = {
     "cuda-float32": "CUDA graph float32 (TF32)",
     "cuda-bfloat16": "CUDA graph bfloat16",
     "training": "training step float32",
+    "training-one-loss": "training step float32, the same loss in all",
     "pipeline": "pipeline",
     "calls": "plain calls",
 }
@@ -133,8 +134,7 @@ def ratio_table(report: dict[str, Any], names: dict[str, str]) -> str:
     )
     header = ["model"]
     for _, kind, runtime, batch_size, threads, *_ in settings:
-        name = RUNTIME_NAMES["training" if kind == "training" else runtime]
-        header.append(f"{name}, {batch_size} × {threads}")
+        header.append(f"{RUNTIME_NAMES[_runtime_name(kind, runtime)]}, {batch_size} × {threads}")
     rows = []
     for model, name in names.items():
         cells = []
@@ -235,7 +235,12 @@ def _has_layout(result: Result) -> bool:
 
 
 def _runtime(result: Result) -> str:
-    return "training" if result["kind"] == "training" else result["runtime"]
+    return _runtime_name(result["kind"], result["runtime"])
+
+
+def _runtime_name(kind: str, runtime: str) -> str:
+    """A key of `RUNTIME_NAMES`."""
+    return "-".join(filter(None, (kind, runtime))) if kind == "training" else runtime
 
 
 def _order(result: Result, names: list[str]) -> tuple:
@@ -244,8 +249,7 @@ def _order(result: Result, names: list[str]) -> tuple:
 
 
 def _setting_order(kind: str, runtime: str, batch_size: int, threads: int) -> tuple:
-    runtime = "training" if kind == "training" else runtime
-    return batch_size, -threads, list(RUNTIME_NAMES).index(runtime)
+    return batch_size, -threads, list(RUNTIME_NAMES).index(_runtime_name(kind, runtime))
 
 
 def _peaks_of(result: Result, report: dict[str, Any]) -> Result | None:

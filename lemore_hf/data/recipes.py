@@ -377,6 +377,10 @@ class Recipe:
 _ORDER = [field.name for field in dataclasses.fields(Recipe)]
 TRAINING_FIELDS = frozenset(_ORDER[_ORDER.index("scale_range") :]) - {"eval_batch_size"}
 """Augmentation, optimisation and loss: what evaluation does not look at."""
+DESCRIPTIVE_FIELDS = frozenset(
+    ("title", "status", "paper_mean_iou", "license", "citation", "notes", "palette", "eval_batch_size")
+)
+"""What changes nothing about what a training computes."""
 
 _FIELDS_OF_THE_OTHER_TASK = {
     "semantic-segmentation": ("mixup_alpha",),
