@@ -407,7 +407,7 @@ def test_only_whole_and_unpickled_models_are_loaded(tiny_lemore, tmp_path):
 def model_dir(tiny_lemore, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "final"
     tiny_lemore.save_pretrained(folder)
-    (folder.parent / "run.json").write_text(json.dumps({"seed": 7}))
+    (folder.parent / "run.json").write_text(json.dumps({"seed": 7, "hours": 1.5}))
     return folder
 
 
