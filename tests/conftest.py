@@ -43,6 +43,15 @@ def _process_as_it_was() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _data_sets_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What `datasets` keeps of the tests' files, which are others each time, is not the user's to store."""
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)  # for processes that tests start
+
+
 @pytest.fixture(scope="session")
 def camvid_dir_if_there() -> Path | None:
     """Folder of the CamVid parquet files, beside the checkout or where LEMORE_CAMVID says."""

@@ -254,12 +254,53 @@ def test_quickstart_reuses_a_checkpoint_of_the_same_data_and_settings_alone(tmp_
         quickstart("--epochs", "1")
 
 
-def test_quickstart_trains_on_few_pictures(tmp_path, monkeypatch):
-    """With one picture more than its batches take, and what worker processes need that are not forked, as on macOS."""
+def test_quickstart_ends_with_scores_and_pictures(tmp_path, monkeypatch):
+    """The whole of it, for one epoch on eight pictures."""
+    for split, samples in load_scenes(8, 2, 0, size=(64, 64)).items():
+        if len(samples):
+            samples.to_parquet(tmp_path / f"{split}.parquet")
+    words = ["--dataset", str(tmp_path), "--epochs", "1", "--batch_size", "4", "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *words])
+    quickstart_script(monkeypatch).main()
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert len(scores["per_class_iou"]) == len(CLASS_NAMES)
+    assert 0 < scores["mean_iou"] < 1
+    sizes = {name: PIL.Image.open(tmp_path / "out" / f"{name}.png").size for name in ("first_look", "overlay", "grid")}
+    assert sizes["first_look"][0] > 2 * 480, "a picture and what was found in it"
+    assert sizes["grid"][0] >= 3 * 64, "picture, truth and prediction"
+    assert sizes["overlay"][0] >= 64
+    processor = LeMoReImageProcessor.from_pretrained(tmp_path / "out" / "model")
+    assert processor.size == {"height": 64, "width": 64}
+
+
+def test_masks_of_one_class_are_explained(tmp_path, monkeypatch):
+    for part, mode in (("images", "RGB"), ("masks", "L")):
+        (tmp_path / "own" / part).mkdir(parents=True)
+        for index in range(20):
+            picture = PIL.Image.new(mode, (64, 64))
+            picture.paste((255,) * len(mode) if mode == "RGB" else 255, (0, 0, 32, 64))
+            picture.save(tmp_path / "own" / part / f"{index}.png")
+    script = quickstart_script(monkeypatch)
+    monkeypatch.setattr(script, "first_look", lambda folder: None)
+    monkeypatch.setattr(
+        sys, "argv", ["quickstart.py", "--dataset", str(tmp_path / "own"), "--output_dir", str(tmp_path)]
+    )
+    with pytest.raises(ValueError, match=r"hold \[0, 255\], where 255 is void: .* Store them as the numbers 0, 1"):
+        script.main()
+
+
+def quickstart_script(monkeypatch):
+    """As a module, which worker processes find that are not forked."""
     spec = importlib.util.spec_from_file_location("quickstart_script", SCRIPTS / "quickstart.py")
     script = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, script)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_quickstart_trains_on_few_pictures(tmp_path, monkeypatch):
+    """With one picture more than its batches take, and what worker processes need that are not forked, as on macOS."""
+    script = quickstart_script(monkeypatch)
     recipe = load_recipe("scenes", {"crop_size": (64, 64), "image_size": (64, 64)})
     train = RecipeDataset(load_scenes(5, 1, 1, size=(64, 64))["train"], recipe, True, cache="memory")
     args = SimpleNamespace(output_dir=tmp_path, epochs=14, batch_size=2, learning_rate=1e-3, seed=0)
