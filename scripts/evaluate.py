@@ -81,8 +81,8 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     if accelerator.is_main_process:
         check_output(args.output)
-    check_processor(args.model, recipe, accelerator)
     model = load_network(args.model, recipe)
+    check_processor(args.model, recipe, accelerator)
     with accelerator.main_process_first():  # which fills the cache of the data set
         samples = load_split(recipe, args.split, args.data_dir, args.streaming)
     recipe = with_classes_of(recipe, samples)

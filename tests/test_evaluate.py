@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from launching import launch
+from loopback_hub import run_client, running_hub
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 from torch import nn
@@ -547,6 +548,18 @@ def test_another_size_than_the_processor_s_is_said(run_script, model_dir, data_d
             assert report["inference"]["resize"] == report["image_size"] == list(map(int, size))
     finally:
         (model_dir / "preprocessor_config.json").unlink()
+
+
+def test_the_processor_of_a_model_on_the_hub_is_looked_at_too(model_dir, data_dir, tmp_path):
+    LeMoReImageProcessor(image_mean=[0.5, 0.5, 0.5]).save_pretrained(tmp_path)
+    files = {path.name: path.read_bytes() for folder in (model_dir, tmp_path) for path in folder.glob("*.*")}
+    with running_hub() as hub:
+        hub.commit("someone/net", files)
+        words = arguments("someone/net", data_dir, tmp_path / "metrics.json")
+        refused = run_client([str(SCRIPT)], hub, tmp_path, *words)
+    assert refused.returncode == 1
+    assert "--image_mean 0.5 0.5 0.5" in refused.stderr
+    assert not (tmp_path / "metrics.json").exists()
 
 
 def test_bad_input_is_refused_before_the_work(run_script, model_dir, data_dir, tmp_path):

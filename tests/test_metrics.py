@@ -274,6 +274,19 @@ def test_trainer_functions_stream_over_batches_of_different_sizes_and_padding():
     assert again["mean_iou"] == once.compute()["mean_iou"]
 
 
+def test_class_156_of_labels_in_bytes_counts():
+    """There it has the value of Trainer's padding, -100."""
+    compute_metrics, preprocess = trainer_metrics(160)
+    labels = torch.full((1, 6, 8), 156, dtype=torch.uint8)
+    labels[:, :3] = 3
+    logits = F.one_hot(labels.long(), 160).permute(0, 3, 1, 2).float()
+    scores = compute_metrics(EvalPrediction(preprocess(logits, labels), labels), compute_result=True)
+    assert scores["iou_156"] == scores["iou_3"] == 1
+    boundary = BoundaryIoU(160, ignore_index=-100)
+    boundary.update(labels[0], labels[0])
+    assert boundary.compute()["per_class_boundary_iou"][156] == 1
+
+
 def test_trainer_predicts_without_labels(tmp_path):
     model = LeMoReForSemanticSegmentation(LeMoReConfig(num_labels=3, image_size=64))
     images = [{"pixel_values": torch.randn(3, 64, 96)} for _ in range(3)]

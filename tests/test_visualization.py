@@ -343,6 +343,13 @@ def test_curve_has_a_panel_for_each_kind_of_record():
     assert left[0] < right[0]  # a loss that falls is drawn falling
 
 
+def test_curve_of_a_trainers_log_ends_with_its_last_loss():
+    """Not with the mean of the run, which `Trainer` logs at the end."""
+    records = [{"step": step, "loss": 2.0 - step / 100} for step in range(10, 110, 10)]
+    curve = plot_training_curve([*records, {"step": 100, "train_loss": 1.45, "train_runtime": 3.0}])
+    assert np.array_equal(np.asarray(curve), np.asarray(plot_training_curve(records)))
+
+
 def test_curve_bears_gaps_repeats_and_long_runs():
     records = [{"step": step, "loss": float("nan") if step == 50 else 1.0} for step in range(2000)]
     records += [{"step": 3, "loss": 0.5}, {"step": 4, "mean_iou": float("nan")}, {"train_runtime": 3.0, "step": 9}]
