@@ -63,7 +63,7 @@ INPUT_SIZES = (
     PaperRow(size=(512, 512), num_labels=171, data="COCO-Stuff", multiply_accumulates="0.8 G"),
     PaperRow(size=(512, 1024), num_labels=19, data="Cityscapes", multiply_accumulates="1.7 G"),
     PaperRow(size=(360, 480), num_labels=11, data="CamVid"),
-    PaperRow(size=(720, 960), num_labels=11, data="CamVid"),
+    PaperRow(size=(900, 1200), num_labels=11, data="CamVid"),
 )
 
 

@@ -301,7 +301,7 @@ def test_camvid_itself(camvid_dir):
     recipe = load_recipe("camvid")
     assert [len(load_split(recipe, split, camvid_dir)) for split in ("train+validation", "test")] == [468, 233]
     sample = RecipeDataset(load_split(recipe, "test", camvid_dir), recipe)[0]
-    assert sample["pixel_values"].shape == (3, 720, 960)
+    assert sample["pixel_values"].shape == (3, 900, 1200)
     assert sample["labels"].shape == (360, 480)
     assert set(sample["labels"].unique().tolist()) <= {*range(11), VOID}
 
