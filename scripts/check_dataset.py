@@ -142,12 +142,8 @@ def main() -> int:
         report = check_split(samples, recipe, split, args)
         print_report(report, recipe, split)
         problems += [f"{split}: {failure}" for failure in report.failures]
-        is_segmentation = recipe.task == "semantic-segmentation"
-        if (
-            is_segmentation
-            and split in split_names(recipe.validate_on)
-            and len(report.sizes) > 1 < recipe.eval_batch_size
-        ):
+        is_validated = recipe.task == "semantic-segmentation" and split in split_names(recipe.validate_on)
+        if is_validated and min(len(report.sizes), recipe.eval_batch_size) > 1:
             problems.append(
                 f"{split}: images of {len(report.sizes)} sizes cannot be validated {recipe.eval_batch_size} at a time: "
                 "give --eval_batch_size 1."

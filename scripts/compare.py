@@ -132,10 +132,10 @@ def as_kept(plan: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
 
 def changes_since(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Options and recipe's fields of another value; a field that was not there yet is none of them."""
-    recipe, recipe_now = before.pop("recipe", {}), now.pop("recipe")
-    changed = sorted(key for key in before | now if before.get(key) != now.get(key))
-    overridden = before.keys() | now.keys()
-    return changed + [key for key in recipe if key not in overridden and recipe[key] != recipe_now.get(key)]
+    options = (before.keys() | now.keys()) - {"recipe"}
+    changed = sorted(key for key in options if before.get(key) != now.get(key))
+    fields = before.get("recipe", {}).items()
+    return changed + [key for key, value in fields if key not in options and value != now["recipe"].get(key)]
 
 
 def settings(plan: dict[str, Any], name: str) -> dict[str, Any]:
