@@ -82,7 +82,8 @@ def parse_arguments() -> argparse.Namespace:
         "--init_from",
         nargs="+",
         metavar="CHECKPOINT",
-        help="folder or Hub id of a checkpoint whose weights training starts from; of several, their mean",
+        help="folder or Hub id of a checkpoint whose weights training starts from; of several, their mean, which "
+        "`--max_steps 0` saves as it is",
     )
     parser.add_argument("--peer", choices=sorted(PEERS), help="train this network instead of LeMoRe")
     parser.add_argument("--streaming", action="store_true", help="read the data while training, never all of it")
@@ -151,6 +152,10 @@ def main() -> None:
     )
     prepare_output_folder(args, accelerator)
     recipe = load_recipe(args.recipe, recipe_overrides(args), args.data_dir)
+    if recipe.max_steps == 0 and not args.init_from:
+        raise ValueError(
+            "max_steps=0 saves the weights of --init_from, or their mean, untrained: name them, or train."
+        )
     if args.push_to_hub and accelerator.is_main_process:
         signed_in_user()  # Rather now than after the training.
     set_seed(args.seed)
@@ -560,7 +565,8 @@ class RunLog:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
     def plot(self) -> None:
-        plot_training_curve(self.records()).save(self.path.with_name("curves.png"))
+        if records := self.records():  # none without a step
+            plot_training_curve(records).save(self.path.with_name("curves.png"))
 
 
 def export_model(model: PreTrainedModel, recipe: Recipe, folder: Path) -> None:

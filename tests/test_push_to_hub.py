@@ -201,6 +201,9 @@ def test_card_tells_of_the_run_that_the_weights_come_from(folder):
     run["settings"]["init_from"] = ["one/final", "two/best"]
     text = write_card(folder, "someone/lemore-test", {**RESULTS, "run": run}).read_text()
     assert "over `train+validation`, from the mean of the weights of earlier runs, `one`, `two`; seed 3;" in text
+    run |= {"steps": 0, "epochs": 0.0, "hours": 0.0}
+    text = write_card(folder, "someone/lemore-test", {**RESULTS, "run": run}).read_text()
+    assert "\nThe mean of the weights of earlier runs, `one`, `two`; these were trained on `train+" in text
 
 
 @pytest.mark.parametrize(

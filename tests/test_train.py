@@ -505,14 +505,17 @@ def test_training_starts_from_the_mean_of_several_checkpoints(tmp_path, recipe, 
     for parameter in other.parameters():
         parameter.data.mul_(2)
     other.save_pretrained(folders[1])
-    still = ["--max_steps", "1", "--learning_rate", "1e-12", "--freeze_batch_norm", "--num_workers", "0"]
-    run_here(recipe, data_dir, tmp_path / "out", *still, "--init_from", *folders)
+    run_here(recipe, data_dir, tmp_path / "out", "--max_steps", "0", "--init_from", *folders)
     mean = load_trained_model(tmp_path / "out" / "final")
     for (name, one), found in zip(load_trained_model(folders[0]).named_parameters(), mean.parameters(), strict=True):
         torch.testing.assert_close(found, 1.5 * one, msg=name)
     for (name, one), found in zip(load_trained_model(folders[0]).named_buffers(), mean.buffers(), strict=True):
-        torch.testing.assert_close(found, one, msg=f"{name}, frozen")
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["init_from"] == folders
+        torch.testing.assert_close(found, one, msg=f"{name}, equal in both")
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (run["steps"], run["settings"]["init_from"]) == (0, folders)
+    run_here(
+        recipe, data_dir, tmp_path / "new", "--max_steps", "0", expect="max_steps=0 saves the weights of --init_from"
+    )
 
 
 def test_what_is_no_checkpoint_of_lemore_is_refused(tmp_path, recipe, data_dir, uninterrupted, run_here):

@@ -169,7 +169,7 @@ class Recipe:
 
     # Optimisation
     max_steps: int = 80_000
-    """Optimizer steps."""
+    """Optimizer steps; with 0 the model is saved as it starts, such as the mean of several checkpoints."""
     warmup_steps: int = 1_500
     """Steps of linear warm-up; a tenth of `max_steps` where the rate would fall before its end."""
     batch_size: int = 16
@@ -400,9 +400,10 @@ _RANGES = (
     (("label_smoothing",), 0.0, 0.99),
     (("mixup_alpha", "cutmix_alpha", "weight_decay", "poly_power", "head_lr_multiplier"), 0.0, math.inf),
     (("learning_rate", "warmup_steps", "class_weight_power", "dice_weight", "lovasz_weight"), 0.0, math.inf),
+    (("max_steps",), 0, math.inf),
     (
         (
-            *("max_steps", "batch_size", "eval_batch_size", "shuffle_buffer_size"),
+            *("batch_size", "eval_batch_size", "shuffle_buffer_size"),
             *("ohem_min_kept", "lovasz_stride", "loss_stride"),
         ),
         1,

