@@ -1,6 +1,6 @@
 # Copyright 2026 The LeMoRe-HF contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Training checkpoints that are either whole or not there: safetensors and JSON, written aside and renamed.
+"""Files and folders that are either whole or not there, written aside and renamed; and training checkpoints made so.
 
 A checkpoint is a folder `checkpoint-<step>` with `tensors.safetensors` (weights, averages, optimizer moments, random
 states) and `state.json` (everything else, and the SHA-256 of the tensors). Nothing in it is pickled.
@@ -73,6 +73,18 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """A file beside the target, of the same suffix, that takes its place once the block has ended well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{os.getpid()}.{target.name}")
+    try:
+        yield part
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def recover_folders(parent: Path) -> None:
@@ -168,6 +180,19 @@ def refuse_pickled(folder: Path) -> None:
         )
 
 
+def require_safetensors(folder: Path) -> None:
+    """Raise `CheckpointError` if a model's folder holds no safetensors, saying so where its weights are pickled."""
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED_SUFFIXES)
+    if pickled:
+        raise CheckpointError(
+            f"{folder} holds pickled weights ({', '.join(pickled)}), which can run code when they are loaded: only "
+            "safetensors are read. Where you trust them, load and save them with save_pretrained."
+        )
+    raise CheckpointError(f"{folder} is no model folder: it holds no model.safetensors.")
+
+
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -184,7 +209,7 @@ def _flush(folder: Path) -> None:
 def _flush_entry(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
         return  # Windows cannot open folders.
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes what may be written
     try:
         os.fsync(descriptor)
     finally:

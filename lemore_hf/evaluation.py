@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification, AutoModelForSemanticSegmentation, PreTrainedModel
 
 from . import peers  # noqa: F401  Registers them, so that their folders load as any other.
-from .checkpointing import PICKLED_SUFFIXES, CheckpointError
+from .checkpointing import CheckpointError, require_safetensors
 from .data.augmentation import normalize
 from .data.loading import BadSampleError, RecipeDataset, StreamedRecipeDataset, collate, raise_together
 from .data.recipes import IGNORE_INDEX, Recipe
@@ -251,7 +251,7 @@ def load_trained_model(name_or_path: str | Path, task: str = "semantic-segmentat
     """
     folder = Path(name_or_path)
     if folder.is_dir():
-        _require_safetensors(folder)
+        require_safetensors(folder)
     is_classification = task == "image-classification"
     auto_class = AutoModelForImageClassification if is_classification else AutoModelForSemanticSegmentation
     try:
@@ -269,18 +269,6 @@ def load_trained_model(name_or_path: str | Path, task: str = "semantic-segmentat
             f"give a model that was trained for {task}."
         )
     return model.eval()
-
-
-def _require_safetensors(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
-        return
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED_SUFFIXES)
-    if pickled:
-        raise CheckpointError(
-            f"{folder} holds pickled weights ({', '.join(pickled)}), which can run code when they are loaded: only "
-            "safetensors are read. Where you trust them, load and save them with save_pretrained."
-        )
-    raise CheckpointError(f"{folder} is no model folder: it holds no model.safetensors.")
 
 
 def _check_options(scales: Sequence[float], window: Size | None, window_stride: Size | None, num_worst: int) -> None:

@@ -71,7 +71,7 @@ class ExportManifest:
     What a graph takes and gives.
 
     Args:
-        format (`str`): One of `FILES`.
+        format (`str`): One of `FILES`; `"pytorch"` where a checkpoint takes the place of a graph.
         file (`str`): The graph's file name.
         with_postprocessing (`bool`): Whether the graph takes `image`, uint8 `(batch, height, width, 3)` in RGB, and
             gives `labels`, uint8 `(batch, height, width)`; otherwise it takes `pixel_values`, normalised float32
@@ -188,10 +188,10 @@ def export_model(
         max_size=max_size,
         max_batch_size=max_batch_size,
     )
-    feeds = [
+    feeds = (
         {manifest.input_name: network_input(image, image_processor, with_postprocessing)}
         for image in calibration_images
-    ]
+    )
     metadata = describe(model.config, image_processor, manifest)
     fused = model.fuse().to("cpu", torch.float32)
     module = SegmentationGraph(fused, image_processor).eval() if with_postprocessing else fused
@@ -416,7 +416,7 @@ def _free_token_pyramid(original: Any) -> Any:
     return forward
 
 
-@register_patch("onnxruntime", "lemore_hf.modeling_lemore.LeMoReCartesianEncoder.sum_of_axis_views")
+@register_patch("lemore.onnxruntime", "lemore_hf.modeling_lemore.LeMoReCartesianEncoder.sum_of_axis_views")
 def _axis_views_of_any_size(original: Any) -> Any:
     """The choice that a view makes by the length of its axis, as a branch of the graph."""
 
@@ -429,7 +429,7 @@ def _axis_views_of_any_size(original: Any) -> Any:
     return forward
 
 
-@register_patch("openvino", "lemore_hf.modeling_lemore.LeMoReCartesianEncoder.sum_of_axis_views")
+@register_patch("lemore.openvino", "lemore_hf.modeling_lemore.LeMoReCartesianEncoder.sum_of_axis_views")
 def _axis_views_in_channels_last(original: Any) -> Any:
     """The same on the volume with its channels last, as OpenVINO's convolutions leave it and take it. The permutations
     stand outside of the branch, where some cost nothing."""
@@ -474,7 +474,7 @@ def _branch(
     return torch.cond(resampled > limit, one_by_one, at_once, (volume, mixes, tents))
 
 
-@register_patch("onnxruntime", "lemore_hf.modeling_lemore.LeMoReDecodeHead.forward")
+@register_patch("lemore.onnxruntime", "lemore_hf.modeling_lemore.LeMoReDecodeHead.forward")
 def _head_of_products(original: Any) -> Any:
     """The fused head, upsampling along one axis after the other by matrix products: ONNX Runtime's `Resize` takes
     several times as long, unless the graph knows its scales and they are whole numbers."""
@@ -518,7 +518,7 @@ def _export_onnx(
 ) -> None:
     import onnx_ir
 
-    with apply_patches("onnxruntime"):
+    with apply_patches("lemore.onnxruntime"):
         model = _onnx_model(module, manifest)
     if manifest.precision == "float16":
         _store_weights_in_half(model)
@@ -619,7 +619,7 @@ def _export_openvino(
 
     # Through ONNX: OpenVINO's own way from PyTorch computes sizes in floating point, which its default precision
     # rounds to bfloat16 on processors that have it.
-    with TemporaryDirectory() as scratch, apply_patches("openvino"):
+    with TemporaryDirectory() as scratch, apply_patches("lemore.openvino"):
         onnx_ir.save(_onnx_model(module, manifest), f"{scratch}/model.onnx")
         model = openvino.convert_model(f"{scratch}/model.onnx")
         if manifest.precision == "int8":

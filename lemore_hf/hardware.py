@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time in a period of so many
+
 
 def hardware_name(device: torch.device | str) -> str:
     """The GPU's name, or the processor's with the number of its cores that this process may use."""
@@ -22,8 +24,13 @@ def hardware_name(device: torch.device | str) -> str:
 
 
 def usable_cores() -> int:
-    """The processor cores that this process may use, which taskset, a container or a cluster's scheduler may limit."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The processor cores that this process may use, which taskset or a scheduler may limit by name, and a container
+    (`docker --cpus 2`) by time: as many whole ones as that makes, at least one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # not Linux's second control groups, or no limit: "max 100000"
+        quota, period = map(int, CPU_LIMIT.read_text(encoding="ascii").split())
+        cores = min(cores, max(1, quota // period))
+    return cores
 
 
 def processor_name() -> str:

@@ -23,10 +23,6 @@ from .pictures import files_below
 Run = Callable[[np.ndarray], np.ndarray]
 """A network in its runtime: what [`ExportManifest`] says that it takes → what it says that it gives."""
 
-PICTURE_SUFFIXES = frozenset(
-    [".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tga", ".tif", ".tiff", ".webp"]
-)
-
 
 class Segmenter:
     """
@@ -158,9 +154,9 @@ def label_agreement(
 
 
 def comparison_sizes(config: Any, manifest: ExportManifest) -> list[tuple[int, int]]:
-    """Three sizes to compare an export at: the native one, a smaller and a larger one that no stride divides."""
+    """Three sizes to compare an export at: the native one, a smaller and a larger one, of odd sides."""
     native = np.array(config.native_size)
-    sizes = [native, native * 3 // 4 + 1, native * 5 // 4 + 1]
+    sizes = [native, native * 3 // 4 | 1, native * 5 // 4 | 1]
     upper = manifest.max_size or max(map(max, sizes))
     return [tuple(int(side) for side in size.clip(manifest.min_size, upper)) for size in sizes]
 
@@ -172,10 +168,10 @@ def read_pictures(folder: str | os.PathLike, limit: int) -> list[Image.Image]:
     Raises:
         `ValueError`: where not one of its files can be read as a picture.
     """
-    paths = find_pictures(Path(folder)) if Path(folder).is_dir() else []
+    paths = files_below(Path(folder)) if Path(folder).is_dir() else []
     pictures = []
     for index in np.linspace(0, len(paths) - 1, min(limit, len(paths))).round().astype(int):
-        with contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        with contextlib.suppress(Exception):  # decoders raise errors of every kind on damaged data
             pictures.append(read_picture(paths[index]))
     if not pictures:
         state = f"none of its {len(paths)} pictures can be read" if paths else "it holds no pictures"
@@ -189,11 +185,6 @@ def read_picture(path: Path) -> Image.Image:
     with Image.open(path) as image:
         image.load()
         return ImageOps.exif_transpose(image)
-
-
-def find_pictures(folder: Path) -> list[Path]:
-    """Pictures in a folder and below it, by their suffixes, in the order of their names."""
-    return [path for path in files_below(folder) if path.suffix.lower() in PICTURE_SUFFIXES]
 
 
 def find_model(path: Path) -> Path:

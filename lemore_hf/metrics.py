@@ -17,9 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.modeling_outputs import SemanticSegmenterOutput
 
-from .image_processing_lemore import LeMoReImageProcessor
+from .post_processing_lemore import segment_logits
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -115,9 +114,7 @@ def label_maps(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """
     if not len(logits):
         return torch.empty((0, *size), dtype=torch.int64, device=logits.device)
-    outputs = SemanticSegmenterOutput(logits=logits)
-    sizes = [tuple(size)] * len(logits)
-    return torch.stack(LeMoReImageProcessor().post_process_semantic_segmentation(outputs, sizes))
+    return torch.stack(segment_logits(logits.detach(), [tuple(size)] * len(logits)))
 
 
 class _StreamingCounts(ABC):

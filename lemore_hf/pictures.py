@@ -3,11 +3,16 @@
 """Pictures as the image processor sees them, for all that finds, decodes or draws one itself."""
 
 import os
+from collections.abc import Set
 from pathlib import Path
 
 from PIL import Image
 
 from .image_processing_pil_lemore import read_image
+
+PICTURE_SUFFIXES = frozenset(
+    [".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tga", ".tif", ".tiff", ".webp"]
+)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -16,9 +21,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(pixels).convert("RGB")
 
 
-def files_below(folder: Path) -> list[Path]:
-    """Files in a folder and those below it, sorted by path. Linked folders count, which `Path.rglob` leaves out: each
-    once, and by its own name where that is below the folder too."""
+def files_below(folder: Path, suffixes: Set[str] = PICTURE_SUFFIXES) -> list[Path]:
+    """Files with one of the suffixes in a folder and those below it, sorted by path, without hidden ones (such as macOS's
+    `._photo.jpg`). Linked folders count, which `Path.rglob` leaves out: each once, and by its own name where that is
+    below the folder too."""
     entered: set[str] = set()
     found: list[Path] = []
     pending = [folder]
@@ -30,4 +36,5 @@ def files_below(folder: Path) -> list[Path]:
             entered.add(os.path.realpath(parent))
             pending += (Path(parent, name) for name in sorted(folders) if os.path.islink(Path(parent, name)))
             found += (Path(parent, name) for name in names)
-    return sorted(path for path in found if path.is_file())
+    wanted = (path for path in found if path.suffix.lower() in suffixes and not path.name.startswith("."))
+    return sorted(path for path in wanted if path.is_file())

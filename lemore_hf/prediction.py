@@ -8,20 +8,22 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
+from .checkpointing import atomic_file
 from .export import MANIFEST
-from .inference import PICTURE_SUFFIXES, Segmenter, find_model, read_picture
-from .pictures import files_below
+from .inference import Segmenter, find_model, read_picture
+from .pictures import PICTURE_SUFFIXES, files_below
 from .visualization import default_palette, draw_segmentation
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
@@ -84,9 +86,8 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 
 def _media(folder: Path, output_dir: Path) -> Iterator[Path]:
-    suffixes = PICTURE_SUFFIXES | VIDEO_SUFFIXES
-    for path in files_below(folder):
-        if path.suffix.lower() in suffixes and not _is_inside(path, output_dir):
+    for path in files_below(folder, PICTURE_SUFFIXES | VIDEO_SUFFIXES):
+        if not _is_inside(path, output_dir):
             yield path
 
 
@@ -134,29 +135,37 @@ def claim_results(
             it left for later, a run that is interrupted before would leave it under this run's name.
 
     Raises:
-        `ValueError`: where a file that would be kept is of another input, another model or another opacity.
+        `ValueError`: where a file that would be kept is of another input, another model or another opacity, or of
+            nobody knows what.
     """
     path = output_dir / RECORD
-    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     identity = _hash_of(model)
-    for source, files in targets.items():
-        for kind, file in files.items():
-            origin = {"input": str(source.resolve()), "model": identity}
-            origin |= {"alpha": alpha} if kind == "overlays" else {}
-            name = file.relative_to(output_dir).as_posix()
-            before = record.get(name, origin)
-            if file.is_file() and before != origin:
-                if not overwrite:
-                    other = next(key for key in origin if before.get(key) != origin[key])
-                    raise ValueError(
-                        f"{file} is the result of another {other} ({before.get(other)}, now {origin[other]}): pass "
-                        "--overwrite to write it anew, or another --output."
-                    )
-                file.unlink()
-            record[name] = origin
     output_dir.mkdir(parents=True, exist_ok=True)
-    with _whole_file(path) as part:
-        part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    with FileLock(output_dir / f".{RECORD}.lock"):  # another run may be started into the same folder
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for source, files in targets.items():
+            for kind, file in files.items():
+                origin = {"input": str(source.resolve()), "model": identity}
+                origin |= {"alpha": alpha} if kind == "overlays" else {}
+                name = file.relative_to(output_dir).as_posix()
+                if file.is_file() and record.get(name) != origin:
+                    if not overwrite:
+                        raise ValueError(
+                            f"{file} {_other_origin(record.get(name), origin)}: pass --overwrite to write it anew, or "
+                            "another --output."
+                        )
+                    file.unlink()
+                record[name] = origin
+        with atomic_file(path) as part:
+            part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _other_origin(before: dict[str, Any] | None, origin: dict[str, Any]) -> str:
+    """What a file is of, which is not what it would be."""
+    if before is None:
+        return f"is there, and not from here ({RECORD} does not know it)"
+    other = next(key for key in origin if before.get(key) != origin[key])
+    return f"is the result of another {other} ({before.get(other)}, now {origin[other]})"
 
 
 def _hash_of(model: Path) -> str:
@@ -200,20 +209,8 @@ def predict_file(segmenter: Segmenter, source: Path, targets: dict[str, Path], a
         `OSError`: where writing fails.
     """
     with contextlib.ExitStack() as stack:
-        parts = {kind: stack.enter_context(_whole_file(target)) for kind, target in targets.items()}
+        parts = {kind: stack.enter_context(atomic_file(target)) for kind, target in targets.items()}
         (_predict_video if is_video(source) else _predict_picture)(segmenter, source, parts, alpha)
-
-
-@contextlib.contextmanager
-def _whole_file(target: Path) -> Iterator[Path]:
-    """A file beside the target that takes its place once the block has ended well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{os.getpid()}.{target.name}")
-    try:
-        yield part
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -102,9 +102,7 @@ class TrainingState:
         tensors, state = load_checkpoint(folder)
         self._check_fingerprint(state["fingerprint"], folder)
         self.step, self.best, self._seconds_before = state["step"], state["best"], state["seconds"]
-        self.scores = state["scores"]
-        self.scored_step = state.get("scored_step", self.step)  # Earlier releases saved after validating alone.
-        self.losses = state.get("losses", [])
+        self.scores, self.scored_step, self.losses = state["scores"], state["scored_step"], state["losses"]
         self.model.load_state_dict(_part(tensors, "model"))
         if self.ema is not None:
             self.ema.module.load_state_dict(_part(tensors, "ema"))
@@ -151,12 +149,12 @@ def _part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     """State of the generators that dropout, stochastic depth and mixing draw from."""
     state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device).get_rng_state()
     return state
 
 
 def _restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
+    if device.type != "cpu" and device.type in state:  # not where the run began on another kind of device
+        torch.get_device_module(device).set_rng_state(state[device.type])

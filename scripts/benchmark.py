@@ -7,6 +7,7 @@
     python scripts/benchmark.py --json benchmark.json --update --tables 1 --runtimes onnx openvino --work-dir DIR
 
 Three tables: the network in every runtime; from a picture's file to its label map; time and memory by the image's size.
+LeMoRe is fused (`model.fuse()`), the others are as their libraries give them; graph runtimes fold the norms of all.
 Every figure comes from processes of its own, in interleaved rounds. `--update` keeps what the JSON file has from the
 same machine and replaces only what is measured now, so that a long benchmark can be run in pieces.
 """
@@ -37,6 +38,7 @@ from lemore_hf.benchmarking.report import (
     size_table,
 )
 from lemore_hf.benchmarking.rounds import prepare_models, run_cell, run_rounds
+from lemore_hf.checkpointing import atomic_file
 from lemore_hf.hardware import usable_cores
 from lemore_hf.visualization import plot_speed
 
@@ -73,9 +75,19 @@ def parse_arguments() -> argparse.Namespace:
         default=list(TITLES),
         help="what to measure; with none, show again what the JSON file has",
     )
-    parser.add_argument("--models", nargs="+", choices=NAMES, help="LeMoRe is always one of them")
-    parser.add_argument("--runtimes", nargs="+", choices=(*RUNTIMES, *CUDA_RUNTIMES))
-    parser.add_argument("--batch-sizes", type=_positive, nargs="+")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=NAMES,
+        help=f"LeMoRe is always one of them; the second table is of {' and '.join(PICTURE_MODELS)}, the third of LeMoRe",
+    )
+    parser.add_argument(
+        "--runtimes",
+        nargs="+",
+        choices=(*RUNTIMES, *CUDA_RUNTIMES),
+        help=f"of the first table; the third has {', '.join(SIZE_RUNTIMES)}",
+    )
+    parser.add_argument("--batch-sizes", type=_positive, nargs="+", help="of the first table")
     parser.add_argument("--threads", type=_positive, nargs="+")
     parser.add_argument(
         "--size",
@@ -177,6 +189,8 @@ def measured_report(arguments: argparse.Namespace) -> dict[str, Any]:
         sys.exit(f"The machine cannot be described: {reason(machine)}")
     if arguments.runtimes is None:
         arguments.runtimes = [*RUNTIMES, *(CUDA_RUNTIMES if machine["gpu"] else ())]
+    if empty := sorted(set(arguments.tables) - {cell.table for cell in plan_cells(arguments)}):
+        sys.exit(f"Nothing to measure for table {empty[0]}, which has the runtimes {', '.join(SIZE_RUNTIMES)}.")
     report = new_report(arguments, machine)
 
     with TemporaryDirectory() as scratch:
@@ -244,10 +258,8 @@ def measure_all(
         report["results"] = [result for result in before if identity(result) not in keys] + measured
         report["created"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         if arguments.json:
-            # Aside and renamed: what is killed in the middle leaves the rounds before.
-            part = arguments.json.with_name(f".{arguments.json.name}.writing")
-            part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-            part.replace(arguments.json)
+            with atomic_file(arguments.json) as part:  # what is killed in the middle leaves the rounds before
+                part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def identity(result: dict[str, Any]) -> tuple:
@@ -289,9 +301,8 @@ def plan_models(arguments: argparse.Namespace) -> Iterator[Cell]:
         for threads in [1] if on_gpu else arguments.threads:
             for batch_size in [TRAINING_BATCH_SIZE] if runtime in TRAINING_RUNTIMES else arguments.batch_sizes:
                 for model in arguments.models:
-                    # Graphs are fused when they are exported, and training runs what is not fused anyway.
-                    if model == "lemore-not-fused" and runtime != "eager":
-                        continue
+                    if model == "lemore-not-fused" and runtime in (*GRAPH_RUNTIMES, *TRAINING_RUNTIMES):
+                        continue  # graphs are fused when they are exported, and training runs what is not fused
                     if model.endswith("-full") and runtime in TRAINING_RUNTIMES:
                         continue  # the loss upsamples anyway
                     for layout in layouts(runtime):

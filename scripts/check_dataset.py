@@ -150,7 +150,7 @@ def main() -> int:
             )
         pictures += [(f"{split}: {sample.name}", sample) for sample in report.pictures]
     if problems:
-        print(f"\nA training would fail ({len(problems)}):")
+        print(f"\nA training or an evaluation would fail ({len(problems)}):")
         print("\n".join(f"  {problem}" for problem in problems))
     else:
         print("\nEvery sample can be trained on.")

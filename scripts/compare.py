@@ -70,6 +70,7 @@ def load_plan(path: Path, data_dir: Path | None) -> dict[str, Any]:
     is_mapping = isinstance(variants, dict) and all(isinstance(options, dict | None) for options in variants.values())
     if not is_mapping or not variants:
         raise ValueError(f"The variants of {path} must map a name to options for each, got {variants!r}.")
+    plan["variants"] = variants = {str(name): options for name, options in variants.items()}  # YAML has numbers too
     if not isinstance(plan["options"], dict):
         raise ValueError(f"The options of {path} must map names to values, got {plan['options']!r}.")
     if not isinstance(splits, list) or not splits:

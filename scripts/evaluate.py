@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 import lemore_hf
-from lemore_hf.checkpointing import CheckpointError
+from lemore_hf.checkpointing import CheckpointError, atomic_file
 from lemore_hf.complexity import count_multiply_accumulates
 from lemore_hf.data.loading import RecipeDataset, StreamedRecipeDataset, load_split, with_classes_of
 from lemore_hf.data.recipes import Recipe, add_recipe_arguments, load_recipe, recipe_overrides
@@ -336,8 +336,8 @@ def record_run(report: dict[str, Any], args: argparse.Namespace) -> None:
     keys = ("mean_iou", "mean_accuracy", "overall_accuracy", "boundary_iou", "accuracy", "inference")
     known |= {key: report[key] for key in ("parameters", "multiply_accumulates")}
     known.setdefault("evaluation", {})[args.split] = {key: report[key] for key in keys if key in report}
-    args.runs.parent.mkdir(parents=True, exist_ok=True)
-    args.runs.write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")
+    with atomic_file(args.runs) as part:
+        part.write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")
 
 
 if __name__ == "__main__":

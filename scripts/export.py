@@ -43,7 +43,9 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="put normalisation, upsampling and argmax into the graph: uint8 image in, uint8 label map out",
     )
-    parser.add_argument("--max-size", type=int, help="largest height and width (default: none; ExecuTorch: 1024)")
+    parser.add_argument(
+        "--max-size", type=int, help="largest height and width (default: none; ExecuTorch: 1024, or the native size)"
+    )
     parser.add_argument("--max-batch-size", type=int, help="most images at once (default: any; ExecuTorch: 4)")
     parser.add_argument(
         "--calibration-images", type=int, help="how many pictures of CALIBRATION_FOLDER to use (default: 64)"

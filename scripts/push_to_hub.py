@@ -20,17 +20,17 @@ from pathlib import Path
 import lemore_hf
 from lemore_hf.checkpointing import atomic_folder
 from lemore_hf.data.recipes import load_recipe
-from lemore_hf.hub import CARD, PICTURE_SUFFIXES, WEIGHTS, PublishingError, ensure_card, push_folder, validate_folder
+from lemore_hf.hub import CARD, PICTURE_SUFFIXES, PublishingError, ensure_card, push_folder, validate_folder
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of the model, as training writes it")
     parser.add_argument("--repo_id", required=True, help="repository, NAME or NAMESPACE/NAME")
     parser.add_argument("--results", type=Path, help="JSON of scripts/evaluate.py: renders the card anew from it")
     parser.add_argument("--recipe", help="recipe of the training, for the card (default: the one the results name)")
     parser.add_argument("--license", help="Hub licence identifier of the weights (default: after the data's terms)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what an existing repository holds")
+    parser.add_argument("--overwrite", action="store_true", help="replace what the repository or --output holds")
     parser.add_argument("--private", action="store_true", help="create the repository as a private one")
     parser.add_argument("--refresh_code", action="store_true", help="first bring its code files up to this package's")
     parser.add_argument(
@@ -38,11 +38,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="write the files to this folder, upload nothing")
     parser.add_argument("--dry_run", action="store_true", help="render and check, list the files, upload nothing")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.output and args.private:
+        parser.error("--private is of a repository on the Hub, --output writes a folder: leave one of them out")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = parse_arguments(argv)
     try:
         results = json.loads(args.results.read_text(encoding="utf-8")) if args.results else None
         if not isinstance(results, dict | None):
@@ -61,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             files = validate_folder(args.model)
             print(f"{args.repo_id} would hold: {', '.join(map(str, files))}")
             if args.output:
-                copy_files(args.model, files, args.output)
+                copy_files(args.model, files, args.output, args.overwrite)
         else:
             address = push_folder(args.model, args.repo_id, **card, overwrite=args.overwrite, private=args.private)
             print(f"Published: {address}")
@@ -71,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def refresh_code(folder: Path) -> None:
     """A model that an older release saved keeps that release's code; here it gets this one's."""
-    for path in folder.glob("*_lemore.py"):
-        shutil.copyfile(Path(lemore_hf.__file__).with_name(path.name), path)
+    for path in Path(lemore_hf.__file__).parent.glob("*_lemore.py"):
+        shutil.copyfile(path, folder / path.name)
 
 
 def add_figures(folder: Path, figures: Sequence[Path]) -> None:
@@ -85,12 +88,16 @@ def add_figures(folder: Path, figures: Sequence[Path]) -> None:
         shutil.copyfile(path, folder / "figures" / path.name)
 
 
-def copy_files(folder: Path, files: Sequence[Path], output: Path) -> None:
-    """Exactly `files` of a folder, in an output folder that may hold an older edition of them."""
+def copy_files(folder: Path, files: Sequence[Path], output: Path, overwrite: bool) -> None:
+    """Exactly `files` of a folder, in an output folder that may hold an older edition of them, or be overwritten."""
     if output.resolve() == folder.resolve():
         raise PublishingError(f"--output {output} is the model's own folder: give another, or --dry_run alone.")
-    if output.is_dir() and any(output.iterdir()) and not (output / WEIGHTS).is_file():
-        raise PublishingError(f"--output {output} holds something else than a model: give a new or an empty folder.")
+    there = {path.relative_to(output) for path in output.rglob("*") if path.is_file()}
+    if (lost := sorted(map(str, there.difference(files)))) and not overwrite:
+        raise PublishingError(
+            f"--output {output} holds what would be lost: {', '.join(lost[:8])}{', ...' if len(lost) > 8 else ''}. Give "
+            "another folder, or --overwrite."
+        )
     with atomic_folder(output) as temporary:
         for path in files:
             (temporary / path).parent.mkdir(parents=True, exist_ok=True)

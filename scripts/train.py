@@ -35,13 +35,14 @@ from lemore_hf import LeMoReConfig, LeMoReForImageClassification, LeMoReForSeman
 from lemore_hf.checkpointing import (
     CheckpointError,
     DamagedCheckpointError,
+    atomic_file,
     atomic_folder,
     checkpoint_folder,
     clear_unfinished,
     list_checkpoints,
     prune_checkpoints,
     recover_folders,
-    refuse_pickled,
+    require_safetensors,
 )
 from lemore_hf.data.augmentation import mix_images, normalize
 from lemore_hf.data.loading import (
@@ -210,7 +211,7 @@ def main() -> None:
     averaged_model = ema.module if ema is not None else model
     eval_workers = 0 if args.cache else args.num_workers
 
-    log = RunLog(args.output_dir, accelerator, state.step)
+    log = RunLog(args.output_dir, accelerator, state)
     batches = training_batches(args, recipe, accelerator, samples, dataset, micro_batch_size, state.step)
     steps = batches_of_steps(batches, args.gradient_accumulation_steps, accelerator)
     progress = tqdm(
@@ -373,7 +374,7 @@ def build_model(args: argparse.Namespace, recipe: Recipe) -> PreTrainedModel:
 def load_initial(checkpoint: str, model_class: type[PreTrainedModel], fields: dict[str, Any]) -> PreTrainedModel:
     """The model of a checkpoint, with the recipe's fields in its configuration."""
     if Path(checkpoint).is_dir():
-        refuse_pickled(Path(checkpoint))
+        require_safetensors(Path(checkpoint))
     try:
         found, _ = LeMoReConfig.get_config_dict(checkpoint)
         if found.get("model_type") != LeMoReConfig.model_type or found.get("is_fused"):
@@ -543,13 +544,15 @@ def save(state: TrainingState, args: argparse.Namespace) -> None:
 class RunLog:
     """`log.jsonl`, TensorBoard where it is installed, and a picture of the curves at the end."""
 
-    def __init__(self, output_dir: Path, accelerator: Accelerator, step: int):
+    def __init__(self, output_dir: Path, accelerator: Accelerator, state: TrainingState):
         self.path = output_dir / "log.jsonl"
         self.accelerator = accelerator
         if accelerator.is_main_process:
-            # A resumed run writes the entries after its checkpoint again.
-            kept = [record for record in self.records() if record["step"] <= step]
-            self.path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            # A resumed run writes again what came after its checkpoint, scores of its step included.
+            known = (state.step if "loss" in record else state.scored_step for record in self.records())
+            kept = [record for record, step in zip(self.records(), known, strict=True) if record["step"] <= step]
+            with atomic_file(self.path) as part:
+                part.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         accelerator.init_trackers("tensorboard")
 
     def records(self) -> list[dict[str, Any]]:
@@ -601,7 +604,8 @@ def write_summary(
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "settings": state.fingerprint,
     }
-    (args.output_dir / "run.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    with atomic_file(args.output_dir / "run.json") as part:
+        part.write_text(json.dumps(summary, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

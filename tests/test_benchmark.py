@@ -295,6 +295,7 @@ def report() -> dict:
             merge_rounds(Cell("peaks"), [peaks]),
             result(EAGER, 0.016, peak_memory=50_000_000),
             result(segformer, 0.2),
+            result(replace(EAGER, runtime="bf16"), 0.008),
             merge_rounds(replace(EAGER, runtime="onnx"), [{"not_installed": "onnxruntime"}]),
             merge_rounds(replace(segformer, runtime="onnx"), [{"error": "no such file"}]),
             result(Cell("picture", "lemore", "calls", table=2), 0.04, **picture),
@@ -310,13 +311,14 @@ def cells(table: str) -> list[list[str]]:
 
 def test_model_table(report):
     header, _, *rows = cells(model_table(report, models.NAMES))
-    lemore, segformer, missing, broken = (dict(zip(header, row, strict=True)) for row in rows)
+    lemore, segformer, halved, missing, broken = (dict(zip(header, row, strict=True)) for row in rows)
     assert (lemore["parameters"], lemore["G MACs"], lemore["ms"], lemore["quartiles"]) == (
         "1.59 M",
         "0.80",
         "16",
         "14.4 to 19.2",
     )
+    assert (halved["× LeMoRe"], halved["% of products"], halved["% of copying"]) == ("1.00", "–", "–")
     # 0.8 G in 16 ms are 50 G/s; 40 MB in 16 ms are 2.5 GB/s
     assert (lemore["% of products"], lemore["% of copying"], lemore["peak MB"]) == ("50", "25", "50")
     assert (lemore["× LeMoRe"], segformer["× LeMoRe"]) == ("1.00", "12.50")
@@ -325,7 +327,10 @@ def test_model_table(report):
 
 
 def test_other_tables(report):
-    assert cells(ratio_table(report, models.NAMES))[2:] == [["LeMoRe", "1.0", "–"], ["SegFormer-B0", "12.5", "–"]]
+    assert cells(ratio_table(report, models.NAMES))[2:] == [
+        ["LeMoRe", "1.0", "1.0", "–"],
+        ["SegFormer-B0", "12.5", "", "–"],
+    ]
     header, _, row = cells(picture_table(report, models.NAMES))
     picture = dict(zip(header, row, strict=True))
     assert [picture[f"{stage}, %"] for stage in ("decode", "network", "rest")] == ["25", "50", "25"]
@@ -380,6 +385,17 @@ def test_bad_options(arguments, message, script, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         script.parse_arguments()
     assert message in capsys.readouterr().err
+
+
+def test_what_measures_nothing_leaves_the_file_as_it_was(script, monkeypatch, tmp_path):
+    (tmp_path / "figures.json").write_text("{}")
+    options = ["--tables", "3", "--runtimes", "bf16", "--json", str(tmp_path / "figures.json")]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
+    with pytest.raises(
+        SystemExit, match="Nothing to measure for table 3, which has the runtimes eager, onnx, openvino"
+    ):
+        script.main()
+    assert (tmp_path / "figures.json").read_text() == "{}"
 
 
 def test_a_chart_has_the_runtimes_that_lemore_ran_in(script):

@@ -110,7 +110,7 @@ def test_every_sample_that_would_fail_is_named_with_its_reason(check, folder, tm
     status, printed = check(folder, "--recipe", "folder", "--num_pictures", "0", *options)
     assert status == 1
     assert "train: 4 samples, 0 usable" in printed
-    assert "A training would fail (5)" in printed
+    assert "A training or an evaluation would fail (5)" in printed
     for line in (
         r"train: 0: cannot identify image file",
         r"train: 1: the image has 48×40 pixels and the label map 50×40",
@@ -150,7 +150,7 @@ def test_what_training_needs_has_to_be_there(check, folder):
     shutil.rmtree(folder / "validation")
     status, printed = check(folder, "--recipe", "folder")
     assert status == 1
-    assert "A training would fail (1):\n  validation: " in printed
+    assert "A training or an evaluation would fail (1):\n  validation: " in printed
     assert "Or train without validation: --eval_every 0." in printed
     assert "test: not there" in printed
 
@@ -162,7 +162,7 @@ def test_a_stream_without_samples(check, folder):
         path.unlink()
     status, output = check(folder, "--recipe", "folder", "--streaming")
     assert status == 1
-    assert "train" in output.split("A training would fail")[1]
+    assert "train" in output.split("A training or an evaluation would fail")[1]
 
 
 def test_classification_counts_images(check, tmp_path):

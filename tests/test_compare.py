@@ -200,6 +200,8 @@ def test_mistakes_in_a_plan_are_named(compare):
         compare({**PLAN, "splits": ["tset"]})
     with pytest.raises(ValueError, match="must map a name to options for each, got"):
         compare({**PLAN, "variants": {"first": 3}})
+    with pytest.raises(ValueError, match=r"the variants of .* are 8, 16"):  # which YAML reads as numbers
+        compare({**PLAN, "variants": {8: None, 16: {"seed": 1}}}, "--only", "32")
     # Before the first variant is trained.
     with pytest.raises(ValueError, match=r"variant 'second': .*model_config has the field 'use_residul'"):
         compare({**PLAN, "variants": {"first": None, "second": {"model_config": {"use_residul": False}}}})

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from lemore_hf import image_processing_pil_lemore
+from lemore_hf import post_processing_lemore
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 from lemore_hf.image_processing_pil_lemore import LeMoReImageProcessorPil
 
@@ -514,7 +514,7 @@ def assert_best_classes(labels: torch.Tensor, scores: torch.Tensor) -> None:
     ids=str,
 )
 def test_labels_are_those_of_the_plain_way(shape, size, blur, block, monkeypatch):
-    monkeypatch.setattr(image_processing_pil_lemore, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(post_processing_lemore, "_BLOCK_ELEMENTS", block)
     generator = torch.Generator().manual_seed(sum(shape) + blur)
     coarse = [max(1, length // blur) for length in shape[1:]]
     logits = F.interpolate(torch.randn(1, shape[0], *coarse, generator=generator) * 5, size=shape[1:], mode="bicubic")
@@ -544,7 +544,7 @@ def test_scores_of_very_different_magnitude():
 
 
 def test_equal_scores_give_the_first_class(monkeypatch):
-    monkeypatch.setattr(image_processing_pil_lemore, "_BLOCK_ELEMENTS", 64)
+    monkeypatch.setattr(post_processing_lemore, "_BLOCK_ELEMENTS", 64)
     (labels,) = label_maps(torch.ones(1, 6, 4, 4), [(40, 40)])
     assert (labels == 0).all()
 
@@ -564,7 +564,7 @@ def test_binary_labels_are_where_the_sigmoid_exceeds_half(monkeypatch):
     logits = torch.randn(2, 1, 12, 10, generator=torch.Generator().manual_seed(0))
     sizes = [(100, 90), (12, 10)]
     for block in (64, 1 << 20):
-        monkeypatch.setattr(image_processing_pil_lemore, "_BLOCK_ELEMENTS", block)
+        monkeypatch.setattr(post_processing_lemore, "_BLOCK_ELEMENTS", block)
         for item, size, labels in zip(logits, sizes, label_maps(logits, sizes), strict=True):
             scores = plain_scores(item[None], size)[0, 0]
             clear = scores.abs() > 1e-6

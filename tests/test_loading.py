@@ -236,6 +236,18 @@ def test_class_folders_have_the_numbers_of_the_recipes_classes(tmp_path, streami
             assert [sample.labels for sample in decoded] == [expected[name] for name in folders]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_class_folders_hold_words_for_splits(tmp_path, streaming):
+    """As ImageNet's files and a class of trains do; `datasets` would look no further than these."""
+    for name in ("train/bus/1.png", "train/train/2.png", "train/car/red_test_3.png"):
+        write(tmp_path / name, picture(0))
+    write(tmp_path / "val" / "bus" / "ILSVRC2012_val_00000293.png", picture(1))
+    recipe = load_recipe("imagenet1k", {"crop_size": (32, 32), "class_names": ["bus", "train", "car"]})
+    for split, labels in (("train", [0, 1, 2]), ("validation", [0])):
+        samples = load_split(recipe, split, tmp_path, streaming)
+        assert sorted(SampleDecoder(recipe)(stored).labels for stored in samples) == labels
+
+
 def test_class_folders_of_other_names_are_not_guessed_where_one_is_known(tmp_path):
     for folder in ("train/Dog", "train/cat", "train/bird"):
         write(tmp_path / folder / "1.png", picture(0))

@@ -103,31 +103,13 @@ def load_script(name: str):
 
 
 complexity = load_script("complexity")
-EXPECTED_COUNTS = (
-    (1_109_830, 677.86),
-    (1_131_590, 728.91),
-    (1_153_350, 779.96),
-    (1_203_822, 780.01),
-    (1_497_382, 704.62),
-    (1_519_142, 755.67),
-    (1_540_902, 806.72),
-    (1_591_374, 806.77),
-    (1_581_174, 607.54),
-    (1_565_854, 639.25),
-    (1_596_099, 826.04),
-    (1_627_179, 1_479.54),
-    (1_546_502, 446.37),
-    (1_703_632, 3_320.76),
-)
 
 
-@pytest.mark.parametrize(
-    ("row", "expected"), list(zip(complexity.ABLATION + complexity.INPUT_SIZES, EXPECTED_COUNTS, strict=True))
-)
-def test_parameters_and_multiply_accumulates(row, expected):
+@pytest.mark.parametrize("row", complexity.ABLATION)
+def test_parameters_and_multiply_accumulates_are_the_paper_s(row):
     parameters, multiply_accumulates = complexity.count(row.config)
-    assert parameters == expected[0]
-    assert multiply_accumulates / 1e6 == pytest.approx(expected[1], rel=0.005)
+    assert parameters / 1e6 == pytest.approx(float(row.parameters.split()[0]), rel=0.015)
+    assert multiply_accumulates / 1e9 == pytest.approx(float(row.multiply_accumulates.split()[0]), rel=0.015)
 
 
 @pytest.mark.parametrize("row", complexity.ABLATION)

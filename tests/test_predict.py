@@ -89,7 +89,7 @@ def run_script(*arguments: object) -> subprocess.CompletedProcess:
 
 
 def files_below(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
 
 
 EXPECTED = {f"{kind}/{name}.png" for kind in ("masks", "overlays") for name in ("one", "two", "more/one")}
@@ -171,6 +171,19 @@ def test_results_of_something_else_are_not_taken_for_the_ones_asked_for(checkpoi
         file.write_bytes(b"a result")
     with pytest.raises(ValueError, match="is the result of another model"):
         claim_results(output, checkpoint, targets, 0.5)
+
+
+def test_a_file_of_nobody_knows_whom_is_not_taken_for_a_result(checkpoint, pictures, tmp_path):
+    """Such as masks made by hand, where the output is the folder of the data."""
+    targets = target_files({pictures / "one.png": Path("one.png")}, tmp_path, ["masks"])
+    mask = tmp_path / "masks" / "one.png"
+    mask.parent.mkdir()
+    mask.write_bytes(b"made by hand")
+    with pytest.raises(
+        ValueError, match=r"one\.png is there, and not from here .*: pass --overwrite to write it anew"
+    ):
+        claim_results(tmp_path, checkpoint, targets, 0.5)
+    assert mask.read_bytes() == b"made by hand"
 
 
 def test_an_input_is_never_replaced(pictures):
@@ -430,6 +443,7 @@ def test_inputs_from_files_folders_and_patterns(pictures, tmp_path):
     output = pictures / "results"
     output.mkdir()
     Image.new("RGB", (40, 40)).save(output / "earlier.png")
+    (pictures / "._one.png").touch()  # as macOS leaves them on other systems' disks
     everything = find_inputs([str(pictures), str(pictures / "one.png")], output)
     assert {str(name) for name in everything.values()} == {"one.png", "two.png", "more/one.jpg", "damaged.jpg"}
     pattern = find_inputs([str(pictures / "**" / "one.*")], output)

@@ -30,6 +30,7 @@ CODE = {
     "modeling_lemore.py",
     "image_processing_lemore.py",
     "image_processing_pil_lemore.py",
+    "post_processing_lemore.py",
 }
 RESULTS = {
     "mean_iou": 0.68125,
@@ -399,9 +400,12 @@ def test_output_is_exactly_the_folder_that_would_be_uploaded(folder, tmp_path):
     assert (output / "modeling_lemore.py").read_bytes() == current
     with pytest.raises(SystemExit, match="is the model's own folder"):
         push([*options, "--output", str(folder)])
-    with pytest.raises(SystemExit, match="holds something else than a model"):
-        push([*options, "--output", str(tmp_path)])
-    assert (tmp_path / "curves.png").is_file()
+    (output / "checkpoint-1").mkdir()
+    (output / "checkpoint-1" / "trainer_state.json").touch()
+    with pytest.raises(SystemExit, match=r"holds what would be lost: checkpoint-1/trainer_state\.json\. Give another"):
+        push([*options, "--output", str(output)])
+    push([*options, "--output", str(output), "--overwrite"])
+    assert not (output / "checkpoint-1").exists()
 
     # A name with a space is shown like any other; a card that stays as it is would not show it.
     Image.new("RGB", (9, 9)).save(tmp_path / "my plot.png")

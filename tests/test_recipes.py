@@ -162,7 +162,13 @@ def test_what_evaluation_looks_at_is_not_of_training_alone():
     assert not kept & TRAINING_FIELDS
 
 
-@pytest.mark.parametrize(("field", "value"), [("loss_stride", 2), ("lovasz_stride", 4), ("max_class_share", 0.5)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("loss_stride", 2), ("lovasz_stride", 4), ("max_class_share", 0.5)),
+        *(("class_weight_power", 0.5), ("ohem_min_kept", 5)),
+    ],
+)
 def test_numbers_of_segmentation_are_refused_in_classification(field, value):
     with pytest.raises(ValueError, match=f"{field} has no effect in image-classification"):
         load_recipe("imagenet1k", {"class_names": ["a", "b"], field: value})
@@ -181,6 +187,7 @@ def test_numbers_of_segmentation_are_refused_in_classification(field, value):
         ({"max_steps": "many"}, TypeError, "max_steps must be int, got 'many'"),
         ({"max_steps": 1.5}, TypeError, "max_steps must be int"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"max_steps": -1}, ValueError, "max_steps must be at least 0"),
         ({"learning_rate": -1}, ValueError, "learning_rate must be at least 0"),
         ({"learning_rate": float("nan")}, ValueError, "learning_rate must be finite"),
         ({"max_grad_norm": 0}, ValueError, "max_grad_norm must be positive, or none"),

@@ -190,6 +190,19 @@ def test_a_validation_that_fails_costs_no_step_and_is_made_up(tmp_path, recipe, 
     assert weights_of(tmp_path / "failed") == weights_of(tmp_path / "whole")
 
 
+def test_scores_that_no_checkpoint_knows_of_are_logged_once(tmp_path, recipe, data_dir, run_here, monkeypatch):
+    options = ["--max_steps", "2", "--save_every", "2", "--eval_every", "2", "--log_every", "2", "--num_workers", "0"]
+
+    def disk_full(*arguments, **options):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LeMoReForSemanticSegmentation, "save_pretrained", disk_full)  # of the best model
+        run_here(recipe, data_dir, tmp_path, *options, expect="no space left")
+    run_here(recipe, data_dir, tmp_path, *options, "--resume")
+    assert [record["step"] for record in log_of(tmp_path) if "mean_iou" in record] == [2]
+
+
 def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_weights(tmp_path, recipe, data_dir, uninterrupted):
     kills, chance = 0, random.Random(0)
     arguments = command(recipe, data_dir, tmp_path, "--resume")
@@ -505,6 +518,7 @@ def test_training_starts_from_the_mean_of_several_checkpoints(tmp_path, recipe, 
     for parameter in other.parameters():
         parameter.data.mul_(2)
     other.save_pretrained(folders[1])
+    Path(folders[1], "training_args.bin").touch()  # which `Trainer` leaves beside the weights, and nothing reads
     run_here(recipe, data_dir, tmp_path / "out", "--max_steps", "0", "--init_from", *folders)
     mean = load_trained_model(tmp_path / "out" / "final")
     for (name, one), found in zip(load_trained_model(folders[0]).named_parameters(), mean.parameters(), strict=True):

@@ -221,7 +221,7 @@ def test_fine_tuning_with_trainer(tmp_path, freeze_encoder):
     assert loaded.config.id2label == model.config.id2label
 
 
-def test_quickstart_reuses_a_checkpoint_of_the_same_data_and_settings_alone(tmp_path, monkeypatch):
+def test_quickstart_reuses_a_checkpoint_of_the_same_data_and_settings_alone(tmp_path, monkeypatch, capsys):
     script = runpy.run_path(str(SCRIPTS / "quickstart.py"))
     trained, main = [], script["main"].__globals__
     for name in ("first_look", "score", "report", "draw_held_out"):
@@ -252,6 +252,9 @@ def test_quickstart_reuses_a_checkpoint_of_the_same_data_and_settings_alone(tmp_
     assert trained == [2]
     with pytest.raises(SystemExit, match="trained with another epochs: give another --output_dir"):
         quickstart("--epochs", "1")
+    with pytest.raises(SystemExit, match="2"):
+        quickstart("--batch_size", "0")
+    assert "--batch_size must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_quickstart_ends_with_scores_and_pictures(tmp_path, monkeypatch):

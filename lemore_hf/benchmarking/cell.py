@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-KINDS = ("machine", "prepare", "peaks", "inference", "training", "picture")
 TORCH_RUNTIMES = ("eager", "compile", "bf16", "cuda-float32", "cuda-bfloat16")
 GRAPH_RUNTIMES = ("onnx", "onnx-int8", "openvino", "openvino-int8")
 LAYOUTS = ("contiguous", "channels_last")
@@ -32,7 +31,7 @@ class Cell:
     What to measure, and how.
 
     Args:
-        kind (`str`): One of `KINDS`.
+        kind (`str`): A key of `_MEASUREMENTS`.
         model (`str`): A key of `lemore_hf.benchmarking.models.NAMES`.
         runtime (`str`): What runs it: one of `TORCH_RUNTIMES` or `GRAPH_RUNTIMES`, `"pipeline"` or `"calls"` for a
             picture, `"one-loss"` for a training whose loss is not the model's own but the same in all.
@@ -41,7 +40,6 @@ class Cell:
         seconds (`float`): How long to repeat, once warm; at least three times.
         table (`int`): The table that the figure belongs to.
         folder (`str`): Where prepared graphs and pictures lie.
-        calibration_images (`int`): Pictures that int8 ranges are taken from, where graphs are prepared.
     """
 
     kind: str
@@ -55,7 +53,6 @@ class Cell:
     seconds: float = 1.0
     table: int = 1
     folder: str = ""
-    calibration_images: int = 8
 
     @property
     def size(self) -> tuple[int, int]:
@@ -89,7 +86,7 @@ def measure(cell: Cell) -> dict[str, Any]:
 def timed(run: Callable[[], Any], seconds: float) -> dict[str, Any]:
     """Repeat `run` for a time, once it is warm; the median and the quartiles of its latencies in seconds."""
     start = time.perf_counter()
-    for _ in range(_WARM_UP_RUNS - 1):  # measuring the memory was the first
+    for _ in range(_WARM_UP_RUNS - 1):  # at most: where memory was measured, that was the first
         if time.perf_counter() - start < seconds:
             run()
     return summary(_latencies(run, seconds))

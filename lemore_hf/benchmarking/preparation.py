@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 PICTURE_SIZE = (1080, 1920)
+NUM_CALIBRATION_IMAGES = 8
 
 
 def prepare(cell: Cell) -> dict[str, Any]:
@@ -107,4 +108,4 @@ def _onnx_graph(model: nn.Module, size: tuple[int, int]) -> "onnx_ir.Model":
 
 
 def _calibration_images(cell: Cell) -> list[Image.Image]:
-    return [draw_scene(seed, cell.size)[0] for seed in range(cell.calibration_images)]
+    return [draw_scene(seed, cell.size)[0] for seed in range(NUM_CALIBRATION_IMAGES)]

@@ -37,7 +37,7 @@ def merge_rounds(cell: Cell, rounds: Sequence[dict[str, Any]]) -> Result:
     Medians, quartiles, memory and stages are the medians of the rounds' own, so that each round weighs the same however
     often it repeated. A cell that failed in any round has its reason instead, under `error` or `not_installed`.
     """
-    fields = {name: value for name, value in asdict(cell).items() if name not in ("folder", "calibration_images")}
+    fields = {name: value for name, value in asdict(cell).items() if name != "folder"}
     for result in rounds:
         for reason in ("not_installed", "error"):
             if reason in result:
@@ -110,10 +110,13 @@ def _figures(result: Result, results: list[Result], counts: dict[str, Any], repo
     peaks = _peaks_of(result, report)
     products, copying = None, None
     if peaks and counts and result["kind"] == "inference":
-        macs = counts["multiply_accumulates"] * result["batch_size"]
-        products = macs / result["median"] / peaks["macs_per_second"]
+        runtime = _runtime(result)
+        is_float32 = runtime in ("eager", "compile", "onnx", "openvino", "cuda-float32")
+        if is_float32 or runtime.startswith("cuda"):  # on a CPU the peak is of single precision
+            macs = counts["multiply_accumulates"] * result["batch_size"]
+            products = macs / result["median"] / peaks["macs_per_second"]
         traffic = counts["traffic"].get(str(result["batch_size"]))
-        if traffic and _runtime(result) in ("eager", "compile", "onnx", "openvino", "cuda-float32"):
+        if traffic and is_float32:
             copying = traffic / result["median"] / peaks["bytes_per_second"]
     lower, upper = result["quartiles"]
     return [

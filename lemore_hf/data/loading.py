@@ -47,7 +47,6 @@ _SPLIT_ALIASES = {
     "validation": ("validation", "val", "valid"),
     "test": ("test", "testing"),
 }
-_IMAGE_EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _LARGEST_STORED_LABEL = 65535
 _NAMES_SHOWN = 10
 
@@ -191,8 +190,14 @@ def _load_class_folders(
 
 
 def _read_class_folders(folder: Path, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+    # All files by name: `datasets` would take words such as "val" or "train" in their names for splits.
     return datasets.load_dataset(
-        "imagefolder", data_dir=str(folder), split="train", streaming=streaming, drop_labels=False
+        "imagefolder",
+        data_dir=str(folder),
+        data_files={"train": "**"},
+        split="train",
+        streaming=streaming,
+        drop_labels=False,
     )
 
 
@@ -291,7 +296,7 @@ def _files_by_name(folder: Path, suffix: str) -> dict[str, Path]:
     """Image files below a folder whose stem ends with the suffix, by relative path without suffix and extension."""
     found: dict[str, Path] = {}
     for path in files_below(folder):
-        if path.suffix.lower() not in _IMAGE_EXTENSIONS or not path.stem.endswith(suffix) or path.name[0] == ".":
+        if not path.stem.endswith(suffix):
             continue
         name = path.relative_to(folder).with_suffix("").as_posix().removesuffix(suffix)
         if name in found:
@@ -444,8 +449,8 @@ class SampleDecoder:
         except Exception as error:  # whatever a decoder raises, the sample's name is what helps
             number = "" if index is None else f" {index}"
             raise BadSampleError(
-                f"Sample{number} ({name!r}) cannot be used: {error}. `python scripts/check_dataset.py --recipe "
-                f"{self.recipe.name} --data_dir DIR` lists every such sample.",
+                f"Sample{number} ({name!r}) cannot be used: {error}. scripts/check_dataset.py, with the same --recipe "
+                "and --data_dir, lists every such sample.",
                 name,
                 str(error),
             ) from error

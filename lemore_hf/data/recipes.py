@@ -385,8 +385,8 @@ DESCRIPTIVE_FIELDS = frozenset(
 _FIELDS_OF_THE_OTHER_TASK = {
     "semantic-segmentation": ("mixup_alpha",),
     "image-classification": (
-        *("class_weights", "ohem_threshold", "dice_weight", "lovasz_weight", "lovasz_stride", "loss_stride"),
-        "max_class_share",
+        *("class_weights", "class_weight_power", "ohem_threshold", "ohem_min_kept", "max_class_share"),
+        *("dice_weight", "lovasz_weight", "lovasz_stride", "loss_stride"),
         *("classmix", "label_map", "reduce_labels", "allow_all_void"),
     ),
 }

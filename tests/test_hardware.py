@@ -1,0 +1,21 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""How much of the machine a process may use."""
+
+import os
+
+import pytest
+
+from lemore_hf import hardware
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores"), [("150000 100000", 1), ("300000 100000", 3), ("50000 100000", 1), ("max 100000", 8), (None, 8)]
+)
+def test_cores_are_those_that_affinity_and_a_container_leave(limit, cores, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.setattr(hardware, "CPU_LIMIT", tmp_path / "cpu.max")
+    if limit is not None:
+        hardware.CPU_LIMIT.write_text(f"{limit}\n")
+    assert hardware.usable_cores() == cores
+    assert hardware.hardware_name("cpu").endswith(f", {cores} core{'s' if cores > 1 else ''}")

@@ -1,0 +1,100 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""The README's own lines: its Python runs, its options exist, its links lead somewhere, its tables are what scripts print."""
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from transformers import pipeline
+
+from lemore_hf.data import scenes
+from lemore_hf.data.recipes import load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RELEASED = ROOT / "model_cards" / "lemore-camvid"
+
+
+def blocks(language: str, section: str = "") -> list[str]:
+    """The fenced blocks of a language below a heading, or in all of the README."""
+    text = README.split(f"\n{section}\n", 1)[1].split("\n## ")[0] if section else README
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """The words behind `python` of each line that starts a script."""
+    lines = (line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines())
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [line[1:] for line in words if line[:1] == ["python"] and line[1].startswith("scripts/")]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A folder to work in, with a photo and the models that the README names."""
+    scenes.draw_scene(3, (90, 120), daylight=True)[0].save(tmp_path / "street.jpg")
+    (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
+    (tmp_path / "outputs" / "quickstart").mkdir(parents=True)
+    (tmp_path / "outputs" / "quickstart" / "model").symlink_to(RELEASED)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_first_lines_segment_a_picture(place):
+    found = {}
+    exec(blocks("python")[0], found)
+    assert {segment["label"] for segment in found["segments"]} <= set(load_recipe("camvid").class_names)
+    assert all(segment["mask"].size == (120, 90) for segment in found["segments"])
+
+
+def test_the_lines_for_use_give_an_overlay_and_a_label_map(place):
+    found = {}
+    for block in blocks("python", "## Use"):
+        exec(block, found)
+    assert (place / "overlay.png").is_file()
+    assert found["labels"].shape == (90, 120)
+    assert 0 <= found["labels"].min() <= found["labels"].max() < 11
+
+
+def test_the_lines_for_fine_tuning_leave_a_model(place, monkeypatch):
+    few = scenes.load_scenes(8, 2, 0, size=(64, 96))
+    monkeypatch.setattr(scenes, "load_scenes", lambda: few)
+    (block,) = blocks("python", "## Fine-tune")
+    exec(block, {})
+    segments = pipeline("image-segmentation", model=str(place / "outputs" / "tuned" / "final"))("street.jpg")
+    assert {segment["label"] for segment in segments} <= set(scenes.CLASS_NAMES)
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_options_exist(words, monkeypatch):
+    script = ROOT / words[0]
+    monkeypatch.setattr(sys, "argv", words)
+    parse = runpy.run_path(str(script))["parse_arguments"]
+    assert parse(), "argparse ends the process where it does not know an option"
+
+
+def test_links_lead_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    assert len(links) > 5
+    assert not [link for link in links if not (ROOT / link.split("#")[0]).exists()]
+
+
+def test_the_scores_are_the_card_s():
+    card = ModelCard.load(RELEASED / "README.md").text
+    ious = [float(value) for value in re.findall(r"^\| (?:mean IoU|[a-z ]+) \| (\d+\.\d+) \|$", card, re.MULTILINE)]
+    (row,) = re.findall(r"^\| mean IoU \| sky \| building \| pole .*\n\| -.*\n\| (.*) \|$", README, re.MULTILINE)
+    (mean, *classes) = map(float, row.split(" | "))
+    assert mean == pytest.approx(ious[0], abs=0.051)
+    assert classes == pytest.approx(ious[-11:], abs=0.051)
+
+
+def test_the_counts_are_what_the_script_prints():
+    complexity = runpy.run_path(str(ROOT / "scripts" / "complexity.py"))
+    for table in ("ablation_table", "input_size_table"):
+        assert complexity["render"](complexity[table](), markdown=True) in README, (
+            "run scripts/complexity.py --markdown"
+        )
