@@ -210,7 +210,7 @@ def write_card(
         template: Jinja template of the card.
 
     Raises:
-        PublishingError: if configuration, weights, results or template cannot be read.
+        PublishingError: if configurations, weights, results or template cannot be read.
     """
     folder = Path(folder)
     if not Path(template).is_file():
@@ -229,6 +229,7 @@ def write_card(
         repo_id=repo_id,
         pipeline_tag=_PIPELINE_TAGS[architecture],
         config=config,
+        processor=_read_json(folder / PROCESSOR),
         num_parameters=_num_parameters(folder),
         results=results or {},
         scores=[(name, f"{100 * scores[key]:.2f}") for key, name in _SCORES.items() if key in scores],

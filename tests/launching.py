@@ -1,13 +1,16 @@
 # Copyright 2026 The LeMoRe-HF contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Starting scripts as their users do: alone, or in several processes by `accelerate launch`; and killing them."""
+"""Starting scripts as their users do: alone, or in several processes by `accelerate launch`; and killing them. Or in this
+process, which spares the imports."""
 
+import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 
 def launch(processes: int, script: Path, *arguments: object) -> list[str]:
@@ -28,6 +31,12 @@ def launch(processes: int, script: Path, *arguments: object) -> list[str]:
         ]
         launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
     return [sys.executable, *map(str, [*launcher, script, *arguments])]
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, script: Path, *arguments: object) -> None:
+    """Run a script in this process; it ends with `SystemExit` where it ends with an error."""
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def kill(process: subprocess.Popen) -> None:

@@ -4,16 +4,15 @@
 
 import io
 import json
-import os
 import runpy
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launching import launch, run_here
 from PIL import Image
 from quick_fit import quick_fit
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
@@ -27,6 +26,7 @@ from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 from lemore_hf.inference import Segmenter, comparison_sizes, label_agreement, read_pictures
 
 ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "export.py"
 PACKAGES = {
     "onnx": ("onnxruntime", "onnx", "onnxscript"),
     "openvino": ("openvino", "onnx", "onnxscript"),
@@ -88,11 +88,6 @@ def checkpoint(model, image_processor, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
-def run_script(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "scripts" / "export.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, cwd=ROOT)
-
-
 @pytest.fixture(scope="module")
 def from_command_line(checkpoint, frames, tmp_path_factory) -> tuple[Path, str]:
     """An ONNX export with post-processing, made by the script, and what it printed."""
@@ -101,19 +96,9 @@ def from_command_line(checkpoint, frames, tmp_path_factory) -> tuple[Path, str]:
     pictures, output = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("exports") / "onnx"
     for number, frame in enumerate(frames[:3]):
         frame.save(pictures / f"{number}.png")
-    result = run_script(
-        *(
-            "--model",
-            checkpoint,
-            "--format",
-            "onnx",
-            "--output",
-            output,
-            "--with-postprocessing",
-            "--compare",
-            pictures,
-        )
-    )
+    words = ("--model", checkpoint, "--format", "onnx", "--output", output)
+    command = launch(1, SCRIPT, *words, "--with-postprocessing", "--compare", pictures)
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return output, result.stdout
 
@@ -289,12 +274,10 @@ def test_command_line_exports_and_compares(from_command_line):
         assert printed.count(f"batch {batch_size}: ") == 3  # sizes
 
 
-def test_command_line_names_what_is_wrong(checkpoint, tmp_path):
-    result = run_script("--model", checkpoint, "--format", "tflite", "--output", tmp_path / "out")
-    assert result.returncode != 0
-    (message,) = [line for line in result.stderr.splitlines() if "Error" in line]
-    assert message.endswith("must be one of ['onnx', 'openvino', 'executorch', 'torch'], got 'tflite'.")
-    assert "Traceback" not in result.stderr
+def test_command_line_names_what_is_wrong(checkpoint, tmp_path, monkeypatch):
+    message = r"^ValueError: .*must be one of \['onnx', 'openvino', 'executorch', 'torch'\], got 'tflite'\.$"
+    with pytest.raises(SystemExit, match=message):
+        run_here(monkeypatch, SCRIPT, "--model", checkpoint, "--format", "tflite", "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -328,7 +311,7 @@ def test_a_damaged_export_is_told_from_a_missing_one(exported, tmp_path):
         Segmenter(folder)
 
 
-def test_only_a_segmentation_network_is_exported(checkpoint, image_processor, tmp_path):
+def test_only_a_segmentation_network_is_exported(checkpoint, image_processor, tmp_path, monkeypatch):
     peer = SegformerForSemanticSegmentation(SegformerConfig())
     with pytest.raises(TypeError, match="got a SegformerForSemanticSegmentation"):
         export_model(peer, image_processor, tmp_path / "out", "torch")
@@ -338,10 +321,8 @@ def test_only_a_segmentation_network_is_exported(checkpoint, image_processor, tm
     image_processor.save_pretrained(classifier)
     with pytest.raises(CheckpointError, match="does not hold all weights of LeMoReForSemanticSegmentation"):
         Segmenter(classifier)
-    result = run_script("--model", classifier, "--format", "torch", "--output", tmp_path / "out")
-    assert result.returncode != 0
-    assert "does not hold all weights" in result.stderr
-    assert "Traceback" not in result.stderr
+    with pytest.raises(SystemExit, match=r"^CheckpointError: .* does not hold all weights"):
+        run_here(monkeypatch, SCRIPT, "--model", classifier, "--format", "torch", "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -420,7 +401,7 @@ def test_options_of_the_command_line_reach_the_export(options, precision, images
     (tmp_path / "pictures").mkdir()
     for number in range(3):
         Image.new("RGB", (40, 40)).save(tmp_path / "pictures" / f"{number}.png")
-    script = runpy.run_path(str(ROOT / "scripts" / "export.py"))
+    script = runpy.run_path(str(SCRIPT))
     taken = {}
 
     def export_model(model, processor, output, export_format, **settings):
@@ -430,7 +411,7 @@ def test_options_of_the_command_line_reach_the_export(options, precision, images
     monkeypatch.setitem(script["main"].__globals__, "export_model", export_model)
     monkeypatch.chdir(tmp_path)
     words = ["--model", str(checkpoint), "--format", "onnx", "--output", "out", "--with-postprocessing", *options]
-    monkeypatch.setattr(sys, "argv", ["export.py", *words])
+    monkeypatch.setattr("sys.argv", ["export.py", *words])
     with pytest.raises(InterruptedError):
         script["main"]()
     assert (taken["precision"], len(taken["calibration_images"])) == (precision, images)

@@ -3,16 +3,17 @@
 """scripts/predict.py: pictures and videos to masks and overlays."""
 
 import copy
+import functools
 import os
 import struct
 import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from launching import launch, run_here
 from PIL import Image
 from quick_fit import quick_fit
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
@@ -83,9 +84,13 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def run_script(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "scripts" / "predict.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT)
+SCRIPT = ROOT / "scripts" / "predict.py"
+
+
+@pytest.fixture
+def predict(monkeypatch):
+    """The script, in this process."""
+    return functools.partial(run_here, monkeypatch, SCRIPT)
 
 
 def files_below(folder: Path) -> set[str]:
@@ -98,7 +103,9 @@ EXPECTED |= {"predictions.json"}
 
 def test_folder_is_segmented_in_parallel_and_the_damaged_file_is_listed(checkpoint, segmenter, pictures, tmp_path):
     output = tmp_path / "out"
-    result = run_script("--model", checkpoint, "--input", pictures, "--output", output, "--processes", 2)
+    words = ("--model", checkpoint, "--input", pictures, "--output", output, "--processes", 2)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(launch(1, SCRIPT, *words), capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert files_below(output) == EXPECTED
     assert "3 written" in result.stdout
@@ -124,18 +131,19 @@ def test_masks_hold_the_labels_and_overlays_the_picture(segmenter, pictures, tmp
     np.testing.assert_allclose(overlay, 0.75 * np.asarray(picture) + 0.25 * palette[labels], atol=1.5)
 
 
-def test_second_run_writes_only_what_is_missing(checkpoint, pictures, tmp_path):
+def test_second_run_writes_only_what_is_missing(checkpoint, pictures, tmp_path, predict, capsys):
     output = tmp_path / "out"
     (pictures / "damaged.jpg").unlink()
-    first = run_script("--model", checkpoint, "--input", pictures, "--output", output)
-    assert first.returncode == 0, first.stderr
+    predict("--model", checkpoint, "--input", pictures, "--output", output)
+    assert "3 written" in capsys.readouterr().out
     kept, removed = [output / "masks" / "one.png", output / "overlays" / "two.png"], output / "masks" / "two.png"
     for file in kept:
         file.write_bytes(b"marked")
     removed.unlink()
-    second = run_script("--model", checkpoint, "--input", pictures, "--output", output)
-    assert "1 written" in second.stdout
-    assert "2 were there" in second.stdout
+    predict("--model", checkpoint, "--input", pictures, "--output", output)
+    printed = capsys.readouterr().out
+    assert "1 written" in printed
+    assert "2 were there" in printed
     assert [file.read_bytes() for file in kept] == [b"marked"] * 2
     assert files_below(output) == EXPECTED
 
@@ -223,11 +231,11 @@ def test_networks_of_other_families_are_drawn_too(pictures, tmp_path):
     assert Image.open(targets["overlays"]).mode == "RGB"
 
 
-def test_alpha_without_overlays_is_refused(checkpoint, pictures, tmp_path):
+def test_alpha_without_overlays_is_refused(checkpoint, pictures, tmp_path, predict, capsys):
     words = ("--model", checkpoint, "--input", pictures, "--output", tmp_path / "out")
-    result = run_script(*words, "--write", "masks", "--alpha", 0.7)
-    assert result.returncode == 2
-    assert "--alpha is for overlays" in result.stderr
+    with pytest.raises(SystemExit, match="2"):
+        predict(*words, "--write", "masks", "--alpha", 0.7)
+    assert "--alpha is for overlays" in capsys.readouterr().err
 
 
 def test_nothing_half_written_stays_behind(segmenter, pictures, tmp_path, monkeypatch):
@@ -474,16 +482,15 @@ def test_masks_of_binary_and_of_many_labels():
     np.testing.assert_array_equal(np.asarray(mask_image(labels * 399, many)), labels * 399)
 
 
-def test_model_that_is_none_is_refused_before_anything_is_written(pictures, tmp_path):
+def test_model_that_is_none_is_refused_before_anything_is_written(pictures, tmp_path, predict):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         Segmenter(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="neither an export"):
         Segmenter(pictures)
     with pytest.raises(FileNotFoundError, match="not the graph of an export"):
         Segmenter(pictures / "notes.txt")
-    result = run_script("--model", pictures, "--input", pictures, "--output", tmp_path / "out", "--processes", 2)
-    assert result.returncode == 1
-    assert "neither an export" in result.stderr
+    with pytest.raises(SystemExit, match="neither an export"):
+        predict("--model", pictures, "--input", pictures, "--output", tmp_path / "out", "--processes", 2)
     assert not (tmp_path / "out").exists()
 
 
@@ -502,12 +509,11 @@ def test_every_class_is_laid_over_the_picture():
     assert (np.asarray(drawn) != (1, 2, 3)).any()
 
 
-def test_weights_without_a_head_are_refused_in_one_message(pictures, tmp_path):
+def test_weights_without_a_head_are_refused_in_one_message(pictures, tmp_path, predict):
     headless = LeMoReModel(LeMoReConfig(hidden_sizes=(8, 8, 8, 8), stem_sizes=(8,), image_size=32))
     headless.save_pretrained(tmp_path / "headless")
     LeMoReImageProcessor().save_pretrained(tmp_path / "headless")
-    result = run_script("--model", tmp_path / "headless", "--input", pictures, "--output", tmp_path / "out")
-    assert result.returncode == 1
-    assert "CheckpointError" in result.stderr
-    assert "give a model that was trained for semantic-segmentation" in result.stderr
+    message = "CheckpointError: .* give a model that was trained for semantic-segmentation"
+    with pytest.raises(SystemExit, match=message):
+        predict("--model", tmp_path / "headless", "--input", pictures, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()

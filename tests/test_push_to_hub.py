@@ -185,6 +185,10 @@ def test_card_says_what_the_results_say(folder):
     for line in ("# lemore-test", "| mean IoU | 68.12 |", "| road | 46.25 |", "| car | – |", "233 images"):
         assert line in card.text.splitlines() or line in card.text
     assert "weights trained on it carry that limit" in card.text
+    assert (
+        "\n- **Preprocessing**: pictures are resized to 64×64 pixels, whatever their shape, and normalized"
+        in card.text
+    )
     assert "![confusion matrix](confusion_matrix.png)" in card.text
     assert 'model="someone/lemore-test"' in card.text
 
