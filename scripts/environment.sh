@@ -9,6 +9,10 @@ if [ ! -f .venv/bin/activate ] || ! is_recent .venv/bin/python; then
     echo "Python 3.10 or newer is needed, and $python is $("$python" --version 2>&1): name one with PYTHON=python3.12 before the command." >&2
     exit 1
   fi
+  if [ -e .venv ] && [ ! -f .venv/pyvenv.cfg ]; then
+    echo "$PWD/.venv is there, and no environment that venv has made: move it away." >&2
+    exit 1
+  fi
   "$python" -m venv --clear .venv
 fi
 source .venv/bin/activate

@@ -326,6 +326,13 @@ def test_model_table(report):
     assert broken["ms"] == "failed: no such file"
 
 
+def test_traffic_of_a_batch_between_two_that_were_counted(report):
+    report["models"]["lemore"]["traffic"] = {"1": 40_000_000, "8": 250_000_000}  # 10 MB of weights, 30 MB an image
+    report["results"] = [report["results"][0], result(replace(EAGER, batch_size=4), 0.052)]
+    header, _, row = cells(model_table(report, models.NAMES))
+    assert dict(zip(header, row, strict=True))["% of copying"] == "25"  # 130 MB in 52 ms are 2.5 GB/s
+
+
 def test_other_tables(report):
     assert cells(ratio_table(report, models.NAMES))[2:] == [
         ["LeMoRe", "1.0", "1.0", "–"],

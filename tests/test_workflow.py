@@ -311,6 +311,7 @@ def test_an_environment_that_broke_off_is_made_again(tmp_path):
     shutil.copytree(SCRIPTS, tmp_path / "scripts")
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / ".venv" / "pyvenv.cfg").touch()
     (tmp_path / ".venv" / ".installed-base").touch()  # what is to be seen is the environment, not an installation
     (tmp_path / "python").write_text(
         f'#!/bin/sh\n{shlex.quote(sys.executable)} "$@" && touch .venv/.installed-base || exit 1\n'
@@ -326,6 +327,15 @@ def test_an_environment_that_broke_off_is_made_again(tmp_path):
     )
     assert made.returncode == 0, made.stderr
     assert Path(made.stdout.strip()).samefile(tmp_path / ".venv")
+
+
+def test_an_environment_of_another_kind_is_not_cleared_away(tmp_path):
+    shutil.copytree(SCRIPTS, tmp_path / "scripts")
+    (tmp_path / ".venv" / "conda-meta").mkdir(parents=True)
+    refused = subprocess.run(["bash", "scripts/test.sh"], cwd=tmp_path, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert ".venv is there, and no environment that venv has made: move it away." in refused.stderr
+    assert (tmp_path / ".venv" / "conda-meta").is_dir()
 
 
 def test_an_old_python_is_named_before_anything_is_made(tmp_path):

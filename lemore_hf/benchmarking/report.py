@@ -115,7 +115,7 @@ def _figures(result: Result, results: list[Result], counts: dict[str, Any], repo
         if is_float32 or runtime.startswith("cuda"):  # on a CPU the peak is of single precision
             macs = counts["multiply_accumulates"] * result["batch_size"]
             products = macs / result["median"] / peaks["macs_per_second"]
-        traffic = counts["traffic"].get(str(result["batch_size"]))
+        traffic = _traffic(counts, result["batch_size"])
         if traffic and is_float32:
             copying = traffic / result["median"] / peaks["bytes_per_second"]
     lower, upper = result["quartiles"]
@@ -127,6 +127,16 @@ def _figures(result: Result, results: list[Result], counts: dict[str, Any], repo
         _number(products, 0.01, 0),
         _number(copying, 0.01, 0),
     ]
+
+
+def _traffic(counts: dict[str, Any], batch_size: int) -> float | None:
+    """Bytes that a batch moves, which was counted for the smallest and the largest: so much for the weights, so much for
+    each image."""
+    known = {int(size): traffic for size, traffic in counts["traffic"].items()}
+    if batch_size in known or len(known) < 2:
+        return known.get(batch_size)
+    few, many = min(known), max(known)
+    return known[few] + (batch_size - few) * (known[many] - known[few]) / (many - few)
 
 
 def ratio_table(report: dict[str, Any], names: dict[str, str]) -> str:

@@ -320,6 +320,8 @@ class Recipe:
         if self.warmup_steps >= self.max_steps and self.poly_power > 0:
             # A short trial run (--max_steps 20) should not need a second option.
             object.__setattr__(self, "warmup_steps", self.max_steps // 10)
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}: max_steps 0 trains nothing.")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm must be positive, or none for no limit; got {self.max_grad_norm}.")
         if not all(0 <= value <= 1 for value in self.image_mean) or not all(
@@ -399,7 +401,7 @@ _RANGES = (
     (("blur",), 0.0, 10.0),
     (("label_smoothing",), 0.0, 0.99),
     (("mixup_alpha", "cutmix_alpha", "weight_decay", "poly_power", "head_lr_multiplier"), 0.0, math.inf),
-    (("learning_rate", "warmup_steps", "class_weight_power", "dice_weight", "lovasz_weight"), 0.0, math.inf),
+    (("warmup_steps", "class_weight_power", "dice_weight", "lovasz_weight"), 0.0, math.inf),
     (("max_steps",), 0, math.inf),
     (
         (
