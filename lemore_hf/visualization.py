@@ -521,11 +521,9 @@ def plot_speed(points: Mapping[str, Sequence[Mapping[str, Any]]], title: str | N
     for model in (model for models in panels.values() for model in models):
         colors.setdefault(model["name"], len(colors))
     palette = [tuple(level / 255 for level in color) for color in default_palette(len(colors))]
-    columns = min(len(panels), 4)
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(1 + 3.6 * columns, 1.2 + 3 * rows), dpi=120, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharex="col", sharey=True).flatten()
-    for axes, (runtime, models) in zip(grid, panels.items(), strict=False):
+    figure = Figure(figsize=(1 + 3.6 * len(panels), 4.2), dpi=120, layout="constrained")
+    grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (runtime, models) in zip(grid, panels.items(), strict=True):
         for model in models:
             color = palette[colors[model["name"]]]
             area = 90 * model["multiply_accumulates"] / 1e9
@@ -541,8 +539,6 @@ def plot_speed(points: Mapping[str, Sequence[Mapping[str, Any]]], title: str | N
         axes.set_xlim(left=0)
         axes.set_xlabel("parameters, M")
         axes.grid(alpha=0.3)
-    for axes in grid[len(panels) :]:
-        axes.set_visible(False)
     figure.supylabel(f"speed ({next(iter(panels.values()))[0]['name']} = 1)", fontsize="medium")
     handles = [
         Line2D([], [], marker="o", linestyle="", color=palette[index], label=name) for name, index in colors.items()
