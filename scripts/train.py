@@ -549,8 +549,11 @@ class RunLog:
         self.accelerator = accelerator
         if accelerator.is_main_process:
             # A resumed run writes again what came after its checkpoint, scores of its step included.
-            known = (state.step if "loss" in record else state.scored_step for record in self.records())
-            kept = [record for record, step in zip(self.records(), known, strict=True) if record["step"] <= step]
+            kept = [
+                record
+                for record in self.records()
+                if record["step"] <= (state.step if "loss" in record else state.scored_step)
+            ]
             with atomic_file(self.path) as part:
                 part.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         accelerator.init_trackers("tensorboard")
