@@ -2,24 +2,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of trainings, from the lines that `evaluate.py --runs` keeps."""
 
-import runpy
-import sys
+import functools
 from pathlib import Path
 
 import pytest
+from launching import run_here
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "list_runs.py"
 RUNS = ROOT / "model_cards" / "runs.jsonl"
 
 
-def list_runs(monkeypatch, *words: str) -> None:
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--runs", str(RUNS), *words])
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+@pytest.fixture
+def list_runs(monkeypatch):
+    return functools.partial(run_here, monkeypatch, SCRIPT, "--runs", RUNS)
 
 
-def test_a_stage_says_what_it_began_with_and_scored(monkeypatch, capsys):
-    list_runs(monkeypatch, "--names", "lemore-camvid-twenty-[fs]*")
+def test_a_stage_says_what_it_began_with_and_scored(list_runs, capsys):
+    list_runs("--names", "lemore-camvid-twenty-[fs]*")
     header, _, *rows = capsys.readouterr().out.splitlines()
     cells = {row.split(" | ")[0].removeprefix("| "): row.split(" | ") for row in rows}
     assert header.split(" | ")[1] == "begins with"
@@ -30,10 +30,10 @@ def test_a_stage_says_what_it_began_with_and_scored(monkeypatch, capsys):
     assert cells["lemore-camvid-twenty-first"][1] == "mean of lemore-camvid-sixteenth, lemore-camvid-twentieth"
 
 
-def test_the_table_of_camvid_s_stages_has_every_run(monkeypatch, tmp_path):
-    list_runs(monkeypatch, "--names", "lemore-camvid*", "--table", str(tmp_path / "table.md"))
+def test_the_table_of_camvid_s_stages_has_every_run(list_runs, tmp_path):
+    list_runs("--names", "lemore-camvid*", "--table", tmp_path / "table.md")
     rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]
     kept = (ROOT / "model_cards" / "camvid_stages.md").read_text().splitlines()
     assert rows == [line for line in kept if line.startswith("| ")], "run the command in its last line again"
     with pytest.raises(SystemExit, match=r"--names nothing: none of the \d+ runs"):
-        list_runs(monkeypatch, "--names", "nothing")
+        list_runs("--names", "nothing")

@@ -2,12 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """CamVid from the folder that SegNet's authors publish to what the recipe reads."""
 
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from launching import run_here
 from PIL import Image
 
 from lemore_hf.data.loading import RecipeDataset, load_split
@@ -37,8 +36,7 @@ def published(tmp_path) -> Path:
 @pytest.fixture
 def prepare(monkeypatch):
     def prepare(source: Path, output: Path) -> None:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--input", str(source), "--output_dir", str(output)])
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        run_here(monkeypatch, SCRIPT, "--input", source, "--output_dir", output)
 
     return prepare
 
