@@ -8,7 +8,9 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from transformers import pipeline
 
@@ -58,6 +60,20 @@ def test_the_lines_for_use_give_an_overlay_and_a_label_map(place):
     assert (place / "overlay.png").is_file()
     assert found["labels"].shape == (90, 120)
     assert 0 <= found["labels"].min() <= found["labels"].max() < 11
+    (block,) = blocks("python", "### Speed")
+    exec(block, found)
+    assert found["fused"].config.is_fused
+
+
+def test_the_lines_for_a_program_of_ones_own_give_a_label_map(place):
+    (block,) = blocks("python", "## Export")
+    threads, found = torch.get_num_threads(), {}
+    try:
+        exec(block, found)
+    finally:
+        torch.set_num_threads(threads)
+    assert found["labels"].shape == (90, 120)
+    assert len(np.unique(found["labels"])) > 1
 
 
 def test_the_lines_for_fine_tuning_leave_a_model(place, monkeypatch):
