@@ -167,7 +167,7 @@ def prune_checkpoints(output_dir: Path, keep: int) -> None:
         # Renamed first: a kill in the middle must not leave half a checkpoint under its name.
         doomed = folder.with_name(f".{folder.name}{_DOOMED}")
         folder.rename(doomed)
-        shutil.rmtree(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)  # the next start of a run sweeps up what is left
 
 
 def refuse_pickled(folder: Path) -> None:

@@ -161,23 +161,37 @@ def comparison_sizes(config: Any, manifest: ExportManifest) -> list[tuple[int, i
     return [tuple(int(side) for side in size.clip(manifest.min_size, upper)) for size in sizes]
 
 
-def read_pictures(folder: str | os.PathLike, limit: int) -> list[Image.Image]:
+class PictureFiles(Sequence[Image.Image]):
+    """The pictures of files, each read when it is asked for: those of a camera would fill the memory together."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self.paths = list(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return read_picture(self.paths[index])
+
+
+def read_pictures(folder: str | os.PathLike, limit: int) -> PictureFiles:
     """
-    Read up to `limit` pictures, spread evenly over the names in a folder and those below it.
+    Up to `limit` pictures, spread evenly over the names in a folder and those below it, of those that can be read.
 
     Raises:
         `ValueError`: where not one of its files can be read as a picture.
     """
     paths = files_below(Path(folder)) if Path(folder).is_dir() else []
-    pictures = []
+    readable = []
     for index in np.linspace(0, len(paths) - 1, min(limit, len(paths))).round().astype(int):
         with contextlib.suppress(Exception):  # decoders raise errors of every kind on damaged data
-            pictures.append(read_picture(paths[index]))
-    if not pictures:
+            read_picture(paths[index])
+            readable.append(paths[index])
+    if not readable:
         state = f"none of its {len(paths)} pictures can be read" if paths else "it holds no pictures"
         state = state if Path(folder).is_dir() else "it is not a folder"
         raise ValueError(f"{folder} has nothing to work with: {state}. Name a folder of PNG, JPEG or WebP files.")
-    return pictures
+    return PictureFiles(readable)
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -290,10 +304,12 @@ class _SameShapeAgain:
 
 
 def _open_executorch(path: Path, num_threads: int | None) -> Run:
+    from executorch.extension.pybindings.portable_lib import _threadpool_get_thread_count, _unsafe_reset_threadpool
     from executorch.runtime import Runtime
 
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+    # Nothing runs in the pool yet, or nothing that another number would disturb.
+    if num_threads is not None and num_threads != _threadpool_get_thread_count():
+        _unsafe_reset_threadpool(num_threads)
     method = Runtime.get().load_program(path).load_method("forward")
     return lambda network_input: method.execute([torch.from_numpy(network_input)])[0].numpy()
 

@@ -90,6 +90,7 @@ class TrainingState:
             "ema_updates": self.ema.num_updates if self.ema is not None else 0,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "fingerprint": self.fingerprint,
+            "configuration": self.model.config.to_dict(),
         }
         save_checkpoint(folder, tensors, state)
 
@@ -121,13 +122,14 @@ class TrainingState:
         unless the optimizer is fused."""
         if tensor.shape == parameter.shape and tensor.ndim:
             return torch.empty_like(parameter, requires_grad=False).copy_(tensor)
-        return tensor.to(parameter.device) if self.optimizer.defaults["fused"] else tensor
+        # Copied: what is read from a file stays mapped, and Windows and NFS do not let go of the file before.
+        return tensor.to(parameter.device if self.optimizer.defaults["fused"] else "cpu", copy=True)
 
     def _check_fingerprint(self, saved: dict[str, Any], folder: Path) -> None:
         saved = {name: value for name, value in self.defaults.items() if name in self.fingerprint} | saved
         differing = [
             f"{name} was {saved.get(name)!r}, is {self.fingerprint.get(name)!r}"
-            for name in sorted(saved.keys() | self.fingerprint.keys())
+            for name in sorted(self.fingerprint)  # what only an earlier release knew decides nothing
             if saved.get(name) != self.fingerprint.get(name)
         ]
         if differing:

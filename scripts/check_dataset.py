@@ -25,7 +25,9 @@ from tqdm.auto import tqdm
 
 from lemore_hf.data.loading import BadSampleError, Sample, SampleDecoder, load_split, with_classes_of, without_decoding
 from lemore_hf.data.recipes import (
+    ALL_FIELDS,
     IGNORE_INDEX,
+    TRAINING_FIELDS,
     Recipe,
     add_recipe_arguments,
     load_recipe,
@@ -44,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_workers", type=int, help="processes that decode (default: 2); not with --streaming")
     parser.add_argument("--picture", type=Path, default=Path("dataset_check.png"), help="where the grid is written")
     parser.add_argument("--num_pictures", type=int, default=4, help="samples of each split in the grid; 0 for none")
-    add_recipe_arguments(parser, training=False)
+    add_recipe_arguments(parser, ALL_FIELDS - TRAINING_FIELDS)
     args = parser.parse_args()
     if args.streaming and args.num_workers is not None:
         parser.error("--streaming reads in one process: leave --num_workers out.")
@@ -142,6 +144,15 @@ def main() -> int:
         report = check_split(samples, recipe, split, args)
         print_report(report, recipe, split)
         problems += [f"{split}: {failure}" for failure in report.failures]
+        if (
+            recipe.task == "semantic-segmentation"
+            and split == "train"
+            and len(report.counts.keys() - {IGNORE_INDEX}) == 1
+        ):
+            problems.append(
+                f"{split}: its masks hold a single class beside void ({IGNORE_INDEX}), so that there is nothing to tell apart. "
+                "Store two classes as 0 and 1, not as 0 and 255, or name the stored values in the recipe's label_map."
+            )
         is_validated = recipe.task == "semantic-segmentation" and split in split_names(recipe.validate_on)
         if is_validated and min(len(report.sizes), recipe.eval_batch_size) > 1:
             problems.append(

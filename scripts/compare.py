@@ -20,11 +20,10 @@ from typing import Any
 
 import yaml
 
-from lemore_hf.data.recipes import DESCRIPTIVE_FIELDS, TRAINING_FIELDS, Recipe, load_recipe, split_names
+from lemore_hf.data.recipes import DESCRIPTIVE_FIELDS, EVALUATION_FIELDS, Recipe, load_recipe, split_names
 
 SCRIPTS = Path(__file__).parent
 RECIPE_FIELDS = {field.name for field in fields(Recipe)}
-EVALUATION_FIELDS = RECIPE_FIELDS - TRAINING_FIELDS
 PLAN_KEYS = {"title", "notes", "recipe", "splits", "options", "variants"}
 
 
@@ -157,7 +156,9 @@ def evaluate(plan: dict[str, Any], name: str, folder: Path, split: str, args: ar
     output = folder / f"{split}.json"
     words = ["--model", str(folder / "final"), "--split", split, "--output", str(output), "--runs", str(args.runs)]
     # A network is scored on images as it was trained on: resized and normalized alike.
-    recipe = {key: value for key, value in training_options(plan, name).items() if key in EVALUATION_FIELDS}
+    recipe = {
+        key: value for key, value in training_options(plan, name).items() if key in EVALUATION_FIELDS - {"crop_size"}
+    }
     run("evaluate.py", "--recipe", plan["recipe"], *data, *words, *option_words(recipe))
 
 

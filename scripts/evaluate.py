@@ -34,7 +34,7 @@ import lemore_hf
 from lemore_hf.checkpointing import CheckpointError, atomic_file
 from lemore_hf.complexity import count_multiply_accumulates
 from lemore_hf.data.loading import RecipeDataset, StreamedRecipeDataset, load_split, with_classes_of
-from lemore_hf.data.recipes import Recipe, add_recipe_arguments, load_recipe, recipe_overrides
+from lemore_hf.data.recipes import EVALUATION_FIELDS, Recipe, add_recipe_arguments, load_recipe, recipe_overrides
 from lemore_hf.evaluation import (
     EvaluatedImage,
     SegmentationEvaluation,
@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     views.add_argument("--window", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="slide a window of this size")
     views.add_argument("--window_stride", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="default: two thirds")
     views.add_argument("--worst_images", type=int, help="images in the grid of the worst (default: 8); 0 for no grid")
-    add_recipe_arguments(parser, training=False)
+    add_recipe_arguments(parser, EVALUATION_FIELDS)
     return parser.parse_args()
 
 
@@ -124,6 +124,8 @@ def check_options(args: argparse.Namespace, recipe: Recipe) -> None:
     views += ["worst_images"] if args.worst_images is not None else []
     if views and recipe.task != "semantic-segmentation":
         raise ValueError(f"--{views[0]} is for segmentation, the recipe {recipe.name} is for {recipe.task}.")
+    if hasattr(args, "crop_size") and recipe.task == "semantic-segmentation":
+        raise ValueError("--crop_size has no effect on scores in segmentation, where whole images are looked at.")
     if args.worst_images is None:
         args.worst_images = 8
     if args.runs is not None and Path(args.model).name == "best":
@@ -163,10 +165,11 @@ def check_processor(name_or_path: str, recipe: Recipe, accelerator: Accelerator)
                 f"model was trained with the former, add --{field} {' '.join(map(str, values))}."
             )
     size = processor.get("size", recipe.processor_size)
-    if recipe.resize is not None and size != recipe.processor_size:
+    own = f"resizes images to {recipe.processor_size}" if recipe.resize is not None else "leaves images at their size"
+    if recipe.resize is None or size != recipe.processor_size:
         accelerator.print(
-            f"The recipe {recipe.name} resizes images to {recipe.processor_size}, the image processor in {name_or_path} to "
-            f"{size}: the scores are those at the recipe's size, which --resize changes."
+            f"The recipe {recipe.name} {own}, the image processor in {name_or_path} brings them to {size}: "
+            "the scores are those at the recipe's size, which --resize changes."
         )
 
 
@@ -298,7 +301,7 @@ def describe_export(network: ExportedNetwork) -> dict[str, Any]:
 
 def describe_checkpoint(model: PreTrainedModel, recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     on_meta = copy.deepcopy(model).to("meta")
-    pixel_values = torch.empty(1, 3, *network_size(recipe), device="meta")
+    pixel_values = torch.empty(1, 3, *network_size(model, recipe), device="meta")
     return {
         "run": run_of(Path(args.model)),
         "parameters": model.num_parameters(),
@@ -306,9 +309,12 @@ def describe_checkpoint(model: PreTrainedModel, recipe: Recipe, args: argparse.N
     }
 
 
-def network_size(recipe: Recipe) -> tuple[int, int]:
+def network_size(model: PreTrainedModel | ExportedNetwork, recipe: Recipe) -> tuple[int, int]:
     """(height, width) that operations are counted at: that of all images where `resize` gives one, else the native."""
-    return recipe.resize if isinstance(recipe.resize, tuple) else recipe.image_size
+    if isinstance(recipe.resize, tuple):
+        return recipe.resize
+    native = getattr(model.config, "image_size", recipe.image_size)
+    return (native, native) if isinstance(native, int) else tuple(native)
 
 
 def run_of(folder: Path) -> dict[str, Any]:

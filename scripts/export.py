@@ -66,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     transformers.utils.logging.disable_progress_bar()  # of loading, over within a second
-    images = read_pictures(arguments.compare, 6) if arguments.compare else []
+    images = list(read_pictures(arguments.compare, 6)) if arguments.compare else []
     precision = "int8" if arguments.int8 else "float16" if arguments.fp16 else "float32"
     model = load_trained_model(arguments.model)
     image_processor = AutoImageProcessor.from_pretrained(arguments.model)

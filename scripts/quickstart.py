@@ -26,8 +26,9 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSemanticSegmentation, Trainer, TrainingArguments, pipeline, set_seed
 
 from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation, LeMoReImageProcessor
+from lemore_hf.checkpointing import atomic_folder
 from lemore_hf.data.augmentation import normalize
-from lemore_hf.data.loading import RecipeDataset, collate, load_split
+from lemore_hf.data.loading import RecipeDataset, collate, inheriting_workers, load_split
 from lemore_hf.data.recipes import IGNORE_INDEX, Recipe, load_recipe
 from lemore_hf.data.scenes import draw_scene
 from lemore_hf.hardware import usable_cores
@@ -167,6 +168,8 @@ def make_trainer(
     """A `Trainer` that trains on `train`, or without it one that evaluates."""
     steps = args.epochs * (max(1, len(train) // args.batch_size) if train is not None else 1)
     metrics = trainer_metrics(recipe.num_classes, recipe.id2label)
+    if inheriting_workers(1):  # `Trainer` has no option for it
+        torch.multiprocessing.set_start_method("fork", force=True)
     training_arguments = TrainingArguments(
         output_dir=str(args.output_dir / "trainer"),
         num_train_epochs=args.epochs,
@@ -188,6 +191,7 @@ def make_trainer(
         logging_strategy="epoch",
         report_to="none",
     )
+    training_arguments._n_gpu = 1  # several would take batches apart, and evaluate more than `eval_batch_size` at once
     return Trainer(
         model,
         training_arguments,
@@ -208,8 +212,9 @@ def fine_tune(recipe: Recipe, train: RecipeDataset, held_out: RecipeDataset, fol
     set_seed(args.seed)  # Before the weights are drawn; `Trainer` does it too late for them.
     model = LeMoReForSemanticSegmentation(config).to(memory_format=torch.channels_last)
     make_trainer(model, recipe, args, train).train()
-    model.to(memory_format=torch.contiguous_format).save_pretrained(folder)
-    LeMoReImageProcessor(**recipe.processor_settings).save_pretrained(folder)
+    with atomic_folder(folder) as temporary:
+        model.to(memory_format=torch.contiguous_format).save_pretrained(temporary)
+        LeMoReImageProcessor(**recipe.processor_settings).save_pretrained(temporary)
 
 
 def score(model, recipe: Recipe, held_out: RecipeDataset, args: argparse.Namespace) -> dict[str, float]:

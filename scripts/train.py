@@ -12,6 +12,7 @@ beyond its end, with more `--max_steps`. The trained model lands in `OUT/final`,
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -40,6 +41,7 @@ from lemore_hf.checkpointing import (
     checkpoint_folder,
     clear_unfinished,
     list_checkpoints,
+    load_checkpoint,
     prune_checkpoints,
     recover_folders,
     require_safetensors,
@@ -51,6 +53,7 @@ from lemore_hf.data.loading import (
     RecipeDataset,
     StreamedRecipeDataset,
     collate,
+    inheriting_workers,
     load_split,
     raise_together,
     with_classes_of,
@@ -294,7 +297,8 @@ def main() -> None:
     except BadSampleError:  # Raised on all processes, between two steps.
         if pending:
             state.losses += check_losses(pending)
-        save(state, args)
+        if state.step:  # else there is nothing to keep, and the folder stays free for other settings
+            save(state, args)
         raise
     progress.close()
 
@@ -368,11 +372,25 @@ def build_model(args: argparse.Namespace, recipe: Recipe) -> PreTrainedModel:
     }
     if not args.init_from:
         return model_class(LeMoReConfig(**fields))
-    return average_models([load_initial(checkpoint, model_class, fields) for checkpoint in args.init_from])
+    if args.resume and (configuration := configuration_of_run(args.output_dir)) is not None:
+        return model_class(LeMoReConfig.from_dict(configuration))  # whose weights are the run's own: INIT may be gone
+    whole = len(args.init_from) > 1 or recipe.max_steps == 0
+    return average_models([load_initial(checkpoint, model_class, fields, whole) for checkpoint in args.init_from])
 
 
-def load_initial(checkpoint: str, model_class: type[PreTrainedModel], fields: dict[str, Any]) -> PreTrainedModel:
-    """The model of a checkpoint, with the recipe's fields in its configuration."""
+def configuration_of_run(output_dir: Path) -> dict[str, Any] | None:
+    """The network of the newest checkpoint that can be read; `None` where no checkpoint holds it."""
+    for folder in reversed(list_checkpoints(output_dir)):
+        with contextlib.suppress(DamagedCheckpointError):
+            return load_checkpoint(folder)[1].get("configuration")
+    return None
+
+
+def load_initial(
+    checkpoint: str, model_class: type[PreTrainedModel], fields: dict[str, Any], whole: bool = False
+) -> PreTrainedModel:
+    """The model of a checkpoint, with the recipe's fields in its configuration; `whole` where none of its weights may be
+    drawn anew, as a mean of them or an untrained model would not be worth anything."""
     if Path(checkpoint).is_dir():
         require_safetensors(Path(checkpoint))
     try:
@@ -382,9 +400,21 @@ def load_initial(checkpoint: str, model_class: type[PreTrainedModel], fields: di
             raise ValueError(
                 f"--init_from {checkpoint} is {kind}: give a LeMoRe checkpoint as training writes it, such as OUT/final."
             )
-        return model_class.from_pretrained(
-            checkpoint, use_safetensors=True, ignore_mismatched_sizes=True, dtype=torch.float32, **fields
+        model, found = model_class.from_pretrained(
+            checkpoint,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **fields,
         )
+        drawn = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+        if whole and drawn:
+            raise ValueError(
+                f"--init_from {checkpoint} does not hold all weights of this network, such as {drawn[0]}, which would be "
+                "random: with several checkpoints, or without a step, they must be of its own classes and shape."
+            )
+        return model
     except SafetensorError as error:
         raise CheckpointError(
             f"The weights in {checkpoint} are truncated or damaged ({error}): download or copy them again."
@@ -447,6 +477,7 @@ def training_batches(
         # Enough for a whole step, whose batches are asked for at once.
         prefetch_factor=max(2, args.gradient_accumulation_steps) if num_workers else None,
         pin_memory=accelerator.device.type == "cuda" and args.cache != "device",
+        multiprocessing_context=inheriting_workers(num_workers),
         # A generator of its own, so that making the loader leaves the one of dropout alone.
         generator=torch.Generator(),
     )

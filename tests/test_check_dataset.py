@@ -131,6 +131,17 @@ def test_sizes_that_cannot_be_validated_together_are_told(check, folder):
     assert check(folder, "--recipe", "folder", "--num_workers", "0")[0] == 0, "where each is validated alone"
 
 
+def test_masks_of_0_and_255_are_no_two_classes(check, folder):
+    for path in folder.glob("*/masks/*.png"):
+        Image.fromarray(np.array([[0, 255]], dtype=np.uint8).repeat(32, 0).repeat(32, 1)).resize(
+            Image.open(path).size, Image.Resampling.NEAREST
+        ).save(path)
+    status, output = check(folder, "--recipe", "folder", "--num_workers", "0")
+    assert status == 1
+    assert "train: its masks hold a single class beside void (255)" in output
+    assert "Store two classes as 0 and 1, not as 0 and 255" in output
+
+
 def test_a_label_map_without_image(check, folder):
     (folder / "train" / "images" / "2.png").unlink()
     status, printed = check(folder, "--recipe", "folder", "--split", "train")

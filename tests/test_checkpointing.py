@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
-from lemore_hf import checkpointing
+from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation, checkpointing
 from lemore_hf.checkpointing import (
     CheckpointError,
     atomic_folder,
@@ -25,6 +26,7 @@ from lemore_hf.checkpointing import (
     recover_folders,
     save_checkpoint,
 )
+from lemore_hf.training_state import TrainingState
 
 TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "half": torch.ones(2, dtype=torch.bfloat16)}
 
@@ -158,3 +160,26 @@ def test_pruning_keeps_the_last(tmp_path):
     prune_checkpoints(tmp_path, keep=2)
     steps = [json.loads((folder / "state.json").read_text())["step"] for folder in list_checkpoints(tmp_path)]
     assert steps == [4, 5]
+
+
+def test_a_resumed_run_does_not_hang_on_to_the_files_of_its_checkpoint(tmp_path):
+    """What is read from safetensors stays mapped, and Windows and NFS do not delete a file that is."""
+
+    def state_of(steps: int) -> TrainingState:
+        model = LeMoReForSemanticSegmentation(LeMoReConfig(num_labels=2, hidden_sizes=(8, 8, 8, 8), stem_sizes=(8,)))
+        optimizer = torch.optim.AdamW(model.parameters())
+        for _ in range(steps):
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        return TrainingState(Accelerator(cpu=True), model, optimizer, None, {}, {})
+
+    state_of(3).save(folder := checkpoint_folder(tmp_path, 3))
+    resumed = state_of(0)
+    resumed.load(folder)
+    tensors = folder / checkpointing.TENSORS_NAME
+    with tensors.open("r+b") as file:  # in place: a map of the file would show it
+        file.write(bytes(tensors.stat().st_size))
+    steps = [moments["step"].item() for moments in resumed.optimizer.state.values()]
+    assert set(steps) == {3.0}
+    assert len(steps) == len(list(resumed.model.parameters()))

@@ -546,6 +546,10 @@ def test_another_size_than_the_processor_s_is_said(run_script, model_dir, data_d
             assert ("the scores are those at the recipe's size" in capsys.readouterr().out) is said
             report = json.loads(output.read_text())
             assert report["inference"]["resize"] == report["image_size"] == list(map(int, size))
+        run_script(*arguments(model_dir, data_dir, output, "--resize", "none"))
+        assert "leaves images at their size, the image processor in" in capsys.readouterr().out
+        native = json.loads((model_dir / "config.json").read_text())["image_size"]
+        assert json.loads(output.read_text())["image_size"] == ([native] * 2 if isinstance(native, int) else native)
     finally:
         (model_dir / "preprocessor_config.json").unlink()
 
@@ -578,6 +582,11 @@ def test_bad_input_is_refused_before_the_work(run_script, model_dir, data_dir, t
     for view in (["--flip"], ["--window", "32", "32"], ["--scales", "1", "2"], ["--worst_images", "3"]):
         with pytest.raises(ValueError, match=rf"{view[0]} is for segmentation, the recipe imagenet1k is for image"):
             run_script("--model", str(model_dir), "--recipe", "imagenet1k", "--output", str(output), *view)
+    with pytest.raises(ValueError, match="--crop_size has no effect on scores in segmentation"):
+        run_script(*arguments(model_dir, data_dir, output, "--crop_size", "32", "32"))
+    for option in ("--image_size", "--train_on"):
+        with pytest.raises(SystemExit):
+            run_script(*arguments(model_dir, data_dir, output, option, "64"))
     with pytest.raises(FileNotFoundError, match="validation split"):
         run_script(*arguments(model_dir, data_dir, output, "--split", "validation"))
     LeMoReImageProcessor(image_mean=[0.5, 0.5, 0.5]).save_pretrained(model_dir)

@@ -373,7 +373,9 @@ def test_calibration_folder_with_nothing_usable(tmp_path):
 def test_calibration_pictures_are_spread_over_the_folder(tmp_path):
     for number in range(9):
         Image.new("RGB", (40 + number, 40)).save(tmp_path / f"{number}.png")
-    assert [image.width - 40 for image in read_pictures(tmp_path, 3)] == [0, 4, 8]
+    pictures = read_pictures(tmp_path, 3)
+    assert [image.width - 40 for image in pictures] == [0, 4, 8]
+    assert pictures[0] is not pictures[0]  # read anew each time, so that none is kept
 
 
 @pytest.mark.parametrize("steps", [{"do_normalize": False}, {"do_rescale": False, "image_mean": [100.0] * 3}])

@@ -6,6 +6,8 @@ import functools
 import io
 import itertools
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -371,6 +373,33 @@ def test_files_that_the_recipes_patterns_do_not_name(tmp_path):
     assert len(load_split(recipe, "train", tmp_path)) == 9
 
 
+@pytest.mark.parametrize(
+    ("kind", "places"),
+    [
+        ("parquet", ["default/train", "default/test"]),
+        ("parquet", ["camvid_train", "camvid_val"]),
+        ("folder", ["Train", "Test"]),
+        ("classes", ["Train", "Test"]),
+    ],
+)
+def test_splits_that_are_not_recognised_are_not_trained_on_together(tmp_path, kind, places):
+    for place in places:
+        if kind == "parquet":
+            columns, features = image_columns([label_map(0, 1)] * 10)
+            (tmp_path / place).parent.mkdir(exist_ok=True)
+            write_parquet(tmp_path / f"{place}{'/0000' * ('/' in place)}.parquet", columns, features)
+        else:
+            folders = ["images", "masks"] if kind == "folder" else [place]
+            for folder in folders:
+                below = tmp_path / folder / (place if kind == "folder" else "cat")
+                below.mkdir(parents=True)
+                for index in range(10):
+                    Image.new("L" if folder == "masks" else "RGB", (40, 40)).save(below / f"{index}.png")
+    recipe = load_recipe("imagenet1k", {"num_classes": None}) if kind == "classes" else folder_recipe()
+    with pytest.raises(FileNotFoundError, match=r"seems to be split \(.*[Tt]rain.* of train"):
+        load_split(recipe, "train", tmp_path)
+
+
 def test_any_fraction_is_held_out(tmp_path):
     write_pairs(tmp_path, [f"{index:02}" for index in range(10)])
     for fraction, expected in ((0.4, 4), (0.3, 3), (0.2, 2), (0.5, 5)):
@@ -729,3 +758,28 @@ def test_streamed_augmentation_depends_on_image_and_epoch_alone(set_of_ten):
     assert len(alone) == 10
     assert half
     assert all(alone[name] == pixels for name, pixels in half.items())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are sent the data set")
+def test_workers_inherit_what_is_kept_in_memory(tmp_path):
+    """Where Python would send it (its default from 3.14 on), each picture would take file descriptors."""
+    code = """
+import multiprocessing, resource, torch
+from torch.utils.data import DataLoader
+from lemore_hf.data.loading import inheriting_workers
+
+class Cached(torch.utils.data.Dataset):
+    pictures = None
+    def __init__(self): self.pictures = [torch.full((2,), index) for index in range(200)]
+    def __len__(self): return len(self.pictures)
+    def __getitem__(self, index): return self.pictures[index]
+
+multiprocessing.set_start_method("forkserver")
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+loader = DataLoader(Cached(), 50, num_workers=1, multiprocessing_context=inheriting_workers(1))
+print(sum(int(batch.sum()) for batch in loader))
+"""
+    script = tmp_path / "load.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.stdout.strip() == str(2 * sum(range(200))), done.stderr

@@ -455,6 +455,41 @@ def test_a_bad_sample_is_named_and_nothing_is_lost(tmp_path, recipe, processes, 
     assert weights_of(stopped) == weights_of(whole)
 
 
+def test_what_a_bad_sample_s_message_advises_can_be_done(tmp_path, recipe, run_here):
+    data = tmp_path / "data"
+    for kind, mode in (("images", "RGB"), ("masks", "L")):
+        (data / "train" / kind).mkdir(parents=True)
+        for index in range(4):
+            Image.new(mode, (64, 64), 1).save(data / "train" / kind / f"{index}.png")
+
+    options = ["--class_weights", "none", "--max_steps", "3", "--batch_size", "2", "--eval_every", "0"]
+    train = functools.partial(run_here, recipe, data, tmp_path / "out", *options, cached=False)
+    mask = data / "train" / "masks" / f"{[index for _, index in islice(EpochSampler(4, seed=0), 4)][3]}.png"
+    Image.new("L", (64, 64), 77).save(mask)
+    first = tmp_path / "first"
+    # In the first step nothing is lost, so nothing is kept: the folder is free for other settings.
+    run_here(recipe, data, first, *options, "--batch_size", "4", cached=False, expect="labels 77 are out of range")
+    assert list_checkpoints(first) == []
+    run_here(recipe, data, first, *options, "--batch_size", "4", "--label_map", "{1: 1, 77: 2}", cached=False)
+
+    Image.new("L", (64, 64), 255).save(mask)
+    assert "allow_all_void accepts that" in train(expect="all its pixels are void")
+    assert load_checkpoint(list_checkpoints(tmp_path / "out")[-1])[1]["step"] == 1
+    train("--resume", "--allow_all_void")
+
+
+def test_a_resumed_run_needs_neither_its_first_weights_nor_the_checkpoint_again(
+    tmp_path, recipe, data_dir, uninterrupted, run_here
+):
+    initial = Path(shutil.copytree(uninterrupted / "final", tmp_path / "initial"))
+    options = ["--init_from", str(initial), "--poly_power", "0", "--eval_every", "0", "--save_every", "2"]
+    run_here(recipe, data_dir, tmp_path / "out", *options, "--max_steps", "2")
+    run_here(recipe, data_dir, tmp_path / "whole", *options, "--max_steps", "4")
+    shutil.rmtree(initial)
+    run_here(recipe, data_dir, tmp_path / "out", *options, "--max_steps", "4", "--resume")
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
+
+
 def test_a_stream_is_trained_on_and_resumed_to_the_same_weights(tmp_path, recipe, data_dir, run_here, monkeypatch):
     # At the end of each epoch `datasets` waits for its threads.
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
@@ -530,6 +565,20 @@ def test_training_starts_from_the_mean_of_several_checkpoints(tmp_path, recipe, 
     run_here(
         recipe, data_dir, tmp_path / "new", "--max_steps", "0", expect="max_steps=0 saves the weights of --init_from"
     )
+
+
+def test_a_mean_of_random_heads_is_refused(tmp_path, recipe, data_dir, uninterrupted, run_here):
+    other = LeMoReForSemanticSegmentation(
+        LeMoReConfig(**{**load_trained_model(uninterrupted / "final").config.to_diff_dict(), "num_labels": 4})
+    )
+    other.save_pretrained(tmp_path / "other")
+    message = r"other does not hold all weights of this network, such as decode_head\.classifier"
+    run_here(
+        recipe, data_dir, tmp_path / "out", "--init_from", str(tmp_path / "other"), "--max_steps", "0", expect=message
+    )
+    both = ["--init_from", str(uninterrupted / "final"), str(tmp_path / "other")]
+    run_here(recipe, data_dir, tmp_path / "out", *both, "--max_steps", "2", expect=message)
+    assert not (tmp_path / "out" / "final").exists()
 
 
 def test_what_is_no_checkpoint_of_lemore_is_refused(tmp_path, recipe, data_dir, uninterrupted, run_here):

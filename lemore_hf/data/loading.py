@@ -16,8 +16,10 @@ import functools
 import io
 import itertools
 import math
+import re
+import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -158,6 +160,9 @@ def _load_parquet(
             f"{folder} has no parquet file of the {split} split: none of {_listed([f.name for f in everything])} "
             f"begins with {' or '.join(_aliases(recipe, split))}. Rename it, or set data_files in the recipe."
         )
+    _refuse_unknown_splits(
+        folder, everything, "set the recipe's data_files (such as train: 'a/train/*.parquet'), or rename them"
+    )
     return _hold_out(_read_parquet(everything, streaming), recipe, split, folder)
 
 
@@ -185,6 +190,7 @@ def _load_class_folders(
             return _with_labels_of(recipe, _read_class_folders(folder / alias, streaming), folder / alias)
     if any((folder / alias).is_dir() for aliases in _SPLIT_ALIASES.values() for alias in aliases):
         raise FileNotFoundError(f"{folder} has no sub-folder {' or '.join(_aliases(recipe, split))}.")
+    _refuse_unknown_splits(folder, filter(Path.is_dir, folder.iterdir()), "rename them to train, val and test")
     whole = _with_labels_of(recipe, _read_class_folders(folder, streaming), folder)
     return _hold_out(whole, recipe, split, folder)
 
@@ -256,6 +262,8 @@ def _load_folders(
     columns = ([str(images[name]) for name in names], [str(labels[name]) for name in names], names)
     samples = datasets.Dataset.from_dict(dict(zip(features, columns, strict=True)), features=features)
     if alias is None:
+        folders = {path.parent for path in images.values()}
+        _refuse_unknown_splits(folder, folders, "rename them, or set the recipe's image_folder and label_folder")
         samples = _hold_out(samples, recipe, split, folder)
     return samples.to_iterable_dataset(num_shards=min(64, len(samples))) if streaming else samples
 
@@ -317,6 +325,22 @@ def _aliases(recipe: Recipe, split: str) -> list[str]:
     """The recipe's own name of the split, then the usual ones."""
     own = [recipe.splits[split]] if split in recipe.splits else []
     return list(dict.fromkeys([*own, *_SPLIT_ALIASES[split]]))
+
+
+def _refuse_unknown_splits(folder: Path, paths: Iterable[Path], way_out: str) -> None:
+    """What nothing says the split of is trained on, but not where names tell of splits in a way that is not known."""
+    found: dict[str, Path] = {}
+    for path in sorted(paths):
+        words = set(re.split("[^a-z]+", path.relative_to(folder).as_posix().lower()))
+        found |= {
+            split: path for split, aliases in _SPLIT_ALIASES.items() if words & set(aliases) and split not in found
+        }
+    if len(found) > 1:
+        names = ", ".join(f"{path.relative_to(folder)} of {split}" for split, path in found.items())
+        raise FileNotFoundError(
+            f"{folder} seems to be split ({names}?), but not as load_split knows it, and all of it would be trained on: "
+            f"{way_out}."
+        )
 
 
 def _hold_out(samples, recipe: Recipe, split: str, folder: Path):
@@ -727,6 +751,12 @@ class EpochSampler(Sampler[tuple[int, int]]):
                 order = np.random.default_rng((self.seed, epoch)).permutation(self.num_samples)
                 order_epoch = epoch
             yield epoch, int(order[offset])
+
+
+def inheriting_workers(num_workers: int) -> str | None:
+    """`multiprocessing_context` of a `DataLoader`: on Linux its workers inherit the data set, with what it keeps in memory,
+    also where Python (3.14) would send it to them, a file descriptor for each picture."""
+    return "fork" if num_workers and sys.platform == "linux" else None
 
 
 def collate(samples: list[dict[str, Any] | None]) -> dict[str, Any] | None:

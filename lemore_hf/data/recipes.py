@@ -153,9 +153,9 @@ class Recipe:
     hue: float = 0.05
     """Turn drawn from ± this, in whole turns."""
     blur: float = 0.0
-    """Standard deviation of a Gaussian blur, drawn from 0 to this, in pixels."""
+    """Standard deviation of a Gaussian blur, drawn from 0 to this, in pixels; by `photometric_prob`."""
     noise: float = 0.0
-    """Standard deviation of Gaussian noise, drawn from 0 to this, of values in 0…1."""
+    """Standard deviation of Gaussian noise, drawn from 0 to this, of values in 0…1; by `photometric_prob`."""
     mixup_alpha: float = 0.0
     """Parameter of MixUp's beta distribution (classification); 0 is off."""
     cutmix_alpha: float = 0.0
@@ -306,6 +306,12 @@ class Recipe:
                 f"mix_prob is {self.mix_prob}, but nothing is mixed: set cutmix_alpha, mixup_alpha or classmix, or leave "
                 "it out."
             )
+        for field in ("blur", "noise"):
+            if getattr(self, field) > 0 and self.photometric_prob == 0:
+                raise ValueError(
+                    f"{field} is {getattr(self, field)}, but is part of the photometric distortion, and photometric_prob is "
+                    "0: set that to the share of images to distort, such as 0.5."
+                )
         low, high = self.scale_range
         if not 0 < low <= high:
             raise ValueError(f"scale_range must be (low, high) with 0 < low <= high, got {self.scale_range}.")
@@ -377,12 +383,25 @@ class Recipe:
 
 
 _ORDER = [field.name for field in dataclasses.fields(Recipe)]
+ALL_FIELDS = frozenset(_ORDER)
 TRAINING_FIELDS = frozenset(_ORDER[_ORDER.index("scale_range") :]) - {"eval_batch_size"}
 """Augmentation, optimisation and loss: what evaluation does not look at."""
 DESCRIPTIVE_FIELDS = frozenset(
-    ("title", "status", "paper_mean_iou", "license", "citation", "notes", "palette", "eval_batch_size")
+    (
+        "title",
+        "status",
+        "paper_mean_iou",
+        "license",
+        "citation",
+        "notes",
+        "palette",
+        "eval_batch_size",
+        "allow_all_void",
+    )
 )
-"""What changes nothing about what a training computes."""
+"""What changes nothing about what a training computes, as far as it gets."""
+EVALUATION_FIELDS = ALL_FIELDS - TRAINING_FIELDS - {"image_size", "train_on", "validate_on"}
+"""What an evaluation looks at: the network says its size itself, and the split is asked for."""
 
 _FIELDS_OF_THE_OTHER_TASK = {
     "semantic-segmentation": ("mixup_alpha",),
@@ -451,18 +470,18 @@ def load_recipe(
     return _build(values, origin)
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser, training: bool = True) -> None:
+def add_recipe_arguments(parser: argparse.ArgumentParser, fields: Iterable[str] | None = None) -> None:
     """Adds an option for every field of a recipe that changes what is done. Only those given on the command line appear
     in the parsed namespace; `recipe_overrides` collects them.
 
     Args:
         parser: that gets the options.
-        training: also `TRAINING_FIELDS`, which only training looks at.
+        fields: to have options; by default all.
     """
     group = parser.add_argument_group("recipe", "override a field of the recipe; none switches a part off")
     documentation = _field_documentation()
     for field, annotation in _field_types().items():
-        if field in ("name", "status", "notes", "paper_mean_iou") or (field in TRAINING_FIELDS and not training):
+        if field in ("name", "status", "notes", "paper_mean_iou") or (fields is not None and field not in fields):
             continue
         group.add_argument(
             f"--{field}",
