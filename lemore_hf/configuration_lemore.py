@@ -235,8 +235,8 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`channel_attention_reduction`={self.channel_attention_reduction} leaves no hidden channel of the "
                 f"narrowest stage ({min(self.hidden_sizes)} channels); lower it or set `use_channel_attention=False`."
             )
-        if not self.mlp_ratio * self.hidden_size >= 1:
-            raise ValueError(f"`mlp_ratio` leaves the feed-forward network no hidden channel, got {self.mlp_ratio}.")
+        if not 1 <= self.mlp_ratio * self.hidden_size < math.inf:
+            raise ValueError(f"`mlp_ratio` must be finite and leave a hidden channel at least, got {self.mlp_ratio}.")
 
     def _check_strides(self):
         if self.output_stride not in STAGE_STRIDES:
@@ -270,8 +270,8 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if not 0 < self.batch_norm_momentum <= 1:
             raise ValueError(f"`batch_norm_momentum` must be in (0, 1], got {self.batch_norm_momentum}.")
-        if not self.batch_norm_eps > 0:
-            raise ValueError(f"`batch_norm_eps` must be positive, got {self.batch_norm_eps}.")
+        if not 0 < self.batch_norm_eps < math.inf:
+            raise ValueError(f"`batch_norm_eps` must be positive and finite, got {self.batch_norm_eps}.")
         if not self.initializer_range >= 0:
             raise ValueError(f"`initializer_range` must not be negative, got {self.initializer_range}.")
 

@@ -411,5 +411,11 @@ def _class_names(num_classes: int, num_labels: int, id2label: Mapping[int, str] 
         return [str(index) for index in range(num_classes)]
     if len(id2label) != num_labels:
         raise ValueError(f"id2label names {len(id2label)} classes, num_labels is {num_labels}")
+    if isinstance(id2label, Mapping):
+        id2label = {int(index): name for index, name in id2label.items()}  # JSON has words for keys
     names = [str(id2label[index]) for index in range(num_labels)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"id2label has several classes of the name {', '.join(twice)}: scores are told apart by names."
+        )
     return names if num_labels == num_classes else ["background", *names]

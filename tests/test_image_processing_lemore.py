@@ -4,6 +4,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms import InterpolationMode
 
-from lemore_hf import post_processing_lemore
+from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation, post_processing_lemore
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 from lemore_hf.image_processing_pil_lemore import LeMoReImageProcessorPil
 
@@ -363,6 +365,8 @@ def test_inputs_are_left_alone(processor_class, rgb, labels):
         (np.zeros((5, 6, 7), np.uint8), None, ValueError, r"\(5, 6, 7\).*input_data_format"),
         (np.full((9, 6, 3), -1), None, ValueError, r"\[-1, -1\]"),
         (np.full((9, 6, 3), 70000), None, ValueError, "70000"),
+        (np.zeros((0, 6, 3), np.uint8), None, ValueError, r"\(0, 6, 3\) has no pixels"),
+        (torch.zeros(3, 9, 0), None, ValueError, r"\(3, 9, 0\) has no pixels"),
         (np.full((9, 6, 4), 200.0), None, ValueError, r"RGBA floats.*200"),
         (np.zeros((9, 6, 3), np.uint8), np.zeros((6, 9), int), ValueError, r"Image 0.*\(9, 6\).*\(6, 9\)"),
         (np.zeros((9, 6, 3), np.uint8), np.zeros((2, 9, 6), int), ValueError, "1 images and 2 segmentation maps"),
@@ -407,6 +411,23 @@ def test_statistics_must_fit_the_channels(processor_class, rgb):
 
 
 @both
+@pytest.mark.parametrize("kind", ["uint8", "float", "grey", "four channels"])
+def test_torchvision_s_names_of_filters_are_understood(processor_class, kind, rgb):
+    picture = {"float": rgb / 255.0, "grey": rgb[..., :1], "four channels": np.dstack([rgb, rgb[..., 0]])}.get(
+        kind, rgb
+    )
+    settings = {
+        "do_convert_rgb": False,
+        "do_normalize": False,
+        "return_tensors": "pt",
+        "size": {"height": 9, "width": 7},
+    }
+    filters = (InterpolationMode.BICUBIC, Image.Resampling.BICUBIC)
+    one, other = (processor_class()(picture, resample=name, **settings).pixel_values for name in filters)
+    assert torch.equal(one, other)
+
+
+@both
 def test_unknown_arguments_are_refused(processor_class, rgb):
     with pytest.raises(TypeError, match="do_reduce_label"):
         processor_class()(rgb, do_reduce_label=True)
@@ -417,12 +438,18 @@ def test_unknown_arguments_are_refused(processor_class, rgb):
 LOAD_WITHOUT_PACKAGE = """
 import json, sys
 import numpy as np
+import torch
 for name in sys.argv[1].split(","):
     sys.modules[name] = None  # as if it were not installed
 from transformers import AutoImageProcessor
 image = np.arange(30 * 40 * 3, dtype=np.uint8).reshape(30, 40, 3)
 for case in sys.argv[2:]:
     folder, backend = case.split("=")
+    if backend == "network":
+        from transformers import AutoModelForSemanticSegmentation
+        model = AutoModelForSemanticSegmentation.from_pretrained(folder, trust_remote_code=True).train()
+        print("network of", type(model).__module__, *model(torch.ones(2, 3, 64, 64)).logits.shape)
+        continue
     keywords = {"backend": backend} if backend else {}
     processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True, **keywords)
     outputs = processor(image, image[..., 0], return_tensors="pt")
@@ -453,11 +480,15 @@ def test_remote_code_without_the_package(missing, cases, tmp_path):
     for index, (saved, backend, _) in enumerate(cases):
         saved(**settings).save_pretrained(tmp_path / f"model{index}")
         arguments.append(f"{tmp_path / f'model{index}'}={backend}")
+    config = LeMoReConfig(num_labels=2, hidden_sizes=(8, 8, 8, 8), stem_sizes=(8,), drop_path_rate=0.2)
+    LeMoReForSemanticSegmentation(config).save_pretrained(tmp_path / "net")
+    arguments.append(f"{tmp_path / 'net'}=network")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     command = [sys.executable, "-c", LOAD_WITHOUT_PACKAGE, missing, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    assert re.search(r"^network of transformers_modules\..* 2 2 8 8$", result.stdout, re.M)
 
     image = np.arange(30 * 40 * 3, dtype=np.uint8).reshape(30, 40, 3)
     lines = [line for line in result.stdout.splitlines() if line.startswith("[")]

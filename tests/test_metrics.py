@@ -177,6 +177,9 @@ def test_impossible_settings_are_refused():
         trainer_metrics(3, ignore_index=-100)
     with pytest.raises(ValueError, match="names 2 classes"):
         trainer_metrics(3, {0: "a", 1: "b"})
+    with pytest.raises(ValueError, match="several classes of the name a:"):
+        trainer_metrics(3, {0: "a", 1: "b", 2: "a"})
+    trainer_metrics(2, {"0": "a", "1": "b"})  # as JSON has it
 
 
 # Boundary IoU
@@ -409,3 +412,13 @@ def test_evaluate_metric_streams_and_has_the_keys_of_mean_iou(tmp_path):
     alone = MeanIoU(num_labels=7, num_process=2, process_id=1, experiment_id="two", cache_dir=str(tmp_path))
     with pytest.raises(RuntimeError, match=r"num_process is 2, but torch\.distributed is not initialized"):
         alone.add_batch(predictions=predictions[:2], references=labels[:2])
+
+
+def test_a_metric_of_one_process_asks_no_other(monkeypatch):
+    """As where the main process alone computes what all have gathered: waiting for the others would hang."""
+    monkeypatch.setattr(ConfusionMatrix, "reduce", lambda self: pytest.fail("asked the other processes"))
+    from lemore_hf.mean_iou import MeanIoU
+
+    metric = MeanIoU(num_labels=2)
+    metric.add_batch(predictions=[np.array([[0, 1]])], references=[np.array([[0, 1]])])
+    assert metric.compute()["mean_iou"] == 1

@@ -467,10 +467,10 @@ def test_drop_path_drops_whole_residual_branches_of_single_images():
 def test_drop_path_grows_linearly_with_depth():
     model = LeMoReModel(LeMoReConfig(**TINY, drop_path_rate=0.2))
     blocks = [*(stage.cartesian_encoder for stage in model.encoder.stages), model.global_block]
-    rates = [getattr(block.drop_path, "p", 0.0) for block in blocks]
+    rates = [getattr(block.drop_path, "rate", 0.0) for block in blocks]
     assert rates == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
     model = LeMoReModel(LeMoReConfig(**TINY, drop_path_rate=0.3, use_nested_attention=False))
-    rates = [getattr(stage.cartesian_encoder.drop_path, "p", 0.0) for stage in model.encoder.stages]
+    rates = [getattr(stage.cartesian_encoder.drop_path, "rate", 0.0) for stage in model.encoder.stages]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3]), "the last one of those that there are"
 
 
@@ -589,6 +589,19 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_statistics(use_reen
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_gradient_checkpointing_goes_with_synchronized_norms():
+    results = []
+    for checkpointing in (False, True):
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(tiny()).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(random_images(), labels=random_labels()).loss.backward()
+        results.append([*(parameter.grad for parameter in model.parameters()), *model.buffers()])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_of_a_model_with_gradient_checkpointing_counts_for_itself(copied):
     original = tiny().train()
@@ -601,6 +614,17 @@ def test_a_copy_of_a_model_with_gradient_checkpointing_counts_for_itself(copied)
         torch.testing.assert_close(actual, once)
     for name, value in original.state_dict().items():
         torch.testing.assert_close(value, expected[name])
+
+
+@pytest.mark.parametrize("size", [24, 90])
+def test_axis_weights_are_resampled_in_full_precision_under_autocast(size):
+    """As the fused network has them, which makes them beforehand."""
+    view = LeMoReAxisView(32, axis=2)
+    nn.init.normal_(view.weight)
+    expected = view.factors(size)
+    with torch.autocast("cpu", torch.bfloat16):
+        for actual, factor in zip(view.factors(size), expected, strict=True):
+            assert torch.equal(actual, factor)
 
 
 # Frozen parts
@@ -939,7 +963,7 @@ class LabelsElsewhere(torch.Tensor):
     device = torch.device("cuda")
 
 
-def test_on_other_devices_only_the_first_training_step_and_evaluation_look_at_labels():
+def test_on_other_devices_only_some_training_steps_and_evaluation_look_at_labels(monkeypatch):
     def elsewhere(labels):
         return labels.as_subclass(LabelsElsewhere)
 
@@ -948,15 +972,33 @@ def test_on_other_devices_only_the_first_training_step_and_evaluation_look_at_la
     with pytest.raises(ValueError, match="77"):
         model(random_images(), labels=elsewhere(wrong))
     assert model(random_images(), labels=elsewhere(random_labels())).loss.isfinite()
-    assert model(random_images(), labels=elsewhere(wrong)).loss.isnan()
+    loss = model(random_images(), labels=elsewhere(wrong)).loss
+    loss.backward()
+    assert loss.isnan()
+    assert all(parameter.grad.isnan().all() for parameter in model.decode_head.classifier.parameters())
     with pytest.raises(ValueError, match="77"):
         model.eval()(random_images(), labels=elsewhere(wrong))
+    model.train()
+    monkeypatch.setattr(modeling_lemore, "LABEL_CHECK_STEPS", 3)
+    model(random_images(), labels=elsewhere(random_labels()))
+    with pytest.raises(ValueError, match=r"`labels` of the last 3 steps held .* Expected 0 to 4 or 255 for void"):
+        model(random_images(), labels=elsewhere(random_labels()))
+    for _ in range(7):
+        model(random_images(), labels=elsewhere(random_labels()))
+
+
+def test_labels_that_are_no_tensor_are_refused():
+    with pytest.raises(TypeError, match=r"must be a tensor, got ndarray: .* `return_tensors=\"pt\"`"):
+        tiny()(random_images(), labels=random_labels().numpy())
 
 
 def test_wrong_labels_never_index_out_of_bounds():
     logits = torch.randn(1, 3, 4, 4, requires_grad=True)
     for value in (3, 254, -1, -300):
-        assert segmentation_loss(logits, torch.full((1, 4, 4), value)).isnan()
+        loss = segmentation_loss(logits, torch.full((1, 4, 4), value))
+        assert loss.isnan()
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert gradient.isnan().all(), "zeros would let the batch go by unseen"
 
 
 # Documentation

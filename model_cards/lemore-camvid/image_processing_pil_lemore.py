@@ -24,6 +24,7 @@ from transformers.image_utils import (
     SizeDict,
     infer_channel_dimension_format,
     load_image,
+    torch_pil_interpolation_mapping,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType, is_torch_available, is_torch_tensor, requires_backends
@@ -287,6 +288,7 @@ class LeMoReImageProcessorPil(LeMoReImageProcessorMixin, PilBackend):
         size = target_size(image.shape[-2:], size)
         if image.dtype == np.uint8 and len(image) == 3:
             return super().resize(image, size, resample, **kwargs)
+        resample = torch_pil_interpolation_mapping.get(resample, resample)
         # PIL has no image of other depths, and would weigh the colours of four channels by the last.
         channels = [Image.fromarray(channel).resize((size.width, size.height), resample) for channel in image]
         return np.stack([np.array(channel) for channel in channels])
@@ -343,6 +345,10 @@ def _flatten(images: Any, ndims: int) -> Iterator[Union[Image.Image, np.ndarray,
             yield from _flatten(item, ndims)
     elif isinstance(images, (str, os.PathLike)):
         yield _open(images)
+    elif 0 in getattr(images, "shape", getattr(images, "size", ())):
+        raise ValueError(
+            f"A picture of shape {tuple(getattr(images, 'shape', images.size))} has no pixels: leave it out."
+        )
     elif isinstance(images, Image.Image):
         yield images
     elif isinstance(images, np.ndarray) or is_torch_tensor(images):

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import StochasticDepth
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
@@ -41,6 +40,8 @@ logger = logging.get_logger("transformers.models.lemore")
 MINIMUM_SIZE = STAGE_STRIDES[-1]
 # The largest intermediate tensors are made in strips of this size, which stay in the caches.
 STRIP_BYTES = 2**24
+# Training steps on a GPU from one look at what their labels were to the next.
+LABEL_CHECK_STEPS = 50
 
 
 @dataclass
@@ -166,7 +167,30 @@ def _batch_norm(config: LeMoReConfig, channels: int) -> nn.BatchNorm2d:
 
 
 def _drop_path(rate: float) -> nn.Module:
-    return StochasticDepth(rate, mode="row") if rate > 0 else nn.Identity()
+    return LeMoReDropPath(rate) if rate > 0 else nn.Identity()
+
+
+class LeMoReDropPath(nn.Module):
+    """
+    Stochastic depth (Huang et al., ECCV 2016): in training a branch is left out of a share of the images, and scaled up
+    in the others. As torchvision's, without which the model's file loads.
+
+    Args:
+        rate (`float`): The share, in `[0, 1)`.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return hidden_state
+        kept = hidden_state.new_empty(hidden_state.shape[0], 1, 1, 1).bernoulli_(1 - self.rate)
+        return hidden_state * kept.div_(1 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
 
 
 def _is_channels_last(hidden_state: torch.Tensor) -> bool:
@@ -211,7 +235,16 @@ def resample_axis_weight(weight: torch.Tensor, size: int) -> torch.Tensor:
     """
     native = weight.shape[0]
     tent = tent_filter(native, size, weight)
-    return (tent @ weight.to(tent.dtype) @ tent.t() * (native / size)).to(weight.dtype)
+    with _as_it_is(weight):
+        return (tent @ weight.to(tent.dtype) @ tent.t() * (native / size)).to(weight.dtype)
+
+
+def _as_it_is(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Products in the precision of their factors: under autocast the tents of a few positions would be rounded too."""
+    kind = tensor.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def tent_filter(native: int, size: int, like: torch.Tensor) -> torch.Tensor:
@@ -275,9 +308,8 @@ class LeMoReAxisView(nn.Module):
             return self._make_factors(size)
         known, version, factors = self._factors.get(size, (None, None, ()))
         if known is None or version != weight._version or not _is_same_tensor(known, weight):
-            # What inference mode or autocast makes could not be used outside of it.
-            autocast = torch.autocast(weight.device.type, enabled=False)
-            with torch.inference_mode(False), torch.no_grad(), autocast:
+            # What inference mode makes could not be used outside of it.
+            with torch.inference_mode(False), torch.no_grad():
                 factors = self._make_factors(size)
             self._factors.pop(size, None)
             for oldest in list(self._factors)[: 1 - self.MAX_SIZES]:
@@ -295,7 +327,8 @@ class LeMoReAxisView(nn.Module):
         """The resampled weights in two steps: read down to the native size and mix, then interpolate back."""
         native = self.weight.shape[0]
         tent = tent_filter(native, size, self.weight).to(self.weight.dtype)
-        return self.weight @ tent.t() * (native / size), tent
+        with _as_it_is(tent):
+            return self.weight @ tent.t() * (native / size), tent
 
     def _along_axis(self, weight: torch.Tensor, hidden_state: torch.Tensor) -> torch.Tensor:
         if self.is_fused and _is_channels_last(hidden_state):
@@ -699,7 +732,9 @@ def _running_statistics_kept(layer: nn.Module) -> Iterator[None]:
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     try:
         for norm in norms:
-            norm.momentum, norm.num_batches_tracked = 0.0, None
+            # Counted in a copy: SyncBatchNorm does without no counter.
+            count = norm.num_batches_tracked
+            norm.momentum, norm.num_batches_tracked = 0.0, None if count is None else count.clone()
         yield
     finally:
         for norm, (momentum, count) in zip(norms, before, strict=True):
@@ -1055,6 +1090,7 @@ class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
         self.lemore = LeMoReModel(config)
         self.decode_head = LeMoReDecodeHead(config)
         self._labels_were_checked = False
+        self._unread_steps, self._found_invalid = 0, None
         self.post_init()
 
     @can_return_tuple
@@ -1071,9 +1107,10 @@ class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
                 or binary cross-entropy where `num_labels` is 1, averaged over the pixels that are not void; 0 where
                 all are.
 
-                Labels out of range raise an error wherever that needs no synchronization with a GPU: on the CPU
-                always; on other devices in evaluation and in the first training step of a model. In later training
-                steps there, in compiled graphs and under `torch.func` they make the loss NaN.
+                Labels out of range raise an error: on the CPU, in evaluation and in the first training step of a model
+                at once; in later training steps on other devices, where looking would wait for them, within
+                `LABEL_CHECK_STEPS` steps. Until then, in compiled graphs and under `torch.func`, they make the loss and
+                its gradients NaN.
 
         Returns:
             [`~transformers.modeling_outputs.SemanticSegmenterOutput`] with `logits` of shape
@@ -1083,7 +1120,7 @@ class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
         Raises:
             `ValueError`: for pixel values that are not 4-D, have another channel count, or are smaller than 32×32; for
             labels that are not 3-D, have another batch size, or name a class that is not there.
-            `TypeError`: for labels that are not integers.
+            `TypeError`: for labels that are no tensor of integers.
 
         Example:
 
@@ -1109,6 +1146,11 @@ class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
         )
 
     def _check_labels(self, labels: torch.Tensor, pixel_values: torch.Tensor) -> None:
+        if not isinstance(labels, torch.Tensor):
+            raise TypeError(
+                f"`labels` must be a tensor, got {type(labels).__name__}: call the image processor with "
+                '`return_tensors="pt"`.'
+            )
         if labels.ndim != 3 or labels.shape[0] != pixel_values.shape[0]:
             raise ValueError(
                 "`labels` must have shape (batch_size, height, width) with the batch size of `pixel_values` "
@@ -1118,10 +1160,30 @@ class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
             raise TypeError(f"`labels` must hold integers, got {labels.dtype}: convert them with `labels.long()`.")
         if torch.compiler.is_compiling() or _is_transformed() or labels.is_meta:
             return
+        num_labels, ignore_index = self.config.num_labels, self.config.semantic_loss_ignore_index
         # Looking at values waits for the device. On a GPU that would stall every training step.
         if labels.device.type == "cpu" or not self.training or not self._labels_were_checked:
-            check_label_values(labels, self.config.num_labels, self.config.semantic_loss_ignore_index)
+            check_label_values(labels, num_labels, ignore_index)
             self._labels_were_checked = True
+            return
+        found = _name_no_class(labels, num_labels, ignore_index).any()
+        self._found_invalid = found if self._found_invalid is None else self._found_invalid | found
+        self._unread_steps += 1
+        if self._unread_steps >= LABEL_CHECK_STEPS:
+            found, steps = bool(self._found_invalid), self._unread_steps
+            self._unread_steps, self._found_invalid = 0, None
+            if found:
+                raise ValueError(
+                    f"`labels` of the last {steps} steps held values that are no class, which made the loss and the "
+                    f"weights NaN. Expected 0 to {max(num_labels, 2) - 1} or {ignore_index} for void: go on from a "
+                    "checkpoint of before, once `check_label_values` has found the images in the data."
+                )
+
+
+def _name_no_class(labels: torch.Tensor, num_labels: int, ignore_index: int) -> torch.Tensor:
+    """Where labels are neither void nor a class; one label tells two apart."""
+    labels = labels.long()  # an ignore index of -100 or 255 is beyond some integer types
+    return (labels != ignore_index) & ((labels < 0) | (labels >= max(num_labels, 2)))
 
 
 def check_label_values(labels: torch.Tensor, num_labels: int, ignore_index: int = 255) -> None:
@@ -1136,15 +1198,13 @@ def check_label_values(labels: torch.Tensor, num_labels: int, ignore_index: int 
     Raises:
         `ValueError`: naming the values outside of `[0, num_labels)` that are not `ignore_index`.
     """
-    num_values = max(num_labels, 2)
-    labels = labels.long()  # an ignore index of -100 or 255 is beyond some integer types
-    invalid = (labels != ignore_index) & ((labels < 0) | (labels >= num_values))
+    invalid = _name_no_class(labels, num_labels, ignore_index)
     if not invalid.any():
         return
     values = labels[invalid].unique().tolist()
     shown = ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
     raise ValueError(
-        f"`labels` holds values that are no class: {shown}. Expected 0 to {num_values - 1} "
+        f"`labels` holds values that are no class: {shown}. Expected 0 to {max(num_labels, 2) - 1} "
         f"(`config.num_labels`={num_labels}) or {ignore_index} for void. If the data set counts its classes from 1, "
         "set `do_reduce_labels=True` in the image processor; else set `num_labels` or "
         "`semantic_loss_ignore_index` of the configuration to what the data has."
@@ -1159,7 +1219,7 @@ def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: 
         logits (`torch.Tensor` of shape `(batch_size, num_labels, height, width)`):
             Scores at any stride. A single label is trained with binary cross-entropy.
         labels (`torch.Tensor` of shape `(batch_size, label_height, label_width)`):
-            Ground truth. Values that are no class make the loss NaN, never a device-side assertion.
+            Ground truth. Values that are no class make the loss and its gradients NaN, never a device-side assertion.
         ignore_index (`int`): The void label.
 
     Returns:
@@ -1168,8 +1228,11 @@ def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: 
     num_labels = logits.shape[1]
     labels = labels.to(logits.device).long()  # a `device_map` may leave them elsewhere
     valid = labels != ignore_index
-    invalid = valid & ((labels < 0) | (labels >= max(num_labels, 2)))
+    invalid = _name_no_class(labels, num_labels, ignore_index)
     labels = labels.masked_fill(~valid | invalid, ignore_index)
+    # A product, so that gradients are NaN too: filled in, NaN would give none, and the batch would go by unseen.
+    poison = torch.where(invalid.any(), torch.nan, 1.0)
+    logits = logits * poison
     if num_labels == 1:
         logits = resize_bilinear(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.shape[-2:])
         targets = labels.masked_fill(labels == ignore_index, 0).to(logits.dtype)
@@ -1177,7 +1240,7 @@ def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: 
         total = (losses * valid).sum()
     else:
         total = upsampled_cross_entropy(logits, labels, ignore_index=ignore_index)
-    return (total / valid.sum().clamp(min=1)).masked_fill(invalid.any(), torch.nan)
+    return total / valid.sum().clamp(min=1) * poison
 
 
 def upsampled_cross_entropy(
