@@ -115,7 +115,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], state: dict[
     """
     with atomic_folder(folder) as temporary:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary / TENSORS_NAME)
-        checksum = _sha256(temporary / TENSORS_NAME)
+        checksum = sha256_of(temporary / TENSORS_NAME)
         (temporary / STATE_NAME).write_text(json.dumps({**state, "sha256": checksum}, indent=2), encoding="utf-8")
 
 
@@ -139,7 +139,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
         state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
     except ValueError as error:
         raise DamagedCheckpointError(f"{folder / STATE_NAME} is damaged ({error}): {advice}") from error
-    if _sha256(folder / TENSORS_NAME) != state.get("sha256"):
+    if sha256_of(folder / TENSORS_NAME) != state.get("sha256"):
         raise DamagedCheckpointError(
             f"{folder / TENSORS_NAME} is truncated or was changed after it was written, its SHA-256 is not the one "
             f"in {STATE_NAME}: {advice}"
@@ -193,7 +193,7 @@ def require_safetensors(folder: Path) -> None:
     raise CheckpointError(f"{folder} is no model folder: it holds no model.safetensors.")
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):

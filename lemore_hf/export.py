@@ -161,7 +161,7 @@ def export_model(
             and computed with in float32) and `"int8"` (static, per channel).
         calibration_images (`Sequence[PIL.Image.Image]`): Pictures that the ranges of int8 are taken from.
         max_size, max_batch_size (`int`, *optional*): Upper limits of the graph. ExecuTorch plans its memory for them,
-            and has 1024 pixels (or the native size, if larger) and 4 images where they are not given.
+            and has 1024 pixels (or the native or the processor's size, if larger) and 4 images where they are not given.
 
     Returns:
         [`ExportManifest`].
@@ -169,7 +169,7 @@ def export_model(
     Raises:
         `TypeError`: for a model that is not [`LeMoReForSemanticSegmentation`].
         `ValueError`: for an unknown format or precision, one that the format does not have, int8 without calibration
-            images, limits below the smallest size, more than 255 labels in a uint8 label map, or an output folder that
+            images, limits below the smallest size or the processor's, more than 255 labels in a uint8 label map, or an output folder that
             holds anything but an export.
         `ImportError`: naming the extra to install where the format's packages are missing.
     """
@@ -178,8 +178,14 @@ def export_model(
     require_packages(export_format, (*_REQUIREMENTS[export_format], *calibrator))
     output_dir = Path(output_dir)
     _check_output(output_dir)
+    needed = largest_side(image_processor)
+    if max_size is not None and max_size < needed:
+        raise ValueError(
+            f"`max_size` is {max_size}, but the image processor brings pictures to {needed} pixels on a side: raise it, or "
+            "give the model a processor of a smaller `size`."
+        )
     if export_format == "executorch":
-        max_size, max_batch_size = max_size or max(1024, *model.config.native_size), max_batch_size or 4
+        max_size, max_batch_size = max_size or max(1024, needed, *model.config.native_size), max_batch_size or 4
     manifest = ExportManifest(
         export_format,
         FILES[export_format],
@@ -203,6 +209,13 @@ def export_model(
     return manifest
 
 
+def largest_side(image_processor: Any) -> int:
+    """The most pixels on a side, as far as an image processor's `size` says; 0 where it does not resize."""
+    size = image_processor.size or {}
+    sides = (size.get(name) for name in ("height", "width", "shortest_edge", "longest_edge"))
+    return max((side for side in sides if side), default=0) if image_processor.do_resize else 0
+
+
 def require_packages(export_format: str, names: Sequence[str]) -> None:
     """Refuse to go on without the packages of a format.
 
@@ -212,7 +225,7 @@ def require_packages(export_format: str, names: Sequence[str]) -> None:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"The format {export_format!r} needs {', '.join(missing)}: pip install 'lemore-hf[{export_format}]'",
+            f"The format {export_format!r} needs {', '.join(missing)}: install the package with the extra, in its checkout pip install -e '.[{export_format}]'",
             name=", ".join(missing),
         )
 
@@ -306,7 +319,11 @@ def network_input(
     if size is not None:
         steps |= {"do_resize": True, "size": {"height": size[0], "width": size[1]}}
     pixel_values = image_processor(images, return_tensors="np", **steps).pixel_values
-    return np.ascontiguousarray(pixel_values.transpose(0, 2, 3, 1)) if with_postprocessing else pixel_values
+    if not with_postprocessing:
+        return pixel_values
+    if pixel_values.dtype != np.uint8:  # of floats of 0…255, as 32-bit pictures have them
+        pixel_values = pixel_values.round().clip(0, 255).astype(np.uint8)
+    return np.ascontiguousarray(pixel_values.transpose(0, 2, 3, 1))
 
 
 class SegmentationGraph(nn.Module):

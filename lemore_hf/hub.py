@@ -28,7 +28,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Stri
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
-from .checkpointing import PICKLED_SUFFIXES
+from .checkpointing import PICKLED_SUFFIXES, sha256_of
 from .configuration_lemore import LeMoReConfig
 from .data.recipes import Recipe
 from .modeling_lemore import LeMoReForImageClassification, LeMoReForSemanticSegmentation
@@ -194,6 +194,7 @@ def write_card(
     results: Mapping[str, Any] | None = None,
     recipe: Recipe | None = None,
     license: str | None = None,
+    training_notes: str | None = None,
     template: str | Path = CARD_TEMPLATE,
 ) -> Path:
     """Render the model card into a folder that `save_pretrained` wrote; and its `LICENSE.md`, where the Hub asks for one.
@@ -207,6 +208,7 @@ def write_card(
         license: Hub licence identifier of the weights. Default: `apache-2.0` where the recipe's data is, `other` with
             the data's terms where they are others, `unknown` without recipe. `other` needs a file with the terms: one
             in the folder stays.
+        training_notes: Markdown on how the weights came about, instead of what the results tell of the run.
         template: Jinja template of the card.
 
     Raises:
@@ -220,6 +222,11 @@ def write_card(
         raise PublishingError(
             f"the results are of an export ({export.get('format')}, {export.get('precision')}), not of these weights: "
             "evaluate the model itself"
+        )
+    of_weights = (results or {}).get("weights_sha256")
+    if of_weights and (folder / WEIGHTS).is_file() and of_weights != sha256_of(folder / WEIGHTS):
+        raise PublishingError(
+            f"the results are of other weights ({(results or {}).get('model')}) than those in {folder}: evaluate these"
         )
     scores = _scores(results or {})
     card = ModelCard.from_template(
@@ -235,12 +242,16 @@ def write_card(
         scores=[(name, f"{100 * scores[key]:.2f}") for key, name in _SCORES.items() if key in scores],
         per_class=_per_class(results or {}, config),
         recipe=recipe,
+        training_notes=training_notes,
         pictures=_pictures(folder),
     )
     # Rendered in full before the old card goes.
     (folder / CARD).write_text(str(card), encoding="utf-8")
-    if card.data.license == "other" and not (folder / LICENSE).is_file():
-        (folder / LICENSE).write_text(_terms(recipe), encoding="utf-8")
+    licence = folder / LICENSE
+    if not licence.is_file() or licence.read_text(encoding="utf-8").startswith(_CODE_TERMS):  # not a text of one's own
+        licence.unlink(missing_ok=True)
+        if card.data.license == "other":
+            licence.write_text(_terms(recipe), encoding="utf-8")
     return folder / CARD
 
 
@@ -250,19 +261,20 @@ def ensure_card(
     results: Mapping[str, Any] | None = None,
     recipe: Recipe | None = None,
     license: str | None = None,
+    training_notes: str | None = None,
 ) -> None:
     """Render the card (`write_card`) where there is none or where `results` are given; else keep the one there is.
 
     Raises:
-        PublishingError: for a recipe or licence without results, where a card exists: they would have to replace it; and
-            for a card whose example loads from another repository.
+        PublishingError: for a recipe, licence or notes without results, where a card exists: they would have to replace
+            it; and for a card whose example loads from another repository.
     """
     path = Path(folder) / CARD
     if results is not None or not path.is_file():
-        write_card(folder, repo_id, results, recipe, license)
-    elif recipe or license:
+        write_card(folder, repo_id, results, recipe, license, training_notes)
+    elif recipe or license or training_notes:
         raise PublishingError(
-            f"{folder} has a card already, which recipe and licence do not change: give the results too, so that it is "
+            f"{folder} has a card already, which recipe, licence and notes do not change: give the results too, so that it is "
             f"rendered anew, or delete its {CARD}."
         )
     else:
@@ -288,7 +300,7 @@ def _card_data(
     if license is None:
         license = "unknown" if not terms else "apache-2.0" if terms.lower() == "apache-2.0" else "other"
     # What the Hub asks for where the licence is not one of its list.
-    other = {"license_name": "apache-2.0-with-data-terms", "license_link": LICENSE} if license == "other" else {}
+    other = {"license_name": "terms-of-the-training-data", "license_link": LICENSE} if license == "other" else {}
     return ModelCardData(
         library_name="transformers",
         pipeline_tag=_PIPELINE_TAGS[architecture],
@@ -314,12 +326,14 @@ def _card_data(
     )
 
 
+_CODE_TERMS = "# Licence\n\nThe code in this folder is licensed under the Apache License, version 2.0"
+
+
 def _terms(recipe: Recipe | None) -> str:
     """The licence file of weights whose licence is not one of the Hub's list."""
     terms = f"{recipe.title or recipe.name}: {recipe.license}" if recipe and recipe.license else "not recorded here"
     return (
-        "# Licence\n\nThe code in this folder is licensed under the Apache License, version 2.0 "
-        "(https://www.apache.org/licenses/LICENSE-2.0).\n\nThe weights carry the terms of the data that they were trained "
+        f"{_CODE_TERMS} (https://www.apache.org/licenses/LICENSE-2.0).\n\nThe weights carry the terms of the data that they were trained "
         f"on ({terms}).\n"
     )
 
@@ -366,7 +380,7 @@ def _pictures(folder: Path) -> list[tuple[str, str]]:
     return [
         (path.stem.replace("_", " ").replace("-", " "), quote(path.relative_to(folder).as_posix()))
         for path in paths
-        if path.suffix.lower() in PICTURE_SUFFIXES
+        if path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
     ]
 
 
@@ -380,6 +394,7 @@ def push_folder(
     results: Mapping[str, Any] | None = None,
     recipe: Recipe | None = None,
     license: str | None = None,
+    training_notes: str | None = None,
     overwrite: bool = False,
     private: bool = False,
     token: str | None = None,
@@ -389,7 +404,7 @@ def push_folder(
     Args:
         folder: as `validate_folder` describes it, its card as `ensure_card` does; otherwise it is only read.
         repo_id: "name" or "namespace/name"; created if it does not exist.
-        results, recipe, license: as in `ensure_card`.
+        results, recipe, license, training_notes: as in `ensure_card`.
         overwrite: let the folder replace what the repository holds. Without it a repository with other content is
             refused; the same content again is no error.
         private: create the repository as a private one; an existing public one is refused.
@@ -407,7 +422,7 @@ def push_folder(
     api = HfApi(token=token)
     user = signed_in_user(token)
     repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
-    ensure_card(folder, repo_id, results, recipe, license)
+    ensure_card(folder, repo_id, results, recipe, license, training_notes)
     files = [*loadable, *_card_files(folder)]
 
     with _explained(f"create or read the repository {repo_id}"):

@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures to label maps, with one interface over PyTorch and every exported format."""
 
-import contextlib
+import itertools
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +31,8 @@ class Segmenter:
 
     Args:
         path (`str` or `os.PathLike`): A checkpoint folder, an export folder, or the graph inside an export folder.
-        num_threads (`int`, *optional*): Threads that the runtime may use; by default what it chooses itself.
+        num_threads (`int`, *optional*): Threads that the runtime may use, and PyTorch in the whole process, which resizes
+            pictures and logits; by default what they choose themselves.
 
     Raises:
         `FileNotFoundError`: where there is neither a checkpoint nor an export.
@@ -47,6 +49,8 @@ class Segmenter:
         self.image_processor = AutoImageProcessor.from_pretrained(folder)
         if exported:
             require_packages(self.manifest.format, RUNTIME_PACKAGES[self.manifest.format])
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
         graph = folder / self.manifest.file
         try:
             self._run = _RUNTIMES[self.manifest.format](graph, num_threads)
@@ -75,20 +79,22 @@ class Segmenter:
         self.manifest.check_shape(len(network_input), *network_input.shape[rows : rows + 2])
         return self._run(network_input)
 
-    def __call__(self, image: Image.Image) -> np.ndarray:
+    def __call__(self, image: Image.Image | np.ndarray) -> np.ndarray:
         """
-        Segment a picture.
+        Segment a picture. Several threads may do so at once.
 
         Args:
-            image (`PIL.Image.Image`): Of any mode and size; its EXIF orientation is applied.
+            image (`PIL.Image.Image` or `np.ndarray` of shape `(height, width, 3)`): A picture of any mode and size, whose
+                EXIF orientation is applied; or 8-bit values in RGB.
 
         Returns:
-            `np.ndarray` of shape `(height, width)`: the label of each pixel of the upright picture.
+            `np.ndarray` of int64 and shape `(height, width)`: the label of each pixel of the upright picture.
         """
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
         image = ImageOps.exif_transpose(image)
         result = self.run(network_input(image, self.image_processor, self.manifest.with_postprocessing))
         if self.manifest.with_postprocessing:
-            return np.asarray(Image.fromarray(result[0]).resize(image.size, Image.Resampling.NEAREST))
+            return np.array(Image.fromarray(result[0]).resize(image.size, Image.Resampling.NEAREST), dtype=np.int64)
         return self._upsampled_labels(result, image.size[::-1])[0]
 
     def segment_at(self, images: Sequence[Image.Image], size: tuple[int, int]) -> np.ndarray:
@@ -182,11 +188,10 @@ def read_pictures(folder: str | os.PathLike, limit: int) -> PictureFiles:
         `ValueError`: where not one of its files can be read as a picture.
     """
     paths = files_below(Path(folder)) if Path(folder).is_dir() else []
-    readable = []
-    for index in np.linspace(0, len(paths) - 1, min(limit, len(paths))).round().astype(int):
-        with contextlib.suppress(Exception):  # decoders raise errors of every kind on damaged data
-            read_picture(paths[index])
-            readable.append(paths[index])
+    spread = np.linspace(0, len(paths) - 1, min(limit, len(paths))).round().astype(int).tolist()
+    readable = [paths[index] for index in spread if _can_be_read(paths[index])]
+    if not readable:  # then any that can
+        readable = list(itertools.islice(filter(_can_be_read, paths), limit))
     if not readable:
         state = f"none of its {len(paths)} pictures can be read" if paths else "it holds no pictures"
         state = state if Path(folder).is_dir() else "it is not a folder"
@@ -194,10 +199,20 @@ def read_pictures(folder: str | os.PathLike, limit: int) -> PictureFiles:
     return PictureFiles(readable)
 
 
+def _can_be_read(path: Path) -> bool:
+    try:
+        read_picture(path)
+    except Exception:  # decoders raise errors of every kind on damaged data
+        return False
+    return True
+
+
 def read_picture(path: Path) -> Image.Image:
-    """The upright picture of a file, in its own mode, read to its end."""
+    """The upright picture of a file, in its own mode, read to its end. Floats of 0…1 become such of 0…255."""
     with Image.open(path) as image:
         image.load()
+        if image.mode == "F" and image.getextrema()[1] <= 1:
+            image = image.point(lambda value: value * 255 + 0)
         return ImageOps.exif_transpose(image)
 
 
@@ -226,8 +241,6 @@ def find_model(path: Path) -> Path:
 
 
 def _open_pytorch(path: Path, num_threads: int | None) -> Run:
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_trained_model(path.parent).to(device)
     model = model.fuse() if hasattr(model, "fuse") else model  # other families have no faster form
@@ -235,8 +248,6 @@ def _open_pytorch(path: Path, num_threads: int | None) -> Run:
 
 
 def _open_torch(path: Path, num_threads: int | None) -> Run:
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
     program = torch.export.load(path).module()
     name = ExportManifest.load(path.parent).input_name
     return _torch_run(lambda network_input: next(iter(program(**{name: network_input}).values())))
@@ -253,12 +264,19 @@ def _torch_run(network: Callable[[torch.Tensor], torch.Tensor]) -> Run:
 def _open_onnx(path: Path, num_threads: int | None) -> Run:
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = num_threads or 0
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda network_input: session.run(None, {name: network_input})[0]
+    def compile_for(shape: tuple[int, ...] | None) -> Run:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = num_threads or 0
+        options.log_severity_level = 3
+        if shape is not None:
+            height, width = shape[1:3] if manifest.with_postprocessing else shape[2:]
+            for axis, length in (("batch", shape[0]), ("height", height), ("width", width)):
+                options.add_free_dimension_override_by_name(axis, length)
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return lambda network_input: session.run(None, {manifest.input_name: network_input})[0]
+
+    manifest = ExportManifest.load(path.parent)
+    return _SameShapeAgain(compile_for)
 
 
 def _open_openvino(path: Path, num_threads: int | None) -> Run:
@@ -285,7 +303,8 @@ class _SameShapeAgain:
     """
     Compiles a network for the shape of its input when that comes a second time in a row, as from a video or a folder.
 
-    With the sizes known OpenVINO computes all that depends on them beforehand, but compiling costs more than an image.
+    With the sizes known a runtime computes all that depends on them beforehand, but compiling costs more than an image.
+    One call at a time: OpenVINO's networks would give a thread what another one asked for.
     """
 
     def __init__(self, compile_for: Callable[[tuple[int, ...] | None], Run]):
@@ -293,14 +312,16 @@ class _SameShapeAgain:
         self._any_shape = compile_for(None)
         self._shape: tuple[int, ...] | None = None
         self._network: Run | None = None
+        self._lock = threading.Lock()
 
     def __call__(self, network_input: np.ndarray) -> np.ndarray:
-        if network_input.shape != self._shape:
-            self._shape, self._network = network_input.shape, None
-            return self._any_shape(network_input)
-        if self._network is None:
-            self._network = self._compile_for(self._shape)
-        return self._network(network_input)
+        with self._lock:
+            if network_input.shape != self._shape:
+                self._shape, self._network = network_input.shape, None
+                return self._any_shape(network_input)
+            if self._network is None:
+                self._network = self._compile_for(self._shape)
+            return self._network(network_input)
 
 
 def _open_executorch(path: Path, num_threads: int | None) -> Run:

@@ -23,7 +23,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def files_below(folder: Path, suffixes: Set[str] = PICTURE_SUFFIXES) -> list[Path]:
     """Files with one of the suffixes in a folder and those below it, sorted by path, without hidden ones (such as macOS's
-    `._photo.jpg`). Linked folders count, which `Path.rglob` leaves out: each once, and by its own name where that is
+    `._photo.jpg`, or what lies in `.thumbnails`). Linked folders count, which `Path.rglob` leaves out: each once, and by its own name where that is
     below the folder too."""
     entered: set[str] = set()
     found: list[Path] = []
@@ -34,6 +34,7 @@ def files_below(folder: Path, suffixes: Set[str] = PICTURE_SUFFIXES) -> list[Pat
                 folders.clear()
                 continue
             entered.add(os.path.realpath(parent))
+            folders[:] = [name for name in folders if not name.startswith(".")]
             pending += (Path(parent, name) for name in sorted(folders) if os.path.islink(Path(parent, name)))
             found += (Path(parent, name) for name in names)
     wanted = (path for path in found if path.suffix.lower() in suffixes and not path.name.startswith("."))

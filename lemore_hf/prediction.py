@@ -6,13 +6,14 @@ import contextlib
 import glob
 import hashlib
 import importlib.util
-import itertools
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from filelock import FileLock
@@ -25,6 +26,11 @@ from .export import MANIFEST
 from .inference import Segmenter, find_model, read_picture
 from .pictures import PICTURE_SUFFIXES, files_below
 from .visualization import default_palette, draw_segmentation
+
+if TYPE_CHECKING:
+    import av
+
+logger = logging.getLogger(__name__)
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 
@@ -99,25 +105,30 @@ def target_files(inputs: dict[Path, Path], output_dir: Path, kinds: Sequence[str
         `ValueError`: where the results of two inputs would be one file, or a result would take an input's place.
     """
     originals = {source.resolve() for source in inputs}
-    shared = Counter((name.with_suffix(""), is_video(name)) for name in inputs.values())
+    shared = Counter((_folded(name.with_suffix("")), is_video(name)) for name in inputs.values())
     targets: dict[Path, dict[str, Path]] = {}
-    sources: dict[Path, Path] = {}
+    sources: dict[str, Path] = {}
     for source, name in inputs.items():
-        stem = name if shared[name.with_suffix(""), is_video(name)] > 1 else name.with_suffix("")
+        stem = name if shared[_folded(name.with_suffix("")), is_video(name)] > 1 else name.with_suffix("")
         suffixes = {"masks": ".mkv", "overlays": ".mp4"} if is_video(name) else dict.fromkeys(TARGETS, ".png")
         targets[source] = {kind: output_dir / kind / f"{stem}{suffixes[kind]}" for kind in kinds}
         for target in targets[source].values():
-            if target in sources:
+            if _folded(target) in sources:
                 raise ValueError(
-                    f"{sources[target]} and {source} would both be written to {target}: pass the folder above them "
+                    f"{sources[_folded(target)]} and {source} would both be written to {target}: pass the folder above them "
                     "both as input, which keeps their paths, or use two output folders."
                 )
             if target.resolve() in originals:
                 raise ValueError(
                     f"The results of {source} would replace the input {target}: use another output folder."
                 )
-            sources[target] = source
+            sources[_folded(target)] = source
     return targets
+
+
+def _folded(path: Path) -> str:
+    """What tells files apart where upper and lower case do not, as on macOS and Windows."""
+    return path.as_posix().casefold()
 
 
 def claim_results(
@@ -142,10 +153,10 @@ def claim_results(
     identity = _hash_of(model)
     output_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(output_dir / f".{RECORD}.lock"):  # another run may be started into the same folder
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        record = _read_record(path)
         for source, files in targets.items():
             for kind, file in files.items():
-                origin = {"input": str(source.resolve()), "model": identity}
+                origin = {"input": _describe_input(source), "model": identity}
                 origin |= {"alpha": alpha} if kind == "overlays" else {}
                 name = file.relative_to(output_dir).as_posix()
                 if file.is_file() and record.get(name) != origin:
@@ -158,6 +169,23 @@ def claim_results(
                 record[name] = origin
         with atomic_file(path) as part:
             part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, or give another --output.") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} is not what this program has written: move it away, or give another --output.")
+    return record
+
+
+def _describe_input(source: Path) -> str:
+    """A file by its name, size and time, so that it may be moved, but not replaced, between two runs."""
+    status = source.stat()
+    moment = datetime.fromtimestamp(status.st_mtime, timezone.utc).isoformat(sep=" ", timespec="microseconds")
+    return f"{source.name}, {status.st_size} bytes of {moment}"
 
 
 def _other_origin(before: dict[str, Any] | None, origin: dict[str, Any]) -> str:
@@ -190,7 +218,9 @@ def require_video_package() -> None:
         `ImportError`: naming the extra that installs it.
     """
     if importlib.util.find_spec("av") is None:
-        raise ImportError("Videos need PyAV: pip install 'lemore-hf[video]'")
+        raise ImportError(
+            "Videos need PyAV: install the package with the extra, in its checkout pip install -e '.[video]'"
+        )
 
 
 def predict_file(segmenter: Segmenter, source: Path, targets: dict[str, Path], alpha: float = 0.5) -> None:
@@ -280,44 +310,89 @@ def _predict_video(segmenter: Segmenter, source: Path, targets: dict[str, Path],
 
 def _frames(source: Path) -> Iterator[tuple[Image.Image, Fraction, Fraction, Fraction]]:
     """The upright frames of a video, each with its time in seconds from the first one's, the video's frame rate, and
-    the width of a pixel over its height.
+    the width of a pixel over its height. Frames that are damaged are left out, with a warning.
 
     Raises:
         `UnreadableInputError`: for a file that is no video, or that ends long before its header says.
     """
     import av
 
+    _refuse_cut_off(source)
     with _refusing(Exception):
         container = av.open(str(source))
     with container:
         with _refusing(Exception):
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-        frames = container.decode(stream)
         rate = stream.average_rate or Fraction(25)
-        start = end = None
-        for number in itertools.count():
+        start, number, damaged = None, 0, 0
+        packets = container.demux(stream)
+        while True:
             with _refusing(Exception):
-                frame = next(frames, None)
-                image = None if frame is None else frame.to_image()
-            if image is None:
+                packet = next(packets, None)
+            if packet is None:
                 break
-            aspect_ratio = stream.sample_aspect_ratio or Fraction(1)
-            if frame.rotation:
-                image = image.rotate(frame.rotation, expand=True)
-                aspect_ratio = 1 / aspect_ratio if frame.rotation % 180 else aspect_ratio
-            # Phones film at rates that vary, and recordings of a stream begin at any time.
-            moment = number / rate if frame.pts is None else frame.pts * frame.time_base
-            start = moment if start is None else start
-            end = moment + max(1 / rate, (frame.duration or 0) * (frame.time_base or 0))
-            yield image, moment - start, rate, aspect_ratio
-        # Decoders end a film that was cut off as if that were its end. Not all formats say how long it is.
-        if end is not None and stream.duration:
-            length, end = stream.duration * stream.time_base, end - (stream.start_time or 0) * stream.time_base
-            if end < 0.95 * length:
-                raise UnreadableInputError(
-                    f"it ends after {float(end):.1f} of {float(length):.1f} seconds: the file is not whole"
-                )
+            try:
+                frames = packet.decode()
+            except av.error.InvalidDataError:
+                damaged += 1
+                continue
+            except Exception as error:
+                raise UnreadableInputError(str(error) or type(error).__name__) from error
+            for frame in frames:
+                with _refusing(Exception):
+                    image, is_turned = _upright_frame(frame)
+                aspect_ratio = stream.sample_aspect_ratio or Fraction(1)
+                # Phones film at rates that vary, and recordings of a stream begin at any time.
+                moment = number / rate if frame.pts is None else frame.pts * frame.time_base
+                start = moment if start is None else start
+                yield image, moment - start, rate, 1 / aspect_ratio if is_turned else aspect_ratio
+                number += 1
+        if damaged:
+            logger.warning(f"{source}: {damaged} damaged packets were left out, and the frames in them.")
+
+
+def _refuse_cut_off(source: Path) -> None:
+    """Decoders end a film that was cut off as if that were its end; its packets tell before anything is computed, where
+    the format says how long it is."""
+    import av
+
+    with _refusing(Exception), av.open(str(source)) as container:
+        stream = container.streams.video[0]
+        if not stream.duration:
+            return
+        first = last = None
+        with contextlib.suppress(av.error.FFmpegError):  # where it breaks off
+            for packet in container.demux(stream):
+                if packet.pts is not None:
+                    first = packet.pts if first is None else min(first, packet.pts)
+                    last = max(last or 0, packet.pts + (packet.duration or 0))
+        length, rate = float(stream.duration * stream.time_base), stream.average_rate or Fraction(25)
+        if first is None:
+            first = last = 0
+        # Some formats count the length from the first frame, some from 0, and the start they tell may be a guess.
+        end = float((last - min(first, stream.start_time or 0)) * stream.time_base + 1 / rate)
+    if end < 0.95 * length:
+        raise UnreadableInputError(f"it ends after {end:.1f} of {length:.1f} seconds: the file is not whole")
+
+
+def _upright_frame(frame: "av.VideoFrame") -> tuple[Image.Image, bool]:
+    """A frame as players show it, turned and mirrored as its display matrix says, and whether its axes changed places."""
+    from av.sidedata.sidedata import Type
+
+    image, matrix = frame.to_image(), frame.side_data.get(Type.DISPLAYMATRIX)
+    if matrix is None:
+        return image, False
+    # x' = a x + c y, y' = b x + d y; the matrix is a b u, c d v, x y w.
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    is_turned = abs(b) > abs(a)
+    if is_turned:
+        image = image.transpose(Image.Transpose.TRANSPOSE)
+    if (c if is_turned else a) < 0:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if (b if is_turned else d) < 0:
+        image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    return image, is_turned
 
 
 class _VideoWriter:

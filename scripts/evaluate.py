@@ -28,13 +28,20 @@ from accelerate import Accelerator
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 from transformers import PreTrainedModel
-from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
+from transformers.utils import IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 import lemore_hf
-from lemore_hf.checkpointing import CheckpointError, atomic_file
+from lemore_hf.checkpointing import CheckpointError, atomic_file, sha256_of
 from lemore_hf.complexity import count_multiply_accumulates
 from lemore_hf.data.loading import RecipeDataset, StreamedRecipeDataset, load_split, with_classes_of
-from lemore_hf.data.recipes import EVALUATION_FIELDS, Recipe, add_recipe_arguments, load_recipe, recipe_overrides
+from lemore_hf.data.recipes import (
+    EVALUATION_FIELDS,
+    Recipe,
+    add_recipe_arguments,
+    load_recipe,
+    recipe_names,
+    recipe_overrides,
+)
 from lemore_hf.evaluation import (
     EvaluatedImage,
     SegmentationEvaluation,
@@ -50,7 +57,7 @@ from lemore_hf.visualization import draw_segmentation, image_grid, plot_confusio
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder that training or export.py has written, or Hub id")
-    parser.add_argument("--recipe", required=True, help="name of a recipe, or path of its YAML file")
+    parser.add_argument("--recipe", required=True, help=f"{', '.join(recipe_names())}, or the path of a YAML file")
     parser.add_argument("--data_dir", type=Path, help="local folder of the data set; without it, from the Hub")
     parser.add_argument("--split", default="test", help="train, validation or test, or several joined by '+'")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the scores")
@@ -82,6 +89,12 @@ def main() -> None:
     if accelerator.is_main_process:
         check_output(args.output)
     model = load_network(args.model, recipe)
+    native = getattr(model.config, "native_size", None)
+    if hasattr(args, "image_size") and native is not None and recipe.image_size != tuple(native):
+        raise ValueError(
+            f"--image_size {recipe.image_size} has no effect on {args.model}, whose own is {tuple(native)}: --resize changes "
+            "the size of the images."
+        )
     check_processor(args.model, recipe, accelerator)
     with accelerator.main_process_first():  # which fills the cache of the data set
         samples = load_split(recipe, args.split, args.data_dir, args.streaming)
@@ -275,7 +288,7 @@ def describe(
         "model": args.model,
         **(describe_export(model) if isinstance(model, ExportedNetwork) else describe_checkpoint(model, recipe, args)),
         "model_type": model.config.model_type,
-        "image_size": list(network_size(recipe)),
+        "image_size": list(network_size(model, recipe)),
         "dataset": recipe.title or recipe.name,
         "recipe": recipe.name,
         "split": args.split,
@@ -302,8 +315,10 @@ def describe_export(network: ExportedNetwork) -> dict[str, Any]:
 def describe_checkpoint(model: PreTrainedModel, recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     on_meta = copy.deepcopy(model).to("meta")
     pixel_values = torch.empty(1, 3, *network_size(model, recipe), device="meta")
+    weights = cached_file(args.model, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
     return {
         "run": run_of(Path(args.model)),
+        "weights_sha256": sha256_of(Path(weights)) if weights else None,  # several files have none
         "parameters": model.num_parameters(),
         "multiply_accumulates": count_multiply_accumulates(on_meta, pixel_values),
     }
@@ -313,8 +328,7 @@ def network_size(model: PreTrainedModel | ExportedNetwork, recipe: Recipe) -> tu
     """(height, width) that operations are counted at: that of all images where `resize` gives one, else the native."""
     if isinstance(recipe.resize, tuple):
         return recipe.resize
-    native = getattr(model.config, "image_size", recipe.image_size)
-    return (native, native) if isinstance(native, int) else tuple(native)
+    return tuple(getattr(model.config, "native_size", recipe.image_size))  # other families have none
 
 
 def run_of(folder: Path) -> dict[str, Any]:

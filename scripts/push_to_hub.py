@@ -30,6 +30,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, help="JSON of scripts/evaluate.py: renders the card anew from it")
     parser.add_argument("--recipe", help="recipe of the training, for the card (default: the one the results name)")
     parser.add_argument("--license", help="Hub licence identifier of the weights (default: after the data's terms)")
+    parser.add_argument(
+        "--training_notes",
+        type=Path,
+        help="Markdown file on how the weights came about, for the card (default: the run)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what the repository or --output holds")
     parser.add_argument("--private", action="store_true", help="create the repository as a private one")
     parser.add_argument("--refresh_code", action="store_true", help="first bring its code files up to this package's")
@@ -52,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise PublishingError(f"--results {args.results} is not the JSON object that scripts/evaluate.py writes.")
         name = args.recipe or (results or {}).get("recipe")
         card = {"results": results, "recipe": load_recipe(name) if name else None, "license": args.license}
+        card["training_notes"] = args.training_notes.read_text(encoding="utf-8") if args.training_notes else None
         if args.figures and results is None and (args.model / CARD).is_file():
             raise PublishingError(
                 f"--figures: {args.model} has a card already; give --results, so that it shows them."
@@ -85,13 +91,14 @@ def add_figures(folder: Path, figures: Sequence[Path]) -> None:
         raise PublishingError(f"--figures {', '.join(map(str, figures))}: two have one name, rename one of them.")
     for path in figures:
         (folder / "figures").mkdir(exist_ok=True)
-        shutil.copyfile(path, folder / "figures" / path.name)
+        if path.resolve() != (folder / "figures" / path.name).resolve():
+            shutil.copyfile(path, folder / "figures" / path.name)
 
 
 def copy_files(folder: Path, files: Sequence[Path], output: Path, overwrite: bool) -> None:
     """Exactly `files` of a folder, in an output folder that may hold an older edition of them, or be overwritten."""
-    if output.resolve() == folder.resolve():
-        raise PublishingError(f"--output {output} is the model's own folder: give another, or --dry_run alone.")
+    if folder.resolve().is_relative_to(output.resolve()):
+        raise PublishingError(f"--output {output} holds the model's own folder: give another, or --dry_run alone.")
     there = {path.relative_to(output) for path in output.rglob("*") if path.is_file()}
     if (lost := sorted(map(str, there.difference(files)))) and not overwrite:
         raise PublishingError(

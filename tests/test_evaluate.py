@@ -415,7 +415,7 @@ def model_dir(tiny_lemore, tmp_path_factory):
 def arguments(model_dir, data_dir, output, *more):
     return [
         *("--model", str(model_dir), "--recipe", "folder", "--data_dir", str(data_dir), "--split", "test"),
-        *("--resize", "none", "--max_longest_edge", "none", "--image_size", "48", "64", "--eval_batch_size", "2"),
+        *("--resize", "none", "--max_longest_edge", "none", "--eval_batch_size", "2"),
         *("--output", str(output), *more),
     ]
 
@@ -584,9 +584,10 @@ def test_bad_input_is_refused_before_the_work(run_script, model_dir, data_dir, t
             run_script("--model", str(model_dir), "--recipe", "imagenet1k", "--output", str(output), *view)
     with pytest.raises(ValueError, match="--crop_size has no effect on scores in segmentation"):
         run_script(*arguments(model_dir, data_dir, output, "--crop_size", "32", "32"))
-    for option in ("--image_size", "--train_on"):
-        with pytest.raises(SystemExit):
-            run_script(*arguments(model_dir, data_dir, output, option, "64"))
+    with pytest.raises(ValueError, match=r"--image_size \(32, 32\) has no effect on .*: --resize changes"):
+        run_script(*arguments(model_dir, data_dir, output, "--image_size", "32", "32"))
+    with pytest.raises(SystemExit):
+        run_script(*arguments(model_dir, data_dir, output, "--train_on", "train"))
     with pytest.raises(FileNotFoundError, match="validation split"):
         run_script(*arguments(model_dir, data_dir, output, "--split", "validation"))
     LeMoReImageProcessor(image_mean=[0.5, 0.5, 0.5]).save_pretrained(model_dir)

@@ -7,6 +7,7 @@ import json
 import runpy
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from lemore_hf.checkpointing import CheckpointError
 from lemore_hf.data.scenes import draw_scene
 from lemore_hf.export import ExportManifest, SegmentationGraph, export_model
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
-from lemore_hf.inference import Segmenter, comparison_sizes, label_agreement, read_pictures
+from lemore_hf.inference import Segmenter, comparison_sizes, label_agreement, read_picture, read_pictures
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "export.py"
@@ -263,6 +264,36 @@ def test_float16_weights_for_the_web(image_processor, frames, tmp_path):
     assert (logits - expected).abs().max() < 0.01 * expected.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("export_format", "with_postprocessing"), [("onnx", True), ("onnx", False), ("openvino", True)]
+)
+def test_threads_get_their_own_pictures_labels(export_format, with_postprocessing, exported, frames):
+    segmenter = Segmenter(exported(export_format, with_postprocessing), num_threads=1)
+    expected = [segmenter(frame) for frame in frames[:4]]
+    assert not np.array_equal(expected[0], expected[1])
+    with ThreadPoolExecutor(4) as threads:
+        for actual, labels in zip(threads.map(segmenter, frames[:4] * 10), expected * 10, strict=True):
+            assert (actual == labels).mean() > 0.999  # compiled for the size some rounding differs
+
+
+@pytest.mark.parametrize("with_postprocessing", [False, True])
+def test_a_frame_of_numbers_is_a_picture(with_postprocessing, exported, frames):
+    segmenter = Segmenter(exported("onnx", with_postprocessing))
+    labels = segmenter(np.asarray(frames[0]))
+    np.testing.assert_array_equal(labels, segmenter(frames[0]))
+    assert labels.dtype == np.int64
+    labels[labels == 0] = 1  # they are the caller's
+
+
+@pytest.mark.parametrize("with_postprocessing", [False, True])
+@pytest.mark.parametrize("scale", [1, 255])
+def test_pictures_of_floats_are_as_those_of_bytes(scale, with_postprocessing, exported, frames, tmp_path):
+    segmenter, grey = Segmenter(exported("onnx", with_postprocessing)), frames[0].convert("L")
+    Image.fromarray(np.asarray(grey, np.float32) * np.float32(scale / 255)).save(tmp_path / "grey.tiff")
+    labels = segmenter(read_picture(tmp_path / "grey.tiff"))
+    assert (labels == segmenter(grey)).mean() > 0.99
+
+
 # Command line and bad input
 
 
@@ -291,6 +322,7 @@ def test_command_line_names_what_is_wrong(checkpoint, tmp_path, monkeypatch):
         ({"export_format": "onnx", "calibration_images": [Image.new("RGB", (40, 40))]}, "`precision` is 'float32'"),
         ({"export_format": "torch", "output_dir": "."}, "'.' has no name"),
         ({"export_format": "torch", "max_size": 31}, "at least 32.*31"),
+        ({"export_format": "onnx", "max_size": 127}, "`max_size` is 127, .* brings pictures to 128 pixels on a side"),
         ({"export_format": "torch", "max_batch_size": 0}, "at least 1.*0"),
     ],
 )
@@ -353,7 +385,7 @@ def test_more_labels_than_a_byte_holds(image_processor, tmp_path):
 @pytest.mark.parametrize("export_format", ["onnx", "openvino", "executorch"])
 def test_missing_package_names_the_extra(export_format, model, image_processor, tmp_path, monkeypatch):
     monkeypatch.setattr(export_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=rf"pip install 'lemore-hf\[{export_format}\]'"):
+    with pytest.raises(ModuleNotFoundError, match=rf"pip install -e '\.\[{export_format}\]'"):
         export_model(model, image_processor, tmp_path / "out", export_format)
 
 
@@ -368,6 +400,13 @@ def test_calibration_folder_with_nothing_usable(tmp_path):
         read_pictures(tmp_path / "absent", 8)
     Image.new("RGB", (40, 40)).save(tmp_path / "good.png")
     assert len(read_pictures(tmp_path, 8)) == 1
+
+
+def test_pictures_are_looked_for_beyond_those_that_cannot_be_read(tmp_path):
+    for number in range(9):
+        (tmp_path / f"{number}.png").write_bytes(b"\x89PNG nothing")
+    Image.new("RGB", (40, 40)).save(tmp_path / "5.png")
+    assert len(read_pictures(tmp_path, 2)) == 1
 
 
 def test_calibration_pictures_are_spread_over_the_folder(tmp_path):

@@ -5,6 +5,7 @@
 import copy
 import functools
 import os
+import re
 import struct
 import subprocess
 from fractions import Fraction
@@ -159,7 +160,7 @@ def test_results_of_something_else_are_not_taken_for_the_ones_asked_for(checkpoi
 
     another = {pictures / "more" / "one.jpg": targets[pictures / "one.png"]}
     with pytest.raises(
-        ValueError, match=r"is the result of another input \(.*one\.png, now .*one\.jpg\): pass --overwrite"
+        ValueError, match=r"is the result of another input \(one\.png, .*, now one\.jpg, .*\): pass --overwrite"
     ):
         claim_results(output, checkpoint, another, 0.5)
     with pytest.raises(ValueError, match=r"overlays/one\.png is the result of another alpha \(0\.5, now 1\.0\)"):
@@ -179,6 +180,29 @@ def test_results_of_something_else_are_not_taken_for_the_ones_asked_for(checkpoi
         file.write_bytes(b"a result")
     with pytest.raises(ValueError, match="is the result of another model"):
         claim_results(output, checkpoint, targets, 0.5)
+
+
+def test_a_picture_that_was_replaced_is_segmented_anew(checkpoint, pictures, tmp_path):
+    def claim(folder: Path, overwrite: bool = False) -> Path:
+        targets = target_files({folder / "one.png": Path("one.png")}, tmp_path / "out", ["masks"])
+        claim_results(tmp_path / "out", checkpoint, targets, 0.5, overwrite)
+        return targets[folder / "one.png"]["masks"]
+
+    mask = claim(pictures)
+    mask.parent.mkdir()
+    mask.write_bytes(b"a result")
+    claim(pictures.rename(tmp_path / "moved"))  # the folder elsewhere: still the same picture
+    patches(7).save(tmp_path / "moved" / "one.png")
+    with pytest.raises(ValueError, match=r"another input \(one\.png, \d+ bytes of .*, now one\.png, \d+ bytes"):
+        claim(tmp_path / "moved")
+    claim(tmp_path / "moved", overwrite=True)
+    assert not mask.exists()
+    (tmp_path / "out" / "predictions.json").write_text("{")
+    with pytest.raises(ValueError, match=r"predictions\.json is damaged .*: delete it"):
+        claim(tmp_path / "moved")
+    (tmp_path / "out" / "predictions.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"predictions\.json is not what this program has written"):
+        claim(tmp_path / "moved")
 
 
 def test_a_file_of_nobody_knows_whom_is_not_taken_for_a_result(checkpoint, pictures, tmp_path):
@@ -317,19 +341,25 @@ def test_video_keeps_the_time_of_each_frame(segmenter, tmp_path):
             assert [round(frame.time, 3) for frame in result.decode(video=0)] == [float(time) for time in times]
 
 
-def write_film(path: Path, start: int = 0, count: int = 20, sample_aspect_ratio: Fraction = Fraction(1)) -> None:
-    """Frames of one colour, which changes from frame to frame, ten a second from the second `start`."""
+def write_film(
+    path: Path,
+    start: int = 0,
+    count: int = 20,
+    sample_aspect_ratio: Fraction = Fraction(1),
+    rate: Fraction = Fraction(10),
+) -> None:
+    """Frames of one colour, which changes from frame to frame, `rate` a second from the second `start`."""
     import av
 
     options = {"movflags": "faststart"} if path.suffix == ".mp4" else {}
     with av.open(str(path), "w", options=options) as film:
-        stream = film.add_stream("libx264", rate=10, options={"g": "1"})
+        stream = film.add_stream("libx264", rate=rate, options={"g": "1"})
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
         stream.codec_context.sample_aspect_ratio = sample_aspect_ratio
-        stream.codec_context.time_base = Fraction(1, 10)
+        stream.codec_context.time_base = 1 / rate
         for number in range(count):
             frame = av.VideoFrame.from_ndarray(np.full((64, 96, 3), 10 * number, np.uint8))
-            frame.pts, frame.time_base = 10 * start + number, Fraction(1, 10)
+            frame.pts, frame.time_base = int(rate * start) + number, 1 / rate
             film.mux(stream.encode(frame))
         film.mux(stream.encode())
 
@@ -348,11 +378,19 @@ def test_a_film_of_a_phone_that_was_turned_is_upright(tmp_path):
     # The track's header has a matrix that players turn the picture by: here by a quarter, clockwise.
     content = bytearray(path.read_bytes())
     at = content.index(b"tkhd") + 44
-    content[at : at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 64 << 16, 0, 1 << 30)
-    path.write_bytes(content)
-    image = next(prediction_module._frames(path))[0]
-    assert image.size == (64, 96)
-    assert np.asarray(image)[:, 40:].min() > np.asarray(image)[:, :24].max(), "bright on the right"
+    one = 1 << 16
+    # Turned by a quarter clockwise, by half, mirrored, turned by a quarter and mirrored; and where it is bright then.
+    for matrix, bright in (((0, one, -one, 0), "right"), ((-one, 0, 0, -one), "below"), ((-one, 0, 0, one), "above"),
+                           ((one, 0, 0, -one), "below"), ((0, one, one, 0), "left")):  # fmt: skip
+        a, b, c, d = matrix
+        content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+        path.write_bytes(content)
+        image, _, _, aspect_ratio = next(prediction_module._frames(path))
+        grey = np.asarray(image.convert("L"), dtype=int)
+        assert image.size == ((64, 96) if b else (96, 64)), matrix
+        sides = {"above": grey[:20], "below": grey[-20:], "left": grey[:, :20], "right": grey[:, -20:]}
+        assert max(sides, key=lambda side: sides[side].mean()) == bright, matrix
+        assert aspect_ratio == 1
 
 
 @pytest.mark.parametrize("start", [0, 100])
@@ -363,6 +401,33 @@ def test_a_film_that_was_cut_off_is_refused(segmenter, tmp_path, start):
     with pytest.raises(prediction_module.UnreadableInputError, match=r"ends after [01]\.\d of 2\.0 seconds"):
         predict_file(segmenter, tmp_path / "film.mp4", {"masks": tmp_path / "out" / "masks.mkv"})
     assert files_below(tmp_path / "out") == set()
+
+
+def test_a_damaged_packet_costs_its_own_frames_alone(segmenter, tmp_path, caplog):
+    import av
+
+    with av.open(str(tmp_path / "film.avi"), "w") as film:
+        stream = film.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuvj420p"
+        for index in range(20):
+            for packet in stream.encode(av.VideoFrame.from_image(patches(index).resize((96, 64)))):
+                film.mux(packet)
+        for packet in stream.encode():
+            film.mux(packet)
+    content = bytearray((tmp_path / "film.avi").read_bytes())
+    starts = [match.start() for match in re.finditer(b"\xff\xd8\xff", content)]
+    content[starts[10] : starts[10] + 400] = bytes(400)
+    (tmp_path / "film.avi").write_bytes(content)
+    predict_file(segmenter, tmp_path / "film.avi", {"masks": tmp_path / "masks.mkv"})
+    with av.open(str(tmp_path / "masks.mkv")) as result:
+        assert len(list(result.decode(video=0))) == 19
+    assert "1 damaged packets were left out" in caplog.text
+
+
+def test_a_film_of_few_frames_is_whole(tmp_path):
+    """Of one frame in ten seconds, whose start Matroska's reader guesses wrong."""
+    write_film(tmp_path / "film.mkv", count=20, rate=Fraction(1, 10))
+    assert len(list(prediction_module._frames(tmp_path / "film.mkv"))) == 20
 
 
 def test_results_of_a_film_begin_with_it_and_keep_the_shape_of_its_pixels(segmenter, tmp_path):
@@ -443,7 +508,7 @@ def test_damaged_video_leaves_nothing(segmenter, tmp_path):
 
 def test_video_without_the_package_names_the_extra(monkeypatch):
     monkeypatch.setattr(prediction_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'lemore-hf\[video\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[video\]'"):
         prediction_module.require_video_package()
 
 
@@ -452,6 +517,8 @@ def test_inputs_from_files_folders_and_patterns(pictures, tmp_path):
     output.mkdir()
     Image.new("RGB", (40, 40)).save(output / "earlier.png")
     (pictures / "._one.png").touch()  # as macOS leaves them on other systems' disks
+    (pictures / ".thumbnails").mkdir()
+    Image.new("RGB", (40, 40)).save(pictures / ".thumbnails" / "small.png")
     everything = find_inputs([str(pictures), str(pictures / "one.png")], output)
     assert {str(name) for name in everything.values()} == {"one.png", "two.png", "more/one.jpg", "damaged.jpg"}
     pattern = find_inputs([str(pictures / "**" / "one.*")], output)
@@ -468,6 +535,10 @@ def test_results_of_two_inputs_never_share_a_file(pictures, tmp_path):
     targets = target_files(find_inputs([str(pictures)], output), output, ["masks"])
     names = {str(files["masks"].relative_to(output / "masks")) for files in targets.values()}
     assert names == {"one.png.png", "one.jpg.png", "two.png", "more/one.png", "damaged.png"}
+    # Neither where upper and lower case name the same file.
+    Image.new("RGB", (40, 40)).save(pictures / "TWO.jpg")
+    targets = target_files(find_inputs([str(pictures)], output), output, ["masks"])
+    assert len({str(files["masks"]).casefold() for files in targets.values()}) == 6
     same = find_inputs([str(pictures / "one.jpg"), str(pictures / "more" / "one.jpg")], output)
     with pytest.raises(ValueError, match="would both be written to"):
         target_files(same, output, ["masks"])

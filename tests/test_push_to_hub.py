@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Publishing: the folder's checks, the card, and the real Hub client against a small Hub on the loopback interface."""
 
+import hashlib
 import json
 import runpy
 import shutil
@@ -193,6 +194,22 @@ def test_card_says_what_the_results_say(folder):
     assert 'model="someone/lemore-test"' in card.text
 
 
+def test_a_card_takes_no_scores_of_other_weights(folder):
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    write_card(folder, "someone/lemore-test", {**RESULTS, "weights_sha256": weights})
+    with pytest.raises(PublishingError, match=r"the results are of other weights \(run/best\) than those in"):
+        write_card(folder, "someone/lemore-test", {**RESULTS, "weights_sha256": "0" * 64, "model": "run/best"})
+
+
+def test_the_licence_goes_with_the_card(folder):
+    write_card(folder, "someone/lemore-test", RESULTS, load_recipe("camvid"))
+    assert "CamVid: for research and tests" in (folder / "LICENSE.md").read_text()
+    write_card(folder, "someone/lemore-test", RESULTS, load_recipe("cityscapes"))
+    assert "CamVid" not in (folder / "LICENSE.md").read_text()
+    write_card(folder, "someone/lemore-test", RESULTS, load_recipe("scenes"))
+    assert not (folder / "LICENSE.md").exists(), "apache-2.0 needs none"
+
+
 def test_card_tells_of_the_run_that_the_weights_come_from(folder):
     run = {"steps": 300, "epochs": 5.1, "train_on": "train+validation", "seed": 3, "hours": 1.25, "hardware": "a CPU"}
     run |= {"versions": {"torch": "2.14.1"}, "settings": {"init_from": None}}
@@ -202,7 +219,12 @@ def test_card_tells_of_the_run_that_the_weights_come_from(folder):
     run["settings"]["init_from"] = "crops/final"
     text = write_card(folder, "someone/lemore-test", {**RESULTS, "run": run}, load_recipe("camvid")).read_text()
     assert "from the weights of an earlier run, `crops`; seed 3;\n1.25 hours on a CPU with PyTorch 2.14.1." in text
-    assert "trained with train_on train+validation in" in text, "the recipe's notes"
+    assert load_recipe("camvid").notes[:40] not in text, "notes on a recipe are not on these weights"
+    text = write_card(
+        folder, "someone/lemore-test", {**RESULTS, "run": run}, training_notes="In *stages*.\n"
+    ).read_text()
+    assert "## Training\n\nIn *stages*.\n\n## " in text
+    assert "1.25 hours" not in text
     run["settings"]["init_from"] = ["one/final", "two/best"]
     text = write_card(folder, "someone/lemore-test", {**RESULTS, "run": run}).read_text()
     assert "over `train+validation`, from the mean of the weights of earlier runs, `one`, `two`; seed 3;" in text
@@ -402,8 +424,11 @@ def test_output_is_exactly_the_folder_that_would_be_uploaded(folder, tmp_path):
     (folder / "modeling_lemore.py").write_text("# of an older release")
     push([*options, "--refresh_code", "--output", str(output)])
     assert (output / "modeling_lemore.py").read_bytes() == current
-    with pytest.raises(SystemExit, match="is the model's own folder"):
+    with pytest.raises(SystemExit, match="holds the model's own folder"):
         push([*options, "--output", str(folder)])
+    with pytest.raises(SystemExit, match="holds the model's own folder"):
+        push([*options, "--output", str(folder.parent), "--overwrite"])
+    assert (folder / "model.safetensors").is_file()
     (output / "checkpoint-1").mkdir()
     (output / "checkpoint-1" / "trainer_state.json").touch()
     with pytest.raises(SystemExit, match=r"holds what would be lost: checkpoint-1/trainer_state\.json\. Give another"):
