@@ -31,6 +31,7 @@ from lemore_hf.data.recipes import (
     Recipe,
     add_recipe_arguments,
     load_recipe,
+    recipe_names,
     recipe_overrides,
     split_names,
 )
@@ -39,7 +40,7 @@ from lemore_hf.visualization import draw_segmentation, image_grid
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", required=True, help="name of a recipe, or path of its YAML file")
+    parser.add_argument("--recipe", required=True, help=f"{', '.join(recipe_names())}, or the path of a YAML file")
     parser.add_argument("--data_dir", type=Path, help="local folder of the data set; without it, from the Hub")
     parser.add_argument("--split", help="only these splits, joined by '+'; by default all that are there")
     parser.add_argument("--streaming", action="store_true", help="read without keeping anything on disk")

@@ -58,7 +58,14 @@ from lemore_hf.data.loading import (
     raise_together,
     with_classes_of,
 )
-from lemore_hf.data.recipes import DESCRIPTIVE_FIELDS, Recipe, add_recipe_arguments, load_recipe, recipe_overrides
+from lemore_hf.data.recipes import (
+    DESCRIPTIVE_FIELDS,
+    Recipe,
+    add_recipe_arguments,
+    load_recipe,
+    recipe_names,
+    recipe_overrides,
+)
 from lemore_hf.evaluation import evaluate
 from lemore_hf.hardware import hardware_name, shares_cpu
 from lemore_hf.hub import PublishingError, push_folder, signed_in_user
@@ -77,7 +84,7 @@ from lemore_hf.visualization import plot_training_curve
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", required=True, help="name of a recipe, or path of its YAML file")
+    parser.add_argument("--recipe", required=True, help=f"{', '.join(recipe_names())}, or the path of a YAML file")
     parser.add_argument("--data_dir", type=Path, help="local folder of the data set; without it, from the Hub")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of checkpoints, logs and final model")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")

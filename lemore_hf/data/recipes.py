@@ -57,7 +57,7 @@ class Recipe:
     name: str
     """Name of the recipe."""
     task: Literal["semantic-segmentation", "image-classification"] = "semantic-segmentation"
-    """What the labels are: a map of class ids, or one class id an image."""
+    """What the labels are: a map of class ids (semantic-segmentation), or one class id an image (image-classification)."""
     title: str = ""
     """Name of the data set as people write it."""
     status: str = "not run"
@@ -116,7 +116,7 @@ class Recipe:
     reduce_labels: bool = False
     """Stored label 0 is void, and label i is class i - 1."""
     label_map: dict[int, int] | None = None
-    """Class of each stored label; every other one becomes void."""
+    """Class of each stored label, such as {7: 0, 8: 1}; every other one becomes void."""
     allow_all_void: bool = False
     """Accept samples without a single labelled pixel, which are refused otherwise."""
 
@@ -400,8 +400,8 @@ DESCRIPTIVE_FIELDS = frozenset(
     )
 )
 """What changes nothing about what a training computes, as far as it gets."""
-EVALUATION_FIELDS = ALL_FIELDS - TRAINING_FIELDS - {"image_size", "train_on", "validate_on"}
-"""What an evaluation looks at: the network says its size itself, and the split is asked for."""
+EVALUATION_FIELDS = ALL_FIELDS - TRAINING_FIELDS - {"train_on", "validate_on"}
+"""What an evaluation looks at, which is asked for a split."""
 
 _FIELDS_OF_THE_OTHER_TASK = {
     "semantic-segmentation": ("mixup_alpha",),
