@@ -487,6 +487,8 @@ def test_remote_code_without_the_package(missing, cases, tmp_path):
     environment.pop("PYTHONPATH", None)
     command = [sys.executable, "-c", LOAD_WITHOUT_PACKAGE, missing, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    if "AutoImageProcessor requires the Torchvision library" in result.stderr:
+        pytest.skip("this version of Transformers has no AutoImageProcessor without torchvision")
     assert result.returncode == 0, result.stderr
     assert re.search(r"^network of transformers_modules\..* 2 2 8 8$", result.stdout, re.M)
 
