@@ -364,12 +364,13 @@ def _refuse_cut_off(source: Path) -> None:
         first = last = None
         with contextlib.suppress(av.error.FFmpegError):  # where it breaks off
             for packet in container.demux(stream):
-                if packet.pts is not None:
-                    first = packet.pts if first is None else min(first, packet.pts)
-                    last = max(last or 0, packet.pts + (packet.duration or 0))
+                moment = packet.dts if packet.pts is None else packet.pts  # AVI has no others
+                if moment is not None:
+                    first = moment if first is None else min(first, moment)
+                    last = max(last or 0, moment + (packet.duration or 0))
         length, rate = float(stream.duration * stream.time_base), stream.average_rate or Fraction(25)
-        if first is None:
-            first = last = 0
+        if first is None:  # nothing tells
+            return
         # Some formats count the length from the first frame, some from 0, and the start they tell may be a guess.
         end = float((last - min(first, stream.start_time or 0)) * stream.time_base + 1 / rate)
     if end < 0.95 * length:

@@ -428,6 +428,8 @@ def test_a_film_of_few_frames_is_whole(tmp_path):
     """Of one frame in ten seconds, whose start Matroska's reader guesses wrong."""
     write_film(tmp_path / "film.mkv", count=20, rate=Fraction(1, 10))
     assert len(list(prediction_module._frames(tmp_path / "film.mkv"))) == 20
+    write_film(tmp_path / "film.avi")  # whose packets say when they are decoded, not when they are shown
+    assert len(list(prediction_module._frames(tmp_path / "film.avi"))) == 20
 
 
 def test_results_of_a_film_begin_with_it_and_keep_the_shape_of_its_pixels(segmenter, tmp_path):
