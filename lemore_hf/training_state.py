@@ -15,7 +15,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .checkpointing import CheckpointError, load_checkpoint, save_checkpoint
+from .data.recipes import DESCRIPTIVE_FIELDS
 from .optimization import ExponentialMovingAverage
+
+# Fields that an earlier release compared.
+_DECIDE_NOTHING = {f"recipe.{field}" for field in DESCRIPTIVE_FIELDS}
 
 
 class TrainingState:
@@ -129,7 +133,7 @@ class TrainingState:
         saved = {name: value for name, value in self.defaults.items() if name in self.fingerprint} | saved
         differing = [
             f"{name} was {saved.get(name)!r}, is {self.fingerprint.get(name)!r}"
-            for name in sorted(self.fingerprint)  # what only an earlier release knew decides nothing
+            for name in sorted((saved.keys() | self.fingerprint.keys()) - _DECIDE_NOTHING)
             if saved.get(name) != self.fingerprint.get(name)
         ]
         if differing:

@@ -14,6 +14,7 @@ from lemore_hf.data.recipes import (
     ALL_FIELDS,
     EVALUATION_FIELDS,
     IGNORE_INDEX,
+    TRAINING_FIELDS,
     Recipe,
     add_recipe_arguments,
     load_recipe,
@@ -139,6 +140,29 @@ def test_every_field_that_has_an_effect_has_an_option_with_its_documentation(fie
     descriptive = {"name", "status", "notes", "paper_mean_iou"}
     assert missing == (descriptive if fields is None else descriptive | (ALL_FIELDS - EVALUATION_FIELDS))
     assert all(action.help for action in parser._actions)
+
+
+def test_what_evaluation_looks_at_is_not_of_training_alone():
+    assert {
+        "scale_range",
+        "cutmix_alpha",
+        "max_steps",
+        "learning_rate",
+        "lovasz_weight",
+        "loss_stride",
+    } <= TRAINING_FIELDS
+    kept = {
+        "resize",
+        "image_size",
+        "crop_size",
+        "image_mean",
+        "eval_batch_size",
+        "label_map",
+        "class_names",
+        "data_files",
+    }
+    assert not kept & TRAINING_FIELDS
+    assert kept <= EVALUATION_FIELDS
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_weights(tmp_
                 kills += 1
         for folder in list_checkpoints(tmp_path):
             load_checkpoint(folder)
-    assert kills, "the run ended before it could be killed"  # once is enough where others keep the processor
+    assert kills == 3, "the run ended before it could be killed"
     run(recipe, data_dir, tmp_path, "--resume")
     assert weights_of(tmp_path) == weights_of(uninterrupted)
     losses = [log_of(folder) for folder in (tmp_path, uninterrupted)]
@@ -334,10 +334,23 @@ def test_a_checkpoint_of_before_a_setting_came_is_resumed_where_the_setting_is_o
     for checkpoint in list_checkpoints(folder):
         tensors, state = load_checkpoint(checkpoint)
         del state["fingerprint"]["recipe.blur"]
+        state["fingerprint"]["recipe.allow_all_void"] = False  # which was compared then
         shutil.rmtree(checkpoint)
         save_checkpoint(checkpoint, tensors, state)
     run_here(recipe, data_dir, folder, "--resume", "--blur", "0.5", expect=r"recipe\.blur was 0\.0, is 0\.5")
     run_here(recipe, data_dir, folder, "--resume")
+
+
+def test_a_checkpoint_with_a_setting_that_is_not_known_here_is_refused(
+    tmp_path, run_here, recipe, data_dir, uninterrupted
+):
+    folder = shutil.copytree(uninterrupted, tmp_path / "newer")
+    for checkpoint in list_checkpoints(folder):
+        tensors, state = load_checkpoint(checkpoint)
+        state["fingerprint"]["recipe.stretch"] = 1.5
+        shutil.rmtree(checkpoint)
+        save_checkpoint(checkpoint, tensors, state)
+    run_here(recipe, data_dir, folder, "--resume", expect=r"recipe\.stretch was 1\.5, is None")
 
 
 def test_a_run_of_constant_rate_goes_on_beyond_its_end(tmp_path, recipe, data_dir, run_here):
