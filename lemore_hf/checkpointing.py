@@ -194,6 +194,7 @@ def require_safetensors(folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
+    """Of a file, as hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):

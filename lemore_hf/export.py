@@ -169,23 +169,24 @@ def export_model(
     Raises:
         `TypeError`: for a model that is not [`LeMoReForSemanticSegmentation`].
         `ValueError`: for an unknown format or precision, one that the format does not have, int8 without calibration
-            images, limits below the smallest size or the processor's, more than 255 labels in a uint8 label map, or an output folder that
-            holds anything but an export.
+            images, limits below the smallest size or the processor's, more than 255 labels in a uint8 label map, or an
+            output folder that holds anything but an export.
         `ImportError`: naming the extra to install where the format's packages are missing.
     """
     _check_options(model, export_format, with_postprocessing, precision, calibration_images, max_size, max_batch_size)
+    needed = largest_side(image_processor)
+    if max_size is not None and max_size < needed:
+        raise ValueError(
+            f"`max_size` is {max_size}, but the image processor brings pictures to {needed} pixels on a side: raise it, "
+            "or give the model a processor of a smaller `size`."
+        )
     calibrator = ("nncf",) if (export_format, precision) == ("openvino", "int8") else ()
     require_packages(export_format, (*_REQUIREMENTS[export_format], *calibrator))
     output_dir = Path(output_dir)
     _check_output(output_dir)
-    needed = largest_side(image_processor)
-    if max_size is not None and max_size < needed:
-        raise ValueError(
-            f"`max_size` is {max_size}, but the image processor brings pictures to {needed} pixels on a side: raise it, or "
-            "give the model a processor of a smaller `size`."
-        )
     if export_format == "executorch":
-        max_size, max_batch_size = max_size or max(1024, needed, *model.config.native_size), max_batch_size or 4
+        max_size = max_size or max(1024, largest_side(image_processor), *model.config.native_size)
+        max_batch_size = max_batch_size or 4
     manifest = ExportManifest(
         export_format,
         FILES[export_format],
@@ -225,7 +226,8 @@ def require_packages(export_format: str, names: Sequence[str]) -> None:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"The format {export_format!r} needs {', '.join(missing)}: install the package with the extra, in its checkout pip install -e '.[{export_format}]'",
+            f"The format {export_format!r} needs {', '.join(missing)}: install the package with the extra, in its "
+            f"checkout pip install -e '.[{export_format}]'",
             name=", ".join(missing),
         )
 

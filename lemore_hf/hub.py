@@ -217,20 +217,21 @@ def write_card(
     folder = Path(folder)
     if not Path(template).is_file():
         raise PublishingError(f"there is no card template {template}; give one, such as the repository's model_cards/")
+    results = results or {}
     config, architecture = _load_config(folder), _model_class(folder).__name__
-    if export := (results or {}).get("export"):
+    if export := results.get("export"):
         raise PublishingError(
             f"the results are of an export ({export.get('format')}, {export.get('precision')}), not of these weights: "
             "evaluate the model itself"
         )
-    of_weights = (results or {}).get("weights_sha256")
+    of_weights = results.get("weights_sha256")
     if of_weights and (folder / WEIGHTS).is_file() and of_weights != sha256_of(folder / WEIGHTS):
         raise PublishingError(
-            f"the results are of other weights ({(results or {}).get('model')}) than those in {folder}: evaluate these"
+            f"the results are of other weights ({results.get('model')}) than those in {folder}: evaluate these"
         )
-    scores = _scores(results or {})
+    scores = _scores(results)
     card = ModelCard.from_template(
-        _card_data(architecture, repo_id, results or {}, scores, recipe, license),
+        _card_data(architecture, repo_id, results, scores, recipe, license),
         template_path=str(template),
         name=repo_id.split("/")[-1],
         repo_id=repo_id,
@@ -238,9 +239,9 @@ def write_card(
         config=config,
         processor=_read_json(folder / PROCESSOR),
         num_parameters=_num_parameters(folder),
-        results=results or {},
+        results=results,
         scores=[(name, f"{100 * scores[key]:.2f}") for key, name in _SCORES.items() if key in scores],
-        per_class=_per_class(results or {}, config),
+        per_class=_per_class(results, config),
         recipe=recipe,
         training_notes=training_notes,
         pictures=_pictures(folder),
@@ -333,7 +334,8 @@ def _terms(recipe: Recipe | None) -> str:
     """The licence file of weights whose licence is not one of the Hub's list."""
     terms = f"{recipe.title or recipe.name}: {recipe.license}" if recipe and recipe.license else "not recorded here"
     return (
-        f"{_CODE_TERMS} (https://www.apache.org/licenses/LICENSE-2.0).\n\nThe weights carry the terms of the data that they were trained "
+        f"{_CODE_TERMS} (https://www.apache.org/licenses/LICENSE-2.0).\n\n"
+        "The weights carry the terms of the data that they were trained "
         f"on ({terms}).\n"
     )
 

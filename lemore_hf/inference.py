@@ -212,7 +212,7 @@ def read_picture(path: Path) -> Image.Image:
     with Image.open(path) as image:
         image.load()
         if image.mode == "F" and image.getextrema()[1] <= 1:
-            image = image.point(lambda value: value * 255 + 0)
+            image = image.point(lambda value: value * 255)
         return ImageOps.exif_transpose(image)
 
 

@@ -23,8 +23,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def files_below(folder: Path, suffixes: Set[str] = PICTURE_SUFFIXES) -> list[Path]:
     """Files with one of the suffixes in a folder and those below it, sorted by path, without hidden ones (such as macOS's
-    `._photo.jpg`, or what lies in `.thumbnails`). Linked folders count, which `Path.rglob` leaves out: each once, and by its own name where that is
-    below the folder too."""
+    `._photo.jpg`, or what lies in `.thumbnails`). Linked folders count, which `Path.rglob` leaves out: each once, and by
+    its own name where that is below the folder too."""
     entered: set[str] = set()
     found: list[Path] = []
     pending = [folder]

@@ -151,8 +151,8 @@ def main() -> int:
             and len(report.counts.keys() - {IGNORE_INDEX}) == 1
         ):
             problems.append(
-                f"{split}: its masks hold a single class beside void ({IGNORE_INDEX}), so that there is nothing to tell apart. "
-                "Store two classes as 0 and 1, not as 0 and 255, or name the stored values in the recipe's label_map."
+                f"{split}: its masks hold a single class beside void ({IGNORE_INDEX}), so that there is nothing to tell "
+                "apart. Store two classes as 0 and 1, not as 0 and 255, or name the stored values in the recipe's label_map."
             )
         is_validated = recipe.task == "semantic-segmentation" and split in split_names(recipe.validate_on)
         if is_validated and min(len(report.sizes), recipe.eval_batch_size) > 1:

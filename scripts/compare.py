@@ -156,9 +156,8 @@ def evaluate(plan: dict[str, Any], name: str, folder: Path, split: str, args: ar
     output = folder / f"{split}.json"
     words = ["--model", str(folder / "final"), "--split", split, "--output", str(output), "--runs", str(args.runs)]
     # A network is scored on images as it was trained on: resized and normalized alike.
-    recipe = {
-        key: value for key, value in training_options(plan, name).items() if key in EVALUATION_FIELDS - {"crop_size"}
-    }
+    fields = EVALUATION_FIELDS - {"crop_size"}  # in segmentation, whole images are scored
+    recipe = {key: value for key, value in training_options(plan, name).items() if key in fields}
     run("evaluate.py", "--recipe", plan["recipe"], *data, *words, *option_words(recipe))
 
 

@@ -168,8 +168,7 @@ def make_trainer(
     """A `Trainer` that trains on `train`, or without it one that evaluates."""
     steps = args.epochs * (max(1, len(train) // args.batch_size) if train is not None else 1)
     metrics = trainer_metrics(recipe.num_classes, recipe.id2label)
-    if inheriting_workers(1):  # `Trainer` has no option for it
-        torch.multiprocessing.set_start_method("fork", force=True)
+    torch.multiprocessing.set_start_method(inheriting_workers(1), force=True)  # `Trainer` has no option for it
     training_arguments = TrainingArguments(
         output_dir=str(args.output_dir / "trainer"),
         num_train_epochs=args.epochs,

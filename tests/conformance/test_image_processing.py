@@ -47,7 +47,6 @@ class LeMoReImageProcessingTest(ImageProcessingTestMixin, PostProcessSemanticSeg
         return self.image_processor_tester.prepare_image_processor_dict()
 
     def test_call_numpy_4_channels(self) -> None:
-        self.image_processor_tester.settings["do_convert_rgb"] = (
-            False  # Transformers 5.17 does not say it in the call.
-        )
+        # Transformers 5.17 does not say it in the call.
+        self.image_processor_tester.settings["do_convert_rgb"] = False
         super().test_call_numpy_4_channels()
