@@ -38,8 +38,10 @@ def main() -> None:
 
 
 def tabulate(runs: list[dict[str, Any]]) -> str:
+    """A row for each run, and what they took together."""
     rows = [HEADER, ["---", "---"] + ["---:"] * (len(HEADER) - 2), *map(row, runs)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
+    return "\n".join([*lines, "", f"{len(runs)} runs, {sum(run['hours'] for run in runs):.1f} hours."])
 
 
 def row(run: dict[str, Any]) -> list[str]:

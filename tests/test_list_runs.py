@@ -20,13 +20,16 @@ def list_runs(monkeypatch):
 
 def test_a_stage_says_what_it_began_with_and_scored(list_runs, capsys):
     list_runs("--names", "lemore-camvid-twenty-[fs]*")
-    header, _, *rows = capsys.readouterr().out.splitlines()
+    header, _, *rows, _, total = capsys.readouterr().out.splitlines()
     cells = {row.split(" | ")[0].removeprefix("| "): row.split(" | ") for row in rows}
     assert header.split(" | ")[1] == "begins with"
     assert cells["lemore-camvid-twenty-sixth"][1:] == [
         *("lemore-camvid-twenty-fifth", "2300", "16", "0.002", "900×1200"),
         *("CutMix, ClassMix", "8", "1.56", "67.13 |"),
     ]
+    hours = sum(float(row[8]) for row in cells.values())
+    assert total.startswith(f"{len(cells)} runs, ")
+    assert float(total.split()[2]) == pytest.approx(hours, abs=0.1)
     assert cells["lemore-camvid-twenty-first"][1] == "mean of lemore-camvid-sixteenth, lemore-camvid-twentieth"
 
 
@@ -35,5 +38,7 @@ def test_the_table_of_camvid_s_stages_has_every_run(list_runs, tmp_path):
     rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| ")]
     kept = (ROOT / "model_cards" / "camvid_stages.md").read_text().splitlines()
     assert rows == [line for line in kept if line.startswith("| ")], "run the command in its last line again"
+    (total,) = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.endswith(" hours.")]
+    assert total in kept
     with pytest.raises(SystemExit, match=r"--names nothing: none of the \d+ runs"):
         list_runs("--names", "nothing")
