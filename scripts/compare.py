@@ -6,7 +6,7 @@
         --runs model_cards/runs.jsonl --table model_cards/camvid_ablation.md
 
 A plan is a YAML file: options of `scripts/train.py` that all variants share, those in which each differs, and the splits
-to evaluate on. Started again, it goes on where it was stopped; `--table_only` tabulates the runs there are.
+to evaluate on. A variant's `init_from` may name variants before it, with whose weights it begins. Started again, it goes on where it was stopped; `--table_only` tabulates the runs there are.
 """
 
 import argparse
@@ -48,6 +48,10 @@ def main() -> None:
     if unknown := [name for name in names if name not in plan["variants"]]:
         raise ValueError(f"--only {' '.join(unknown)}: the variants of {args.plan} are {', '.join(plan['variants'])}.")
     for name in names:
+        for first in beginnings(plan, name):
+            if first not in names and not (args.output_dir / run_name(args.plan, first) / "run.json").is_file():
+                raise ValueError(f"{name!r} begins with {first!r}, which has not been run: name it after --only too.")
+    for name in names:
         folder = args.output_dir / run_name(args.plan, name)
         train(plan, name, folder, args)
         for split in plan["splits"]:
@@ -78,7 +82,11 @@ def load_plan(path: Path, data_dir: Path | None) -> dict[str, Any]:
         split_names(split, f"In {path}, each of the splits")
     if (recipe := load_recipe(plan["recipe"])).task != "semantic-segmentation":
         raise ValueError(f"The table of a plan is of mean IoU: {path} has the recipe {recipe.name} for {recipe.task}.")
-    for name in variants:
+    for number, name in enumerate(variants):
+        if late := [first for first in beginnings(plan, name) if first in list(variants)[number:]]:
+            raise ValueError(
+                f"{path}, variant {name!r}: init_from names {late[0]!r}, which must be a variant before it."
+            )
         changes = {key: value for key, value in training_options(plan, name).items() if key in RECIPE_FIELDS}
         try:
             load_recipe(plan["recipe"], changes, data_dir)
@@ -120,6 +128,11 @@ def train(plan: dict[str, Any], name: str, folder: Path, args: argparse.Namespac
     folder.mkdir(parents=True, exist_ok=True)
     planned.write_text(json.dumps(as_kept(plan, options), indent=2) + "\n", encoding="utf-8")
     data = ["--data_dir", str(args.data_dir)] if args.data_dir else []
+    if "init_from" in options:
+        options["init_from"] = [
+            str(args.output_dir / run_name(args.plan, first) / "final") if first in plan["variants"] else first
+            for first in initial_weights(options)
+        ]
     run("train.py", "--recipe", plan["recipe"], *data, "--output_dir", str(folder), "--resume", *option_words(options))
 
 
@@ -147,6 +160,17 @@ def training_options(plan: dict[str, Any], name: str) -> dict[str, Any]:
     """Without the switches that are off. A field of the recipe may be on there, so that its `false` counts."""
     options = plan["options"] | settings(plan, name)
     return {key: value for key, value in options.items() if value is not False or key in RECIPE_FIELDS}
+
+
+def initial_weights(options: dict[str, Any]) -> list[str]:
+    """What `init_from` names, one or several: variants of the plan, or folders."""
+    value = options.get("init_from", [])
+    return [str(item) for item in (value if isinstance(value, list) else [value])]
+
+
+def beginnings(plan: dict[str, Any], name: str) -> list[str]:
+    """The variants with whose weights a variant begins."""
+    return [first for first in initial_weights(training_options(plan, name)) if first in plan["variants"]]
 
 
 def evaluate(plan: dict[str, Any], name: str, folder: Path, split: str, args: argparse.Namespace) -> None:
@@ -213,12 +237,11 @@ def tabulate(plan: dict[str, Any], args: argparse.Namespace) -> str:
 
 
 def seed_spreads(plan: dict[str, Any], entries: dict[str, dict[str, Any] | None]) -> list[str]:
-    """Mean and sample standard deviation of variants that differ in nothing but their seed."""
+    """Mean and sample standard deviation of variants that differ in nothing but their seed, and in that of those before."""
     groups: dict[str, list[str]] = {}
     for name, entry in entries.items():
         if entry is not None:
-            options = {key: value for key, value in settings(plan, name).items() if key != "seed"}
-            groups.setdefault(json.dumps(options, sort_keys=True), []).append(name)
+            groups.setdefault(json.dumps(without_seeds(plan, name), sort_keys=True), []).append(name)
     lines = []
     for names in groups.values():
         spreads = []
@@ -230,6 +253,15 @@ def seed_spreads(plan: dict[str, Any], entries: dict[str, dict[str, Any] | None]
         if spreads:
             lines += ["", f"{names[0]}, mean and standard deviation: {', '.join(spreads)}."]
     return lines
+
+
+def without_seeds(plan: dict[str, Any], name: str) -> dict[str, Any]:
+    options = {key: value for key, value in settings(plan, name).items() if key != "seed"}
+    if "init_from" in options:
+        options["init_from"] = [
+            without_seeds(plan, first) if first in plan["variants"] else first for first in initial_weights(options)
+        ]
+    return options
 
 
 if __name__ == "__main__":

@@ -207,3 +207,42 @@ def test_mistakes_in_a_plan_are_named(compare):
         compare({**PLAN, "variants": {"first": None, "second": {"model_config": {"use_residul": False}}}})
     with pytest.raises(SystemExit):
         compare(PLAN, "--only", "first", "--table_only")
+
+
+def test_a_variant_begins_with_the_weights_of_another(compare, script, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(script, "run", lambda name, *words: started.append((name, words)))
+    stages = {"first": None, "second": {"init_from": "first"}, "mean": {"init_from": ["first", "second", "elsewhere"]}}
+    with pytest.raises(ValueError, match="'second' begins with 'first', which has not been run"):
+        compare({**PLAN, "variants": stages}, "--only", "second")
+    assert not started
+    with pytest.raises(
+        ValueError, match="variant 'mean': init_from names 'first', which must be a variant before it"
+    ):
+        compare({**PLAN, "variants": dict(reversed(stages.items()))})
+    compare({**PLAN, "variants": stages})
+    trainings = [" ".join(words) for name, words in started if name == "train.py"]
+    finals = [str(tmp_path / "out" / f"plan-{name}" / "final") for name in ("first", "second")]
+    assert "--init_from" not in trainings[0]
+    assert trainings[1].endswith(f"--init_from {finals[0]}")
+    assert trainings[2].endswith(f"--init_from {finals[0]} {finals[1]} elsewhere")
+
+
+def test_a_second_stage_is_trained_from_the_first(compare, tmp_path):
+    second = {"init_from": "first", "learning_rate": 1e-12, "warmup_steps": 0, "ema_decay": None, "max_steps": 1}
+    table = compare({**PLAN, "variants": {"first": None, "second": {**second, "freeze_batch_norm": True}}})
+    assert cells(table, "first")[-1] == cells(table, "second")[-1]
+    assert "`--init_from first " in cells(table, "second")[1]
+    runs = {run["name"]: run for run in map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())}
+    assert runs["plan-second"]["settings"]["init_from"] == str(tmp_path / "out" / "plan-first" / "final")
+
+
+def test_stages_of_seeds_are_summed_up_together(script):
+    variants = {"one": None, "two": {"seed": 1}, "then one": {"init_from": "one"}}
+    variants["then two"] = {"init_from": ["two"], "seed": 1}
+    plan = {"splits": ["test"], "options": {}, "variants": variants}
+    scores = zip(variants, (0.5, 0.6, 0.7, 0.9), strict=True)
+    entries = {name: {"evaluation": {"test": {"mean_iou": score}}} for name, score in scores}
+    first, second = [line for line in script.seed_spreads(plan, entries) if line]
+    assert first.startswith("one, mean and standard deviation: test mIoU 55.00 ± 7.07")
+    assert second.startswith("then one, mean and standard deviation: test mIoU 80.00 ± 14.14")
