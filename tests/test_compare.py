@@ -216,9 +216,7 @@ def test_a_variant_begins_with_the_weights_of_another(compare, script, tmp_path,
     with pytest.raises(ValueError, match="'second' begins with 'first', which has not been run"):
         compare({**PLAN, "variants": stages}, "--only", "second")
     assert not started
-    with pytest.raises(
-        ValueError, match="variant 'mean': init_from names 'first', which must be a variant before it"
-    ):
+    with pytest.raises(ValueError, match="variant 'mean': init_from names 'first', which must be a variant before it"):
         compare({**PLAN, "variants": dict(reversed(stages.items()))})
     compare({**PLAN, "variants": stages})
     trainings = [" ".join(words) for name, words in started if name == "train.py"]
@@ -246,3 +244,14 @@ def test_stages_of_seeds_are_summed_up_together(script):
     first, second = [line for line in script.seed_spreads(plan, entries) if line]
     assert first.startswith("one, mean and standard deviation: test mIoU 55.00 ± 7.07")
     assert second.startswith("then one, mean and standard deviation: test mIoU 80.00 ± 14.14")
+
+
+@pytest.mark.parametrize("plan", sorted((ROOT / "scripts" / "plans").glob("*.yaml")), ids=lambda path: path.stem)
+def test_published_tables_are_what_the_script_prints(script, tmp_path, monkeypatch, capsys, plan):
+    monkeypatch.chdir(ROOT)
+    places = ["--runs", "model_cards/runs.jsonl", "--output_dir", str(tmp_path), "--table", str(tmp_path / "table.md")]
+    plan = str(plan.relative_to(ROOT))
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--plan", plan, *places, "--table_only"])
+    script.main()
+    published = ROOT / "model_cards" / f"{Path(plan).stem}.md"
+    assert (tmp_path / "table.md").read_text() == published.read_text()

@@ -97,6 +97,13 @@ def test_links_lead_somewhere():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
     assert len(links) > 5
     assert not [link for link in links if not (ROOT / link.split("#")[0]).exists()]
+    anchors = [link.split("#") for link in links if "#" in link]
+    assert anchors
+    for page, anchor in anchors:
+        text = (ROOT / page).read_text(encoding="utf-8") if page else README
+        titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+        slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}  # as GitHub makes them
+        assert anchor in slugs
 
 
 def test_the_scores_are_the_card_s():
@@ -106,6 +113,46 @@ def test_the_scores_are_the_card_s():
     (mean, *classes) = map(float, row.split(" | "))
     assert mean == pytest.approx(ious[0], abs=0.051)
     assert classes == pytest.approx(ious[-11:], abs=0.051)
+
+
+def table_rows(text: str) -> dict[str, list[str]]:
+    """The rows of Markdown tables by their first cell, which is plain text."""
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("table", "full", "names", "columns"),
+    [
+        ("camvid_100_epochs.md", "LeMoRe", {"LR-ASPP MobileNetV3-Large": "LR-ASPP MobileNetV3-Large"}, [-1]),
+        (
+            "camvid_ablation.md",
+            "T F L CA NA",
+            {
+                "LeMoRe, transverse view alone, no attention": "T",
+                "LR-ASPP MobileNetV3-Large": "LR-ASPP MobileNetV3-Large",
+                "SegFormer-B0": "SegFormer-B0",
+                "MobileViTV2-DeepLabV3": "MobileViTV2 DeepLabV3",
+            },
+            [-3, -2],
+        ),
+    ],
+)
+def test_the_results_of_one_recipe_are_their_table_s(table, full, names, columns):
+    kept = (ROOT / "model_cards" / table).read_text(encoding="utf-8")
+    after = README.split(f"model_cards/{table}", 1)[1].split("\n\n", 2)[1]
+    shown, known = table_rows(after), table_rows(kept)
+    for name, variant in names.items():
+        cells, row = shown[name], known[variant]
+        assert cells[0] == f"{int(row[1].replace(',', '')) / 1e6:.1f} M"
+        assert float(cells[1].replace(" ", "")) == pytest.approx(float(row[2].replace(",", "")), abs=0.51)
+        assert [float(cell) for cell in cells[2:]] == pytest.approx(
+            [float(row[column]) for column in columns], abs=0.051
+        )
+    (summary,) = re.findall(rf"^{full}, mean and standard deviation: (.*)\.$", kept, re.MULTILINE)
+    spreads = [(float(mean), float(spread)) for mean, spread in re.findall(r"(\d+\.\d+) ± (\d+\.\d+)", summary)]
+    for cell, spread in zip(shown["LeMoRe"][2:], spreads, strict=True):
+        assert tuple(map(float, cell.split(" ± "))) == pytest.approx(spread, abs=0.051)
 
 
 def test_the_counts_are_what_the_script_prints():
