@@ -70,6 +70,13 @@ def parse_arguments() -> argparse.Namespace:
     views.add_argument("--flip", action="store_true", help="average over the image and its mirror image")
     views.add_argument("--window", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="slide a window of this size")
     views.add_argument("--window_stride", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="default: two thirds")
+    views.add_argument(
+        "--center_crop",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="score the middle of this size of each image alone, before it is resized: another camera's shape",
+    )
     views.add_argument("--worst_images", type=int, help="images in the grid of the worst (default: 8); 0 for no grid")
     add_recipe_arguments(parser, EVALUATION_FIELDS)
     return parser.parse_args()
@@ -101,10 +108,14 @@ def main() -> None:
     recipe = with_classes_of(recipe, samples)
     if args.streaming:
         dataset = StreamedRecipeDataset(
-            samples, recipe, rank=accelerator.process_index, world_size=accelerator.num_processes
+            samples,
+            recipe,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            center_crop=args.center_crop,
         )
     else:
-        dataset = RecipeDataset(samples, recipe)
+        dataset = RecipeDataset(samples, recipe, center_crop=args.center_crop)
     description = describe(model, recipe, accelerator, args)
 
     scores, result = evaluate_model(model, dataset, recipe, accelerator, args)
@@ -132,7 +143,7 @@ def check_output(output: Path) -> None:
 
 def check_options(args: argparse.Namespace, recipe: Recipe) -> None:
     """Refuse, before the work, what would have no effect or could not be written."""
-    views = [name for name in ("flip", "window", "window_stride") if getattr(args, name)]
+    views = [name for name in ("flip", "window", "window_stride", "center_crop") if getattr(args, name)]
     views += ["scales"] if args.scales != [1.0] else []
     views += ["worst_images"] if args.worst_images is not None else []
     if views and recipe.task != "semantic-segmentation":
@@ -228,7 +239,7 @@ def evaluate_model(
     if accelerator.is_main_process:
         print(class_table(scores, names))
     settings = {name: getattr(args, name) for name in ("scales", "flip", "window", "window_stride")}
-    settings["resize"] = recipe.resize
+    settings |= {"resize": recipe.resize, "center_crop": args.center_crop}
     return without_nan(scores) | {"num_images": result.num_images, "inference": settings}, result
 
 

@@ -8,6 +8,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ from transformers.modeling_outputs import SemanticSegmenterOutput
 from lemore_hf import LeMoReConfig, LeMoReForImageClassification, LeMoReForSemanticSegmentation
 from lemore_hf.checkpointing import CheckpointError
 from lemore_hf.data.augmentation import normalize
-from lemore_hf.data.loading import RecipeDataset, StreamedRecipeDataset, collate, load_split
+from lemore_hf.data.loading import BadSampleError, RecipeDataset, StreamedRecipeDataset, collate, load_split
 from lemore_hf.data.recipes import load_recipe
 from lemore_hf.evaluation import (
     evaluate,
@@ -200,6 +201,27 @@ def test_a_stream_gives_the_same_counts(tiny_lemore, dataset, recipe, data_dir):
     whole = evaluate_segmentation(tiny_lemore, dataset, recipe, batch_size=1, progress=False)
     total = sum(part.confusion_matrix.counts for part in parts)
     assert abs(total - whole.confusion_matrix.counts).sum() <= 2, "other batches may round otherwise"
+
+
+def test_the_middle_of_an_image_scores_as_a_picture_of_its_own(tiny_lemore, dataset, recipe, data_dir):
+    samples, middle = load_split(recipe, "test", data_dir), (32, 50)
+    cropped = RecipeDataset(samples, recipe, center_crop=middle)
+    top, left = (SIZE[0] - middle[0]) // 2, (SIZE[1] - middle[1]) // 2
+    part = (..., slice(top, top + middle[0]), slice(left, left + middle[1]))
+    for small, whole in zip(cropped, dataset, strict=True):
+        assert torch.equal(small["pixel_values"], whole["pixel_values"][part])
+        assert torch.equal(small["labels"], whole["labels"][part])
+    streamed = load_split(recipe, "test", data_dir, streaming=True)
+    stream = StreamedRecipeDataset(streamed, recipe, center_crop=middle)
+    assert counts(tiny_lemore, stream, recipe) == counts(tiny_lemore, cropped, recipe)
+    # It is resized after that, as another camera's picture is.
+    enlarged = RecipeDataset(samples, replace(recipe, resize=(64, 100)), center_crop=middle)
+    assert enlarged[0]["pixel_values"].shape == (3, 64, 100)
+    assert enlarged[0]["labels"].shape == middle
+    with pytest.raises(BadSampleError, match="it has 64×48 pixels, of which center_crop cannot keep 64×49"):
+        RecipeDataset(samples, recipe, center_crop=(49, 64))[0]
+    with pytest.raises(ValueError, match=r"center_crop must be a height and a width of at least 1, got \(0, 64\)"):
+        RecipeDataset(samples, recipe, center_crop=(0, 64))
 
 
 def test_worst_images_come_first(recipe, data_dir, tmp_path):
@@ -481,6 +503,10 @@ def test_the_report_says_what_was_measured(run_script, tiny_lemore, model_dir, d
     runs.write_text(json.dumps(old) + "\n")
     run_script(*arguments(model_dir, data_dir, output, "--runs", str(runs)))
     assert list(map(json.loads, runs.read_text().splitlines())) == [run]
+    run_script(*arguments(model_dir, data_dir, output, "--center_crop", "32", "50"))
+    report = json.loads(output.read_text())
+    assert report["inference"]["center_crop"] == [32, 50]
+    assert sum(map(sum, report["confusion_matrix"])) == NUM_IMAGES * 32 * 50
 
 
 def test_scores_are_written_before_they_are_drawn(run_script, model_dir, data_dir, tmp_path, monkeypatch):
@@ -579,7 +605,13 @@ def test_bad_input_is_refused_before_the_work(run_script, model_dir, data_dir, t
         run_script(*arguments(model_dir, data_dir, output, "--runs", str(tmp_path)))
     with pytest.raises(ValueError, match=r"--model .*best is of one's middle"):
         run_script(*arguments(model_dir.parent / "best", data_dir, output, "--runs", str(tmp_path / "runs.jsonl")))
-    for view in (["--flip"], ["--window", "32", "32"], ["--scales", "1", "2"], ["--worst_images", "3"]):
+    for view in (
+        ["--flip"],
+        ["--window", "32", "32"],
+        ["--scales", "1", "2"],
+        ["--worst_images", "3"],
+        ["--center_crop", "9", "9"],
+    ):
         with pytest.raises(ValueError, match=rf"{view[0]} is for segmentation, the recipe imagenet1k is for image"):
             run_script("--model", str(model_dir), "--recipe", "imagenet1k", "--output", str(output), *view)
     with pytest.raises(ValueError, match="--crop_size has no effect on scores in segmentation"):

@@ -250,12 +250,13 @@ def test_card_says_at_what_size_the_scores_are(folder, resize, said):
 
 def test_card_says_how_the_scores_were_made(folder):
     inference = {"scales": [0.75, 1.0, 1.25], "flip": True, "window": [360, 480], "resize": None}
+    inference["center_crop"] = [270, 480]
     text = write_card(
         folder, "x/lemore-test", {**RESULTS, "inference": inference, "mixed_precision": "bf16"}
     ).read_text()
-    how = "averaged over the scales 0.75, 1.0, 1.25, averaged with their mirror images, in windows of 360×480 pixels"
+    how = "of each the middle 270×480 pixels, averaged over the scales 0.75, 1.0, 1.25, averaged with their mirror images, in windows of 360×480 pixels"
     assert f"233 images, {how}, computed in bf16, in percent of the pixels at their own size" in text
-    inference = {"scales": [1.0], "flip": False, "window": None, "resize": None}
+    inference = {"scales": [1.0], "flip": False, "window": None, "resize": None, "center_crop": None}
     text = write_card(
         folder, "x/lemore-test", {**RESULTS, "inference": inference, "mixed_precision": "no"}
     ).read_text()

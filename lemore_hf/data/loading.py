@@ -31,6 +31,7 @@ from accelerate.utils import gather_object
 from datasets.distributed import split_dataset_by_node
 from PIL import Image, ImageOps
 from torch.utils.data import IterableDataset, Sampler, get_worker_info
+from torchvision.transforms.v2 import functional as F
 from tqdm.auto import tqdm
 
 from ..modeling_lemore import MINIMUM_SIZE
@@ -442,16 +443,19 @@ class SampleDecoder:
 
     Args:
         recipe: gives classes and label mapping.
+        center_crop: (height, width) of the middle that is kept of image and label map, as of a camera of another shape.
 
     Raises (when called):
         BadSampleError: unreadable image or label map, sizes that differ, labels that are no integers or no class, no
-            labelled pixel at all.
+            labelled pixel at all; smaller than `center_crop`.
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, center_crop: tuple[int, int] | None = None):
         if recipe.num_classes is None:
             raise ValueError(f"The recipe {recipe.name} does not know its classes yet: see with_classes_of.")
-        self.recipe = recipe
+        if center_crop is not None and min(center_crop) < 1:
+            raise ValueError(f"center_crop must be a height and a width of at least 1, got {center_crop}.")
+        self.recipe, self.center_crop = recipe, center_crop
         self._class_of, self._is_known = _label_table(recipe)
 
     def __call__(self, sample: dict[str, Any], index: int | None = None) -> Sample:
@@ -468,6 +472,8 @@ class SampleDecoder:
                     f"{labels.shape[1]}×{labels.shape[0]}"
                     + (" (both are turned as their EXIF orientation says: does only one have it?)" if turned else "")
                 )
+            if self.center_crop is not None:
+                image, labels = self._middle(image), self._middle(labels)
             self._check_size(tuple(labels.shape))
             return Sample(image, labels, name)
         except Exception as error:  # whatever a decoder raises, the sample's name is what helps
@@ -478,6 +484,12 @@ class SampleDecoder:
                 name,
                 str(error),
             ) from error
+
+    def _middle(self, pixels: torch.Tensor) -> torch.Tensor:
+        (height, width), (rows, columns) = pixels.shape[-2:], self.center_crop
+        if rows > height or columns > width:
+            raise ValueError(f"it has {width}×{height} pixels, of which center_crop cannot keep {columns}×{rows}")
+        return F.center_crop(pixels, [rows, columns])
 
     def _check_size(self, stored: tuple[int, int]) -> None:
         """What evaluation gives the network must not be too small for it; training pads."""
@@ -604,6 +616,7 @@ class RecipeDataset(torch.utils.data.Dataset):
             "device" keeps the images on a GPU instead, where they are augmented too (without worker processes); `None`
             decodes when asked.
         device: where "device" keeps the images.
+        center_crop: (height, width) of the middle of each image that is looked at, or `None`.
 
     `dataset[index]`, or `dataset[epoch, index]` as `EpochSampler` asks, is a dictionary of `pixel_values` (uint8,
     (3, H, W); see `normalize`), `labels` (uint8, (H, W), 255 is void; or the class id), `index` and `name`. In
@@ -622,11 +635,12 @@ class RecipeDataset(torch.utils.data.Dataset):
         seed: int = 0,
         cache: Literal["memory", "device"] | None = None,
         device: torch.device | str | None = None,
+        center_crop: tuple[int, int] | None = None,
     ):
         if cache not in (None, "memory", "device"):
             raise ValueError(f'cache must be "memory", "device" or None, got {cache!r}.')
         self.samples = without_decoding(samples)
-        self.decode = SampleDecoder(recipe)
+        self.decode = SampleDecoder(recipe, center_crop)
         self.transform = _Transform(recipe, training, seed)
         self._cached = None
         if cache is not None:
@@ -662,6 +676,7 @@ class StreamedRecipeDataset(IterableDataset):
         batch_size: of the `DataLoader`; needed with `start`.
         start: batches that an interrupted run of as many processes and workers has consumed in this process. They are
             read past without decoding: `collate` makes them `None`, which the loop skips.
+        center_crop: (height, width) of the middle of each image that is looked at, or `None`.
     """
 
     def __init__(
@@ -674,9 +689,10 @@ class StreamedRecipeDataset(IterableDataset):
         world_size: int = 1,
         batch_size: int = 1,
         start: int = 0,
+        center_crop: tuple[int, int] | None = None,
     ):
         self.samples = split_dataset_by_node(without_decoding(samples), rank, world_size)
-        self.decode = SampleDecoder(recipe)
+        self.decode = SampleDecoder(recipe, center_crop)
         self.transform = _Transform(recipe, training, seed)
         self.training, self.seed, self.batch_size, self.start = training, seed, batch_size, start
         self.shuffle_buffer_size = recipe.shuffle_buffer_size
