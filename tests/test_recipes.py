@@ -226,12 +226,26 @@ def test_numbers_of_segmentation_are_refused_in_classification(field, value):
             ValueError,
             "class_weights has no effect in image-classification",
         ),
+        (
+            {"class_weights": None, "class_weight_power": "0.5"},
+            ValueError,
+            "class_weight_power has no effect while class_w",
+        ),
+        ({"ohem_min_kept": 5000}, ValueError, "ohem_min_kept has no effect while ohem_threshold is None"),
+        (["lovasz_weight=0", "lovasz_stride=2"], ValueError, "lovasz_stride has no effect while lovasz_weight is 0"),
+        ({"photometric_prob": 0, "hue": 0.1}, ValueError, "hue has no effect while photometric_prob is 0"),
         (["max_steps"], ValueError, '"field=value"'),
     ],
 )
 def test_wrong_values_are_refused_by_name(overrides, error, message):
     with pytest.raises(error, match=message):
         load_recipe("camvid", overrides)
+
+
+def test_a_part_is_switched_off_with_the_settings_that_a_recipe_has_for_it():
+    recipe = load_recipe("camvid", {"class_weights": "none", "lovasz_weight": 0, "photometric_prob": 0, "hue": 0})
+    assert (recipe.class_weights, recipe.class_weight_power, recipe.lovasz_stride) == (None, 0.25, 4)
+    assert load_recipe("camvid", {"lovasz_weight": 0, "lovasz_stride": 1}).lovasz_stride == 1
 
 
 def test_unknown_recipes_name_the_nearest(tmp_path):

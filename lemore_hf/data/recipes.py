@@ -439,6 +439,14 @@ def recipe_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
+_SWITCH_OF = {
+    "class_weight_power": "class_weights",
+    "ohem_min_kept": "ohem_threshold",
+    "lovasz_stride": "lovasz_weight",
+    **dict.fromkeys(("brightness", "contrast", "saturation", "hue"), "photometric_prob"),
+}
+
+
 def load_recipe(
     name_or_path: str | Path,
     overrides: Mapping[str, Any] | Iterable[str] | None = None,
@@ -454,7 +462,8 @@ def load_recipe(
 
     Raises:
         FileNotFoundError: if there is no such recipe; names the nearest ones.
-        ValueError: for unknown fields, values out of range, or a class count that disagrees with the list.
+        ValueError: for unknown fields, values out of range, a class count that disagrees with the list, or an override of
+            a part that is switched off.
         TypeError: for values of the wrong type.
     """
     text, origin = _recipe_text(name_or_path)
@@ -464,10 +473,19 @@ def load_recipe(
         raise ValueError(f"{origin} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{origin} must be a mapping of field names to values.")
-    values = {"name": Path(str(name_or_path)).stem, **values, **_with_dependents(_as_mapping(overrides))}
+    changes = _as_mapping(overrides)
+    values = {"name": Path(str(name_or_path)).stem, **values, **_with_dependents(changes)}
     if data_dir is not None and not values.get("class_names"):
         values["class_names"] = _classes_of_folder(Path(data_dir))
-    return _build(values, origin)
+    recipe = _build(values, origin)
+    # A recipe may keep the setting of a part that an override switches off, but to ask for both is a mistake.
+    for field in changes:
+        switch, value = _SWITCH_OF.get(field), getattr(recipe, field)
+        if switch and not getattr(recipe, switch) and value not in (0, Recipe.__dataclass_fields__[field].default):
+            raise ValueError(
+                f"{field} has no effect while {switch} is {getattr(recipe, switch)}: set {switch} too, or leave it out."
+            )
+    return recipe
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser, fields: Iterable[str] | None = None) -> None:
