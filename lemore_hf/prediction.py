@@ -255,6 +255,10 @@ def _refusing(*errors: type[Exception]) -> Iterator[None]:
 def _predict_picture(segmenter: Segmenter, source: Path, targets: dict[str, Path], alpha: float) -> None:
     with _refusing(Exception):  # decoders raise errors of every kind on damaged data
         image = read_picture(source)
+        with Image.open(source) as file:
+            pages = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)  # MPO: a photo and its second view
+    if pages > 1:
+        logger.warning(f"{source}: the first of its {pages} pictures is segmented, the others are not.")
     with _refusing(Exception):  # so do the runtimes where memory runs out
         labels = segmenter(image)
     if "masks" in targets:

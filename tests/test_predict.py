@@ -297,6 +297,20 @@ def test_orientation_of_a_photo_is_applied(segmenter, pictures, tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "mask.png")), segmenter(upright))
 
 
+@pytest.mark.parametrize("name", ["pages.tif", "moving.gif", "moving.webp", "moving.png"])
+def test_of_a_file_of_several_pictures_the_first_is_segmented_and_that_is_said(segmenter, tmp_path, caplog, name):
+    frames = [patches(seed) for seed in range(3)]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    predict_file(segmenter, tmp_path / name, {"masks": tmp_path / "mask.png"})
+    assert f"{name}: the first of its 3 pictures is segmented, the others are not." in caplog.text
+    frames[0].save(
+        tmp_path / "photo.jpg", "MPO", save_all=True, append_images=frames[1:]
+    )  # of a phone with two lenses
+    caplog.clear()
+    predict_file(segmenter, tmp_path / "photo.jpg", {"masks": tmp_path / "photo.png"})
+    assert not caplog.text
+
+
 def test_video_gives_lossless_labels_and_an_overlay(segmenter, tmp_path):
     import av
 
