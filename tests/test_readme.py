@@ -122,12 +122,20 @@ def table_rows(text: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("table", "full", "names", "columns"),
+    ("table", "seeds", "others", "columns"),
     [
-        ("camvid_100_epochs.md", "LeMoRe", {"LR-ASPP MobileNetV3-Large": "LR-ASPP MobileNetV3-Large"}, [-1]),
+        (
+            "camvid_100_epochs.md",
+            {"LeMoRe": "LeMoRe", "LeMoRe, then enlarged": "then enlarged"},
+            {
+                "LeMoRe, transverse view alone, no attention": "transverse view alone, no attention",
+                "LR-ASPP MobileNetV3-Large": "LR-ASPP MobileNetV3-Large",
+            },
+            [-1],
+        ),
         (
             "camvid_ablation.md",
-            "T F L CA NA",
+            {"LeMoRe": "T F L CA NA"},
             {
                 "LeMoRe, transverse view alone, no attention": "T",
                 "LR-ASPP MobileNetV3-Large": "LR-ASPP MobileNetV3-Large",
@@ -138,21 +146,23 @@ def table_rows(text: str) -> dict[str, list[str]]:
         ),
     ],
 )
-def test_the_results_of_one_recipe_are_their_table_s(table, full, names, columns):
+def test_the_results_of_one_recipe_are_their_table_s(table, seeds, others, columns):
     kept = (ROOT / "model_cards" / table).read_text(encoding="utf-8")
-    after = README.split(f"model_cards/{table}", 1)[1].split("\n\n", 2)[1]
-    shown, known = table_rows(after), table_rows(kept)
-    for name, variant in names.items():
-        cells, row = shown[name], known[variant]
-        assert cells[0] == f"{int(row[1].replace(',', '')) / 1e6:.1f} M"
-        assert float(cells[1].replace(" ", "")) == pytest.approx(float(row[2].replace(",", "")), abs=0.51)
-        assert [float(cell) for cell in cells[2:]] == pytest.approx(
-            [float(row[column]) for column in columns], abs=0.051
-        )
-    (summary,) = re.findall(rf"^{full}, mean and standard deviation: (.*)\.$", kept, re.MULTILINE)
-    spreads = [(float(mean), float(spread)) for mean, spread in re.findall(r"(\d+\.\d+) ± (\d+\.\d+)", summary)]
-    for cell, spread in zip(shown["LeMoRe"][2:], spreads, strict=True):
-        assert tuple(map(float, cell.split(" ± "))) == pytest.approx(spread, abs=0.051)
+    shown = table_rows(README.split(f"model_cards/{table}", 1)[1].split("\n\n", 2)[1])
+    known = table_rows(kept)
+    assert shown.keys() == {"", "---", *seeds, *others}
+    for name, variant in (seeds | others).items():
+        parameters, operations, *scores = shown[name]
+        assert parameters == f"{int(known[variant][1].replace(',', '')) / 1e6:.1f} M"
+        assert float(operations.replace(" ", "")) == pytest.approx(float(known[variant][2].replace(",", "")), abs=0.51)
+        if name in others:
+            expected = [float(known[variant][column]) for column in columns]
+            assert [float(score) for score in scores] == pytest.approx(expected, abs=0.051)
+            continue
+        (summary,) = re.findall(rf"^{variant}, mean and standard deviation: (.*)\.$", kept, re.MULTILINE)
+        expected = re.findall(r"(\d+\.\d+) ± (\d+\.\d+) \(3 seeds\)", summary)
+        for score, spread in zip(scores, expected, strict=True):
+            assert list(map(float, score.split(" ± "))) == pytest.approx(list(map(float, spread)), abs=0.051)
 
 
 def test_the_counts_are_what_the_script_prints():

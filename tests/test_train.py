@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from itertools import islice
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -618,7 +619,10 @@ def test_class_weights_are_counted_in_the_training_set(recipe, data_dir):
     torch.testing.assert_close(
         weights(class_weights=list(range(9)), class_weight_power=2), torch.arange(9, dtype=torch.float32) ** 2
     )
-    assert weights(class_weights=None, class_weight_power=2) is None
+    raised = load_recipe(recipe, {"class_weights": "median_frequency", "class_weight_power": 2}, data_dir)
+    assert build_criterion(replace(raised, class_weights=None), None).class_weights is None
+    with pytest.raises(ValueError, match="class_weight_power has no effect while class_weights is None"):
+        weights(class_weights=None, class_weight_power=2)
     with pytest.raises(ValueError, match="'median_frequency' needs the whole set"):
         build_criterion(load_recipe(recipe, {}, data_dir), None)
 
