@@ -11,8 +11,8 @@ import shutil
 import subprocess
 import sys
 import time
-from itertools import islice
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import datasets
