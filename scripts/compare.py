@@ -6,7 +6,8 @@
         --runs model_cards/runs.jsonl --table model_cards/camvid_ablation.md
 
 A plan is a YAML file: options of `scripts/train.py` that all variants share, those in which each differs, and the splits
-to evaluate on. A variant's `init_from` may name variants before it, with whose weights it begins. Started again, it goes on where it was stopped; `--table_only` tabulates the runs there are.
+to evaluate on. A variant's `init_from` may name variants before it, with whose weights it begins. Started again, it goes
+on where it was stopped; `--table_only` tabulates the runs there are.
 """
 
 import argparse
@@ -44,9 +45,10 @@ def main() -> None:
     args = parse_arguments()
     plan = load_plan(args.plan, args.data_dir)
     args.table.parent.mkdir(parents=True, exist_ok=True)
-    names = args.only or ([] if args.table_only else list(plan["variants"]))
-    if unknown := [name for name in names if name not in plan["variants"]]:
+    wanted = args.only or ([] if args.table_only else list(plan["variants"]))
+    if unknown := [name for name in wanted if name not in plan["variants"]]:
         raise ValueError(f"--only {' '.join(unknown)}: the variants of {args.plan} are {', '.join(plan['variants'])}.")
+    names = [name for name in plan["variants"] if name in wanted]  # in their order: later ones may begin with earlier
     for name in names:
         for first in beginnings(plan, name):
             if first not in names and not (args.output_dir / run_name(args.plan, first) / "run.json").is_file():
@@ -256,6 +258,7 @@ def seed_spreads(plan: dict[str, Any], entries: dict[str, dict[str, Any] | None]
 
 
 def without_seeds(plan: dict[str, Any], name: str) -> dict[str, Any]:
+    """The settings of a variant, and in place of the variants that it begins with, theirs."""
     options = {key: value for key, value in settings(plan, name).items() if key != "seed"}
     if "init_from" in options:
         options["init_from"] = [

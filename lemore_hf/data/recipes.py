@@ -439,6 +439,7 @@ def recipe_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
+# The field without which another has no effect.
 _SWITCH_OF = {
     "class_weight_power": "class_weights",
     "ohem_min_kept": "ohem_threshold",
