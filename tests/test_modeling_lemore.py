@@ -19,6 +19,7 @@ from torch import nn
 from transformers import UperNetConfig, UperNetForSemanticSegmentation
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
+from transformers.utils.import_utils import is_torch_greater_or_equal
 
 from lemore_hf import (
     LeMoReBackbone,
@@ -717,7 +718,11 @@ def fresh_compiler():
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("model_class", MODEL_CLASSES)
-def test_compiles_to_one_graph(model_class):
+def test_compiles_to_one_graph(model_class, request):
+    if model_class is LeMoReBackbone and not is_torch_greater_or_equal("2.12"):
+        # Without `fullgraph=True` it compiles there too.
+        reason = "PyTorch 2.11 cannot trace the context variable with which Transformers captures hidden states"
+        request.applymarker(pytest.mark.xfail(raises=torch._dynamo.exc.Unsupported, reason=reason, strict=True))
     model, pixel_values = tiny(model_class), random_images(2, 64, 130)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(main_output(compiled, pixel_values), main_output(model, pixel_values))
@@ -736,6 +741,12 @@ def test_a_training_step_compiles_to_one_graph():
         torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.xfail(
+    not is_torch_greater_or_equal("2.12"),
+    raises=AssertionError,
+    reason="PyTorch 2.11 guards the remainders of pooling windows, so that the program refuses other sizes",
+    strict=True,
+)
 def test_exports_with_dynamic_batch_height_and_width():
     model = tiny(image_size=(96, 128))
     dynamic = torch.export.Dim.DYNAMIC
