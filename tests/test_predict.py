@@ -303,10 +303,10 @@ def test_of_a_file_of_several_pictures_the_first_is_segmented_and_that_is_said(s
     frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
     predict_file(segmenter, tmp_path / name, {"masks": tmp_path / "mask.png"})
     assert f"{name}: the first of its 3 pictures is segmented, the others are not." in caplog.text
-    frames[0].save(
-        tmp_path / "photo.jpg", "MPO", save_all=True, append_images=frames[1:]
-    )  # of a phone with two lenses
-    caplog.clear()
+
+
+def test_the_second_view_in_a_photo_of_a_phone_goes_without_saying(segmenter, tmp_path, caplog):
+    patches(0).save(tmp_path / "photo.jpg", "MPO", save_all=True, append_images=[patches(1)])
     predict_file(segmenter, tmp_path / "photo.jpg", {"masks": tmp_path / "photo.png"})
     assert not caplog.text
 

@@ -250,17 +250,21 @@ def test_card_says_at_what_size_the_scores_are(folder, resize, said):
 
 def test_card_says_how_the_scores_were_made(folder):
     inference = {"scales": [0.75, 1.0, 1.25], "flip": True, "window": [360, 480], "resize": None}
-    inference["center_crop"] = [270, 480]
     text = write_card(
         folder, "x/lemore-test", {**RESULTS, "inference": inference, "mixed_precision": "bf16"}
     ).read_text()
-    how = "of each the middle 270×480 pixels, averaged over the scales 0.75, 1.0, 1.25, averaged with their mirror images, in windows of 360×480 pixels"
+    how = "averaged over the scales 0.75, 1.0, 1.25, averaged with their mirror images, in windows of 360×480 pixels"
     assert f"233 images, {how}, computed in bf16, in percent of the pixels at their own size" in text
-    inference = {"scales": [1.0], "flip": False, "window": None, "resize": None, "center_crop": None}
+    inference = {"scales": [1.0], "flip": False, "window": None, "resize": None}
     text = write_card(
         folder, "x/lemore-test", {**RESULTS, "inference": inference, "mixed_precision": "no"}
     ).read_text()
     assert "233 images, in percent of the pixels at their own size; void pixels do not count:" in text
+    text = write_card(folder, "x/lemore-test", {**RESULTS, "inference": inference | {"center_crop": None}}).read_text()
+    assert "233 images, in percent" in text
+    middle = inference | {"center_crop": [270, 480]}
+    text = write_card(folder, "x/lemore-test", {**RESULTS, "inference": middle}).read_text()
+    assert "233 images, of each the middle 270×480 pixels, in percent" in text
 
 
 def test_card_of_a_classifier_speaks_of_pictures(folder):
