@@ -185,7 +185,7 @@ def export_model(
     output_dir = Path(output_dir)
     _check_output(output_dir)
     if export_format == "executorch":
-        max_size = max_size or max(1024, largest_side(image_processor), *model.config.native_size)
+        max_size = max_size or max(1024, needed, *model.config.native_size)
         max_batch_size = max_batch_size or 4
     manifest = ExportManifest(
         export_format,
