@@ -12,7 +12,7 @@ import copy
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,12 +69,20 @@ class LeMoReModelOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-class LeMoReDilatedDepthwiseConv2d(nn.Conv2d):
-    """At least in single precision while it is trained on a CPU: oneDNN 3.12 (PyTorch 2.14) returns wrong weight gradients
-    for dilated depthwise convolutions in bfloat16 and channels-last."""
+class LeMoReDepthwiseConv2d(nn.Conv2d):
+    """Depthwise 3×1 or 1×3 convolution of stride 1 without bias, which libraries neglect in training in half precision. On
+    a GPU, in channels-last, it is a sum of shifted inputs instead, there the faster by far. A dilated one is at least in
+    single precision on a CPU: oneDNN 3.12 (PyTorch 2.14) returns wrong weight gradients in bfloat16 and channels-last."""
 
     def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
         if not self._trains_in_half_precision(hidden_state):
+            return super().forward(hidden_state)
+        if _trains_on_gpu(hidden_state):
+            kind = hidden_state.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_state.dtype
+            axis = 2 if self.kernel_size[0] > 1 else 3
+            return _DepthwiseByShifts.apply(hidden_state.to(dtype), self.weight, axis, self.dilation[0])
+        if hidden_state.device.type != "cpu" or self.dilation == (1, 1):
             return super().forward(hidden_state)
         dtype, compute_dtype = hidden_state.dtype, torch.promote_types(hidden_state.dtype, torch.float32)
         with torch.autocast("cpu", enabled=False):
@@ -83,9 +91,55 @@ class LeMoReDilatedDepthwiseConv2d(nn.Conv2d):
 
     @staticmethod
     def _trains_in_half_precision(hidden_state: torch.Tensor) -> bool:
-        if hidden_state.device.type != "cpu" or not torch.is_grad_enabled():
+        if hidden_state.is_meta or not torch.is_grad_enabled():
             return False
-        return torch.is_autocast_enabled("cpu") or hidden_state.dtype in (torch.bfloat16, torch.float16)
+        half = (torch.bfloat16, torch.float16)
+        return torch.is_autocast_enabled(hidden_state.device.type) or hidden_state.dtype in half
+
+
+def _trains_on_gpu(hidden_state: torch.Tensor) -> bool:
+    """Whether gradients will be asked for on a GPU, in channels-last, of what no compiler makes kernels of its own for."""
+    return (
+        hidden_state.is_cuda
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and _is_channels_last(hidden_state)
+    )
+
+
+class _DepthwiseByShifts(torch.autograd.Function):
+    """A depthwise convolution of three taps along one axis as three products with shifted inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_state: torch.Tensor, weight: torch.Tensor, axis: int, dilation: int) -> torch.Tensor:
+        """Inputs (B, C, H, W), and weights (C, 1, 3, 1) or (C, 1, 1, 3) in any precision, without a bias."""
+        ctx.save_for_backward(hidden_state, weight)
+        ctx.place = axis, dilation
+        taps = weight.to(hidden_state.dtype).flatten(1)[..., None, None].unbind(1)
+        return _sum_of_products(_shifted(hidden_state, axis, dilation), taps)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        hidden_state, weight = ctx.saved_tensors
+        taps = weight.to(gradient.dtype).flatten(1)[..., None, None].unbind(1)
+        to_input = _sum_of_products(_shifted(gradient, *ctx.place), taps[::-1])
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        to_taps = [(shifted * gradient).sum((0, 2, 3), dtype=dtype) for shifted in _shifted(hidden_state, *ctx.place)]
+        return to_input, torch.stack(to_taps, 1).view(weight.shape).to(weight.dtype), None, None
+
+
+def _shifted(hidden_state: torch.Tensor, axis: int, dilation: int) -> list[torch.Tensor]:
+    """The tensor (B, C, H, W) as the three taps see it, zeros beyond its border."""
+    padded = F.pad(hidden_state, (0, 0, dilation, dilation) if axis == 2 else (dilation, dilation))
+    return [padded.narrow(axis, tap * dilation, hidden_state.shape[axis]) for tap in range(3)]
+
+
+def _sum_of_products(tensors: Sequence[torch.Tensor], factors: Sequence[torch.Tensor]) -> torch.Tensor:
+    total = tensors[0] * factors[0]
+    for tensor, factor in zip(tensors[1:], factors[1:], strict=True):
+        total = total.addcmul_(tensor, factor)
+    return total
 
 
 class LeMoReConvLayer(nn.Module):
@@ -106,7 +160,7 @@ class LeMoReConvLayer(nn.Module):
     ):
         super().__init__()
         kernel_size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-        convolution_class = LeMoReDilatedDepthwiseConv2d if dilation > 1 and groups > 1 else nn.Conv2d
+        convolution_class = LeMoReDepthwiseConv2d if groups > 1 else nn.Conv2d
         self.convolution = convolution_class(
             in_channels,
             out_channels,
@@ -211,7 +265,35 @@ def _is_transformed() -> bool:
 
 
 def resize_bilinear(hidden_state: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Bilinear interpolation of `(B, C, H, W)` at another size, with `align_corners=False`."""
+    # In this order: in an exported graph the sizes are symbols, which no branch may look at.
+    if _trains_on_gpu(hidden_state) and all(of <= to for of, to in zip(hidden_state.shape[-2:], size, strict=True)):
+        return _EnlargeBilinear.apply(hidden_state, tuple(size))
     return F.interpolate(hidden_state, size=size, mode="bilinear", align_corners=False)
+
+
+class _EnlargeBilinear(torch.autograd.Function):
+    """`F.interpolate` to no smaller a size, with a gradient that takes two matrix products: PyTorch's own adds up pixel by
+    pixel on a GPU, and many pixels wait for one another where a small map was enlarged a lot."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_state: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        ctx.native = hidden_state.shape[-2:]
+        with _as_it_is(hidden_state):
+            return F.interpolate(hidden_state, size=size, mode="bilinear", align_corners=False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (height, width), (batch_size, channels, *size) = ctx.native, gradient.shape
+        rows, columns = (
+            tent_filter(native, length, gradient).to(gradient.dtype).t()
+            for native, length in zip((height, width), size, strict=True)
+        )
+        volume = gradient.permute(0, 2, 3, 1).flatten(2)  # (B, H, W · C), as it lies in memory if channels-last
+        volume = rows.expand(batch_size, -1, -1) @ volume
+        volume = columns.expand(batch_size * height, -1, -1) @ volume.view(-1, size[1], channels)
+        return volume.view(batch_size, height, width, channels).permute(0, 3, 1, 2), None
 
 
 # Axis weights at any size

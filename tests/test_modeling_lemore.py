@@ -34,7 +34,10 @@ from lemore_hf.modeling_lemore import (
     LeMoReAxisView,
     LeMoReCartesianEncoder,
     LeMoReConvLayer,
+    LeMoReDepthwiseConv2d,
     LeMoReNestedAttention,
+    _DepthwiseByShifts,
+    _EnlargeBilinear,
     check_label_values,
     resample_axis_weight,
     segmentation_loss,
@@ -1046,6 +1049,61 @@ def test_gradients_of_dilated_depthwise_convolutions_are_right_in_bfloat16(memor
     expected = weight_gradient(torch.contiguous_format, enabled=False)
     error = (weight_gradient(memory_format, enabled=True) - expected).norm() / expected.norm()
     assert error < 0.02
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 4])
+@pytest.mark.parametrize("kernel_size", [(3, 1), (1, 3)])
+def test_a_depthwise_convolution_by_shifts_is_the_convolution(kernel_size, dilation):
+    generator = torch.Generator().manual_seed(0)
+    hidden_state, weight, gradient = (
+        torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
+        for shape in ((2, 5, 7, 9), (5, 1, *kernel_size), (2, 5, 7, 9))
+    )
+    padding = tuple(dilation * (side // 2) for side in kernel_size)
+    expected = F.conv2d(hidden_state, weight, padding=padding, dilation=dilation, groups=5)
+    found = _DepthwiseByShifts.apply(hidden_state, weight, 2 if kernel_size == (3, 1) else 3, dilation)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(output, (hidden_state, weight), gradient) for output in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("size", [(3, 4), (7, 9), (12, 4), (90, 121)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_gradient_of_what_is_enlarged_is_interpolate_s(size, memory_format):
+    generator = torch.Generator().manual_seed(0)
+    hidden_state = torch.randn(2, 5, 3, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    gradient = torch.randn(2, 5, *size, dtype=torch.float64, generator=generator).to(memory_format=memory_format)
+    expected = F.interpolate(hidden_state, size=size, mode="bilinear")
+    found = _EnlargeBilinear.apply(hidden_state, size)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(output, hidden_state, gradient) for output in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_what_is_trained_on_a_gpu_is_the_same_network(monkeypatch):
+    model = tiny().double().train().to(memory_format=torch.channels_last)
+    pixel_values = random_images(2, 100, 130, torch.float64).to(memory_format=torch.channels_last)
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(pixel_values, labels=random_labels(2, 100, 130)).loss.backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    expected = gradients()
+    used = {_DepthwiseByShifts: 0, _EnlargeBilinear: 0}
+
+    def count(function, apply, *inputs):
+        used[function] += 1
+        return apply(*inputs)
+
+    for function in used:
+        monkeypatch.setattr(function, "apply", functools.partial(count, function, function.apply))
+    # Here there is no GPU, and single precision would not tell the two apart.
+    monkeypatch.setattr(LeMoReDepthwiseConv2d, "_trains_in_half_precision", staticmethod(lambda hidden_state: True))
+    monkeypatch.setattr(modeling_lemore, "_trains_on_gpu", lambda hidden_state: True)
+    torch.testing.assert_close(gradients(), expected)
+    assert used[_DepthwiseByShifts] == 16, "four in each of four stages"
+    assert used[_EnlargeBilinear] >= 8, "gates and values"
 
 
 @pytest.mark.parametrize(
