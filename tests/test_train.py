@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`scripts/train.py` as people run it: in processes that are killed, resumed, launched twice over, and fed bad data."""
 
+import argparse
 import functools
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -378,6 +380,49 @@ def test_a_run_of_constant_rate_goes_on_beyond_its_end(tmp_path, recipe, data_di
     assert weights_of(longer) == weights_of(whole)
 
 
+def test_batches_are_mixed_until_a_share_of_the_steps(tmp_path, recipe, data_dir, run_here):
+    options = ("--max_steps", "8", "--eval_every", "0", "--log_every", "1")
+    variants = {
+        "always": (),
+        "half": ("--mix_until", "0.5"),
+        "never": ("--mix_until", "0"),
+        "off": ("--cutmix_alpha", "0", "--classmix", "false"),
+    }
+    for name, words in variants.items():
+        run_here(recipe, data_dir, tmp_path / name, *options, *words)
+    losses = {name: [record["loss"] for record in log_of(tmp_path / name)] for name in variants}
+    assert losses["half"][:4] == losses["always"][:4]
+    assert losses["half"][4] != losses["always"][4], "the fifth of eight steps is no more mixed"
+    assert losses["never"] == losses["off"] != losses["always"]
+    assert weights_of(tmp_path / "never") == weights_of(tmp_path / "off")
+
+
+def test_where_mixing_ends_a_run_of_constant_rate_is_not_made_longer(tmp_path, recipe, data_dir, run_here):
+    options = ("--poly_power", "0", "--eval_every", "0", "--mix_until", "0.5", "--max_steps")
+    run_here(recipe, data_dir, tmp_path, *options, "4")
+    run_here(recipe, data_dir, tmp_path, *options, "8", "--resume", expect=r"recipe\.max_steps was 4, is 8")
+
+
+def test_recording_a_cuda_graph_leaves_model_and_random_numbers_alone(monkeypatch, recipe, data_dir):
+    # There is no GPU here: recording runs the network, and that is what is done in its place.
+    seen = []
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda model, inputs: seen.append(model(*inputs)))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: torch.set_rng_state(state))
+    record = runpy.run_path(str(ROOT / "scripts" / "train.py"))["record_cuda_graph"]
+    model = LeMoReForSemanticSegmentation(LeMoReConfig(num_labels=9, image_size=[64, 64], **TINY_MODEL)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    args = argparse.Namespace(channels_last=True)
+    place = types.SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+    record(model, args, load_recipe(recipe), 4, place)
+    assert seen[0].logits.shape[:2] == (4, 9)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    with pytest.raises(ValueError, match="--cuda_graph is for one process"):
+        record(model, args, load_recipe(recipe), 4, types.SimpleNamespace(num_processes=2))
+
+
 def test_resuming_a_finished_run_leaves_its_results_alone(tmp_path, recipe, data_dir, uninterrupted, run_here):
     folder = tmp_path / "finished"
     shutil.copytree(uninterrupted, folder)
@@ -531,6 +576,23 @@ def test_a_stream_is_trained_on_and_resumed_to_the_same_weights(tmp_path, recipe
 def test_options_without_effect_are_refused(options, message, monkeypatch, capsys):
     script = str(ROOT / "scripts" / "train.py")
     monkeypatch.setattr(sys, "argv", [script, "--recipe", "camvid", "--output_dir", "out", *options])
+    with pytest.raises(SystemExit):
+        runpy.run_path(script)["parse_arguments"]()
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "options", "message"),
+    [
+        (False, [], "--cuda_graph needs a GPU"),
+        (True, ["--compile"], "--cuda_graph excludes --compile"),
+        (True, ["--gradient_accumulation_steps", "2"], "--cuda_graph excludes --compile and --gradient_acc"),
+    ],
+)
+def test_cuda_graphs_are_for_a_gpu_and_whole_batches(has_gpu, options, message, monkeypatch, capsys):
+    script = str(ROOT / "scripts" / "train.py")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(sys, "argv", [script, "--recipe", "camvid", "--output_dir", "out", "--cuda_graph", *options])
     with pytest.raises(SystemExit):
         runpy.run_path(script)["parse_arguments"]()
     assert message in capsys.readouterr().err

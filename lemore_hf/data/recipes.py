@@ -164,6 +164,9 @@ class Recipe:
     """Mix by ClassMix (segmentation), or where CutMix is on too by one of them, drawn for each batch."""
     mix_prob: float = 1.0
     """Probability that a batch is mixed, where one of these is on."""
+    mix_until: float = 1.0
+    """Share of `max_steps` after which batches are mixed no more, so that the end sees whole images (our choice, after
+    YOLOX, which ends its mosaics so)."""
     shuffle_buffer_size: int = 1000
     """Samples in the shuffle buffer of a streamed set."""
 
@@ -301,11 +304,12 @@ class Recipe:
         for field in _FIELDS_OF_THE_OTHER_TASK[self.task]:
             if getattr(self, field) != type(self).__dataclass_fields__[field].default:
                 raise ValueError(f"{field} has no effect in {self.task}: leave it out.")
-        if self.mix_prob != 1 and not (self.mixup_alpha or self.cutmix_alpha or self.classmix):
-            raise ValueError(
-                f"mix_prob is {self.mix_prob}, but nothing is mixed: set cutmix_alpha, mixup_alpha or classmix, or leave "
-                "it out."
-            )
+        for field in ("mix_prob", "mix_until"):
+            if getattr(self, field) != 1 and not (self.mixup_alpha or self.cutmix_alpha or self.classmix):
+                raise ValueError(
+                    f"{field} is {getattr(self, field)}, but nothing is mixed: set cutmix_alpha, mixup_alpha or classmix, "
+                    "or leave it out."
+                )
         for field in ("blur", "noise"):
             if getattr(self, field) > 0 and self.photometric_prob == 0:
                 raise ValueError(
@@ -415,7 +419,7 @@ _FIELDS_OF_THE_OTHER_TASK = {
 _RANGES = (
     (("validation_fraction",), 0.01, 0.5),
     (("flip_prob", "photometric_prob", "max_class_share", "brightness", "contrast", "saturation"), 0.0, 1.0),
-    (("mix_prob", "ohem_threshold", "ema_decay"), 0.0, 1.0),
+    (("mix_prob", "mix_until", "ohem_threshold", "ema_decay"), 0.0, 1.0),
     (("hue", "noise"), 0.0, 0.5),
     (("blur",), 0.0, 10.0),
     (("label_smoothing",), 0.0, 0.99),
