@@ -126,7 +126,11 @@ def table_rows(text: str) -> dict[str, list[str]]:
     [
         (
             "camvid_100_epochs.md",
-            {"LeMoRe": "LeMoRe", "LeMoRe, then enlarged": "then enlarged"},
+            {
+                "LeMoRe": "LeMoRe",
+                "LeMoRe, then enlarged": "then enlarged",
+                "LeMoRe, then mixed": "then mixed",
+            },
             {
                 "LeMoRe, transverse view alone, no attention": "transverse view alone, no attention",
                 "LR-ASPP MobileNetV3-Large": "LR-ASPP MobileNetV3-Large",
