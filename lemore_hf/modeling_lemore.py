@@ -285,15 +285,23 @@ class _EnlargeBilinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (height, width), (batch_size, channels, *size) = ctx.native, gradient.shape
         rows, columns = (
             tent_filter(native, length, gradient).to(gradient.dtype).t()
-            for native, length in zip((height, width), size, strict=True)
+            for native, length in zip(ctx.native, gradient.shape[-2:], strict=True)
         )
-        volume = gradient.permute(0, 2, 3, 1).flatten(2)  # (B, H, W · C), as it lies in memory if channels-last
-        volume = rows.expand(batch_size, -1, -1) @ volume
-        volume = columns.expand(batch_size * height, -1, -1) @ volume.view(-1, size[1], channels)
-        return volume.view(batch_size, height, width, channels).permute(0, 3, 1, 2), None
+        return _multiply_axis(columns, _multiply_axis(rows, gradient, 2), 3), None
+
+
+def _multiply_axis(weight: torch.Tensor, hidden_state: torch.Tensor, axis: int) -> torch.Tensor:
+    """The product of a matrix `(n, m)` and the axis 2 or 3, of `m` positions, of a channels-last tensor `(B, C, H, W)`."""
+    batch_size, _, height, width = hidden_state.shape
+    volume = hidden_state.permute(0, 2, 3, 1)  # (B, H, W, C) as it lies in memory
+    if axis == 2:
+        product = torch.bmm(weight.expand(batch_size, -1, -1), volume.flatten(2)).unflatten(2, (width, -1))
+    else:
+        product = torch.bmm(weight.expand(batch_size * height, -1, -1), volume.flatten(0, 1))
+        product = product.unflatten(0, (batch_size, height))
+    return product.permute(0, 3, 1, 2)
 
 
 # Axis weights at any size
@@ -414,14 +422,7 @@ class LeMoReAxisView(nn.Module):
 
     def _along_axis(self, weight: torch.Tensor, hidden_state: torch.Tensor) -> torch.Tensor:
         if self.is_fused and _is_channels_last(hidden_state):
-            batch_size, _, height, width = hidden_state.shape
-            volume = hidden_state.permute(0, 2, 3, 1)  # (B, H, W, C) as it lies in memory
-            if self.axis == 2:
-                mixed = torch.bmm(weight.expand(batch_size, -1, -1), volume.flatten(2)).unflatten(2, (width, -1))
-            else:
-                mixed = torch.bmm(weight.expand(batch_size * height, -1, -1), volume.flatten(0, 1))
-                mixed = mixed.unflatten(0, (batch_size, height))
-            return mixed.permute(0, 3, 1, 2)
+            return _multiply_axis(weight, hidden_state, self.axis)
         return torch.matmul(weight, hidden_state) if self.axis == 2 else F.linear(hidden_state, weight)
 
     def fuse_(self) -> None:
