@@ -403,7 +403,7 @@ def test_where_mixing_ends_a_run_of_constant_rate_is_not_made_longer(tmp_path, r
     run_here(recipe, data_dir, tmp_path, *options, "8", "--resume", expect=r"recipe\.max_steps was 4, is 8")
 
 
-def test_recording_a_cuda_graph_leaves_model_and_random_numbers_alone(monkeypatch, recipe, data_dir):
+def test_recording_a_cuda_graph_leaves_model_and_random_numbers_alone(monkeypatch, recipe):
     # There is no GPU here: recording runs the network, and that is what is done in its place.
     seen = []
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda model, inputs: seen.append(model(*inputs)))
