@@ -1,6 +1,6 @@
 # Copyright 2026 The LeMoRe-HF contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmark LeMoRe beside the models that one would use instead: 150 classes, random weights, the same runtime for all.
+"""Benchmark LeMoRe beside the models that one would use instead, with random weights and in the same runtime for all.
 
     python scripts/benchmark.py --quick                          # some minutes on two cores
     python scripts/benchmark.py --json benchmark.json --chart benchmark.png
@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import lemore_hf
-from lemore_hf.benchmarking.cell import GRAPH_RUNTIMES, LAYOUTS, Cell
+from lemore_hf.benchmarking.cell import GRAPH_RUNTIMES, LAYOUTS, NUM_LABELS, Cell
 from lemore_hf.benchmarking.models import NAMES
 from lemore_hf.benchmarking.preparation import draw_picture
 from lemore_hf.benchmarking.report import (
@@ -39,6 +39,7 @@ from lemore_hf.benchmarking.report import (
 )
 from lemore_hf.benchmarking.rounds import prepare_models, run_cell, run_rounds
 from lemore_hf.checkpointing import atomic_file
+from lemore_hf.data.scenes import CLASS_NAMES
 from lemore_hf.hardware import usable_cores
 from lemore_hf.visualization import plot_speed
 
@@ -97,6 +98,13 @@ def parse_arguments() -> argparse.Namespace:
         default=(512, 512),
         help="of the first table's images; the second's have 512×512 pixels, the third's are of many sizes",
     )
+    parser.add_argument(
+        "--num-labels",
+        type=_positive,
+        default=NUM_LABELS,
+        metavar="N",
+        help="classes of all networks (default: %(default)s)",
+    )
     parser.add_argument("--rounds", type=_positive, help="how often each process is started (default: 3; quick: 1)")
     parser.add_argument(
         "--seconds", type=float, default=1.0, help="how long each process repeats, at least three times"
@@ -111,6 +119,11 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--prepare-only needs --work-dir DIR, which keeps what is prepared")
     if min(arguments.size) < 32:
         parser.error(f"--size must be at least 32 × 32, the smallest image of LeMoRe, got {arguments.size}")
+    if 2 in arguments.tables and arguments.num_labels < len(CLASS_NAMES):
+        parser.error(
+            f"--num-labels {arguments.num_labels}: the second table's picture has {len(CLASS_NAMES)} classes; leave it "
+            "out with --tables 1 3"
+        )
     if not arguments.tables and not (arguments.json and arguments.json.is_file()):
         parser.error(f"--tables without a number shows what --json FILE has, got the file {arguments.json}")
     if arguments.update and not arguments.json:
@@ -196,7 +209,8 @@ def measured_report(arguments: argparse.Namespace) -> dict[str, Any]:
     with TemporaryDirectory() as scratch:
         # A peer's graph takes one size alone, and another release writes other graphs.
         height, width = arguments.size
-        folder = (arguments.work_dir or Path(scratch)).absolute() / f"{height}x{width}-{release_of(machine)}"
+        name = f"{height}x{width}-{arguments.num_labels}-{release_of(machine)}"
+        folder = (arguments.work_dir or Path(scratch)).absolute() / name
         folder.mkdir(parents=True, exist_ok=True)
         failed = prepare_all(report, arguments, folder)
         if arguments.prepare_only:
@@ -215,7 +229,7 @@ def release_of(machine: dict[str, Any]) -> str:
 
 def new_report(arguments: argparse.Namespace, machine: dict[str, Any]) -> dict[str, Any]:
     settings = {
-        "num_labels": 150,
+        "num_labels": arguments.num_labels,
         "size": list(arguments.size),
         "environment": KEEP_MEMORY if arguments.keep_memory else {},
     }
@@ -278,7 +292,14 @@ def plan_preparations(arguments: argparse.Namespace, folder: Path) -> Iterator[C
     for model in models:
         batch_size = max(arguments.batch_sizes)
         yield Cell(
-            "prepare", model, ",".join(graphs), batch_size=batch_size, height=height, width=width, folder=str(folder)
+            "prepare",
+            model,
+            ",".join(graphs),
+            batch_size=batch_size,
+            height=height,
+            width=width,
+            num_labels=arguments.num_labels,
+            folder=str(folder),
         )
 
 
@@ -286,7 +307,7 @@ def plan_cells(arguments: argparse.Namespace) -> Iterator[Cell]:
     planned = {1: plan_models, 2: plan_pictures, 3: plan_sizes}
     for table in arguments.tables:
         for cell in planned[table](arguments):
-            yield replace(cell, table=table, seconds=arguments.seconds)
+            yield replace(cell, table=table, seconds=arguments.seconds, num_labels=arguments.num_labels)
 
 
 def plan_models(arguments: argparse.Namespace) -> Iterator[Cell]:
@@ -342,6 +363,7 @@ def print_report(report: dict[str, Any]) -> None:
     versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
     parts = [machine["processor"], f"{machine['cores']} cores", machine["cpu_capability"], machine["gpu"]]
     print(f"{', '.join(filter(None, parts))}; {versions}")
+    print(f"{report['settings']['num_labels']} classes")
     for peaks in report["results"]:
         if peaks["kind"] == "peaks" and "macs_per_second" in peaks:
             what = peaks["runtime"] or f"{peaks['threads']} threads"

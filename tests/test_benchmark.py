@@ -251,6 +251,22 @@ def test_fitted_classifiers_draw_the_picture(tmp_path, monkeypatch):
     assert labels.max() < 9  # no class that the picture does not have
 
 
+def test_networks_have_the_classes_that_are_asked_for(script, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--num-labels", "11", "--size", "64", "96"])
+    arguments = script.parse_arguments()
+    arguments.runtimes = list(script.RUNTIMES)
+    cells = [*script.plan_preparations(arguments, Path()), *script.plan_cells(arguments)]
+    assert {cell.num_labels for cell in cells} == {11}
+
+    torch.manual_seed(0)
+    for name in models.NAMES:
+        network = models.build_model(name, 11).to("meta")
+        with torch.inference_mode():
+            assert network(torch.empty(1, 3, 64, 96, device="meta")).logits.shape[1] == 11
+    few, many = (models.count("lemore", (64, 96), [1], number)["parameters"] for number in (11, 150))
+    assert many - few == (150 - 11) * (modeling_lemore.LeMoReConfig().decoder_hidden_size + 1)
+
+
 @pytest.mark.parametrize("runtime", ["calls", "pipeline"])
 def test_stages_from_file_to_label_map(runtime, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "PICTURE_SIZE", (96, 128))
@@ -379,6 +395,7 @@ def script():
         (["--prepare-only"], "--work-dir DIR"),
         (["--size", "16", "64"], "32 × 32"),
         (["--rounds", "0"], "at least 1, got 0"),
+        (["--num-labels", "5"], "the second table's picture has 9 classes"),
         (["--runtimes", "abacus"], "abacus"),
         (["--json", "."], "--json . is a folder"),
         (["--chart", "speed"], "--chart must be the name of a .png file"),
@@ -438,7 +455,7 @@ def test_graphs_of_another_release_are_not_measured(script, monkeypatch, tmp_pat
 def test_command_line(script, tmp_path):
     file, chart = tmp_path / "results" / "benchmark.json", tmp_path / "chart.png"
     release = script.release_of(measure(Cell("machine")))
-    broken = tmp_path / "work" / f"64x96-{release}" / "lemore" / "onnx"
+    broken = tmp_path / "work" / f"64x96-150-{release}" / "lemore" / "onnx"
     broken.mkdir(parents=True)
     (broken / "model.onnx").write_text("not a graph")
     options = ["--tables", "1", "--models", "lemore", "--runtimes", "eager", "onnx", "--batch-sizes", "1"]
@@ -495,3 +512,5 @@ def test_update_keeps_what_is_not_measured_anew(monkeypatch, tmp_path, script, c
     assert measured("--runtimes", "eager") == {"eager": (0.5, 1)}
     with pytest.raises(SystemExit, match="settings"):
         measured("--runtimes", "eager", "--update", "--size", "64", "64")
+    with pytest.raises(SystemExit, match="settings"):
+        measured("--runtimes", "eager", "--update", "--num-labels", "11")

@@ -21,6 +21,7 @@ from typing import Any
 TORCH_RUNTIMES = ("eager", "compile", "bf16", "cuda-float32", "cuda-bfloat16")
 GRAPH_RUNTIMES = ("onnx", "onnx-int8", "openvino", "openvino-int8")
 LAYOUTS = ("contiguous", "channels_last")
+NUM_LABELS = 150  # as ADE20K
 
 _MIN_RUNS, _MAX_RUNS, _WARM_UP_RUNS = 3, 500, 3
 
@@ -37,6 +38,7 @@ class Cell:
             picture, `"one-loss"` for a training whose loss is not the model's own but the same in all.
         layout (`str`): Memory layout of PyTorch's tensors, one of `LAYOUTS`.
         batch_size, threads, height, width (`int`): Images at once, threads, and the size of the network's input.
+        num_labels (`int`): Classes of the network.
         seconds (`float`): How long to repeat, once warm; at least three times.
         table (`int`): The table that the figure belongs to.
         folder (`str`): Where prepared graphs and pictures lie.
@@ -50,6 +52,7 @@ class Cell:
     threads: int = 1
     height: int = 512
     width: int = 512
+    num_labels: int = NUM_LABELS
     seconds: float = 1.0
     table: int = 1
     folder: str = ""
@@ -149,7 +152,7 @@ def _open_torch(cell: Cell) -> Callable[[], Any]:
     torch.set_num_threads(cell.threads)
     dtype = torch.bfloat16 if cell.runtime == "bf16" else torch.float32
     layout = memory_format(cell.layout)
-    model = build_model(cell.model).to(dtype=dtype, memory_format=layout)
+    model = build_model(cell.model, cell.num_labels).to(dtype=dtype, memory_format=layout)
     shape = (cell.batch_size, 3, *cell.size)
     pixel_values = torch.randn(shape, dtype=dtype).contiguous(memory_format=layout)
     network = torch.compile(model, dynamic=False) if cell.runtime == "compile" else model
@@ -177,7 +180,7 @@ def _measure_cuda_graph(cell: Cell) -> dict[str, Any]:
     _use_tensor_cores()
     dtype = torch.bfloat16 if cell.runtime == "cuda-bfloat16" else torch.float32
     layout = memory_format(cell.layout)
-    model = build_model(cell.model).to(dtype, memory_format=layout)
+    model = build_model(cell.model, cell.num_labels).to(dtype, memory_format=layout)
     pixel_values = torch.randn(cell.batch_size, 3, *cell.size, dtype=dtype).contiguous(memory_format=layout)
 
     with _gpu_alone(cell):
@@ -274,15 +277,15 @@ def _measure_training(cell: Cell) -> dict[str, Any]:
     """
     import torch
 
-    from lemore_hf.benchmarking.models import NUM_LABELS, build_model
+    from lemore_hf.benchmarking.models import build_model
     from lemore_hf.modeling_lemore import segmentation_loss
 
     torch.set_num_threads(cell.threads)
     layout = memory_format(cell.layout)
-    model = build_model(cell.model, for_training=True).to(memory_format=layout)
+    model = build_model(cell.model, cell.num_labels, for_training=True).to(memory_format=layout)
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad])
     pixel_values = torch.randn(cell.batch_size, 3, *cell.size).contiguous(memory_format=layout)
-    labels = torch.randint(NUM_LABELS, (cell.batch_size, *cell.size))
+    labels = torch.randint(cell.num_labels, (cell.batch_size, *cell.size))
 
     def step() -> None:
         optimizer.zero_grad()
@@ -309,7 +312,7 @@ def _measure_picture(cell: Cell) -> dict[str, Any]:
     torch.set_num_threads(cell.threads)
     transformers.logging.set_verbosity_error()
     picture = Path(cell.folder, "picture.jpg")
-    model, image_processor = load_segmenter(cell.model, Path(cell.folder), cell.layout)
+    model, image_processor = load_segmenter(cell.model, Path(cell.folder), cell.layout, cell.num_labels)
     watch = _Stopwatch()
     make = {"pipeline": _pipeline_run, "calls": _calls_run}[cell.runtime]
     run = make(model, image_processor, picture, watch)

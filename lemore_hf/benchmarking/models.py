@@ -21,7 +21,7 @@ from ..configuration_lemore import LeMoReConfig
 from ..image_processing_lemore import LeMoReImageProcessor
 from ..modeling_lemore import LeMoReForSemanticSegmentation, keep_freed_memory
 from ..peers import build_peer
-from .cell import memory_format
+from .cell import NUM_LABELS, memory_format
 
 NAMES = {
     "lemore": "LeMoRe",
@@ -32,28 +32,27 @@ NAMES = {
     "lraspp-mobilenet-v3-large": "LR-ASPP MobileNetV3-Large",
     "lraspp-mobilenet-v3-large-full": "the same, full-size logits",
 }
-NUM_LABELS = 150
 
 _IMAGE_PROCESSORS = {"lemore": LeMoReImageProcessor, "segformer-b0": SegformerImageProcessor}
 
 
-def build_model(name: str, for_training: bool = False) -> nn.Module:
+def build_model(name: str, num_labels: int = NUM_LABELS, for_training: bool = False) -> nn.Module:
     """A model of `NAMES` with the same random weights in every process; `"lemore"` fused, unless it is to be trained."""
-    model = random_model(name)
+    model = random_model(name, num_labels)
     if for_training:
         return model.train()
     keep_freed_memory()  # as fusing does: no model is to be faster for its process's memory alone
     return model.fuse() if name == "lemore" else model.eval()
 
 
-def random_model(name: str) -> nn.Module:
+def random_model(name: str, num_labels: int = NUM_LABELS) -> nn.Module:
     """A model of `NAMES` as it is made."""
     torch.manual_seed(0)
     if name.startswith("lemore"):
-        return LeMoReForSemanticSegmentation(LeMoReConfig(num_labels=NUM_LABELS))
+        return LeMoReForSemanticSegmentation(LeMoReConfig(num_labels=num_labels))
     if name.endswith("-full"):
-        return FullSizeLogits(build_peer(name.removesuffix("-full"), NUM_LABELS))
-    return build_peer(name, NUM_LABELS)
+        return FullSizeLogits(build_peer(name.removesuffix("-full"), num_labels))
+    return build_peer(name, num_labels)
 
 
 class FullSizeLogits(nn.Module):
@@ -74,9 +73,9 @@ class FullSizeLogits(nn.Module):
 # Sizes
 
 
-def count(name: str, size: tuple[int, int], batch_sizes: list[int]) -> dict[str, Any]:
+def count(name: str, size: tuple[int, int], batch_sizes: list[int], num_labels: int = NUM_LABELS) -> dict[str, Any]:
     """Parameters, multiply-accumulates of an image, and the traffic of a batch by its size (see `count_traffic`)."""
-    model = random_model(name).eval().to("meta")
+    model = random_model(name, num_labels).eval().to("meta")
     images = {batch_size: torch.empty(batch_size, 3, *size, device="meta") for batch_size in {1, *batch_sizes}}
     return {
         "parameters": sum(weight.numel() for weight in model.parameters()),
@@ -110,7 +109,7 @@ class _TrafficCounter(TorchDispatchMode):
 # From picture to label map
 
 
-def load_segmenter(name: str, folder: Path, layout: str) -> tuple[PreTrainedModel, Any]:
+def load_segmenter(name: str, folder: Path, layout: str, num_labels: int = NUM_LABELS) -> tuple[PreTrainedModel, Any]:
     """
     A model and its image processor, with a classifier fitted to the picture in `folder`.
 
@@ -118,7 +117,7 @@ def load_segmenter(name: str, folder: Path, layout: str) -> tuple[PreTrainedMode
     take longer than on any real one.
     """
     image_processor = _IMAGE_PROCESSORS[name]()
-    model = random_model(name).eval()
+    model = random_model(name, num_labels).eval()
     with Image.open(folder / "picture.jpg") as image:
         fit_classifier(model, image_processor(image, return_tensors="pt")["pixel_values"], folder / "labels.png")
     keep_freed_memory()
@@ -142,7 +141,7 @@ def fit_classifier(model: PreTrainedModel, pixel_values: torch.Tensor, label_fil
         label_map = label_map.resize((width, height), Image.Resampling.NEAREST)
     labels = torch.from_numpy(np.array(label_map)).flatten().long()
     known = labels != 255
-    targets = torch.full((len(labels), NUM_LABELS), -1.0, dtype=torch.double)
+    targets = torch.full((len(labels), classifier.out_channels), -1.0, dtype=torch.double)
     targets[known, labels[known]] = 1
     solution = torch.linalg.lstsq(features[known], targets[known], driver="gelsd").solution
     classifier.weight.copy_(solution[:-1].t()[:, :, None, None])

@@ -44,7 +44,7 @@ def prepare(cell: Cell) -> dict[str, Any]:
             failed[runtime] = {"not_installed": error.name or str(error)}
         except Exception as error:
             failed[runtime] = {"error": f"{type(error).__name__}: {error}"}
-    return {**count(cell.model, cell.size, [1, cell.batch_size]), "failed": failed}
+    return {**count(cell.model, cell.size, [1, cell.batch_size], cell.num_labels), "failed": failed}
 
 
 def draw_picture(folder: Path) -> None:
@@ -61,7 +61,7 @@ def draw_picture(folder: Path) -> None:
 def _export(cell: Cell, runtime: str, target: Path) -> None:
     export_format, _, precision = runtime.partition("-")
     images = _calibration_images(cell) if precision == "int8" else []
-    model = random_model(cell.model).eval()
+    model = random_model(cell.model, cell.num_labels).eval()
     if cell.model == "lemore":
         size = {"height": cell.height, "width": cell.width}
         export_model(
