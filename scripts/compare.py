@@ -12,6 +12,7 @@ on where it was stopped; `--table_only` tabulates the runs there are.
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -190,7 +191,7 @@ def evaluate(plan: dict[str, Any], name: str, folder: Path, split: str, args: ar
 def run(script: str, *words: str) -> None:
     command = [sys.executable, str(SCRIPTS / script), *words]
     if status := subprocess.run(command).returncode:
-        raise SystemExit(f"{script} ended with status {status}: {' '.join(command)}")
+        raise SystemExit(f"{script} ended with status {status}: {shlex.join(command)}")
 
 
 def known_run(folder: Path, runs: Path) -> dict[str, Any] | None:
@@ -215,7 +216,7 @@ def tabulate(plan: dict[str, Any], args: argparse.Namespace) -> str:
         if entry is None:
             continue
         found.append(entry)
-        row = [name, f"`{' '.join(option_words(settings(plan, name)))}`" if settings(plan, name) else "–"]
+        row = [name, f"`{shlex.join(option_words(settings(plan, name)))}`" if settings(plan, name) else "–"]
         row += [f"{entry['parameters']:,}", f"{entry['multiply_accumulates'] / 1e6:,.2f}", str(entry["epochs"])]
         for split in plan["splits"]:
             scores = entry["evaluation"].get(split)
@@ -226,7 +227,7 @@ def tabulate(plan: dict[str, Any], args: argparse.Namespace) -> str:
     lines += ["| " + " | ".join(row) + " |" for row in (header, ["---"] * 2 + ["---:"] * (len(header) - 2), *rows)]
     lines += seed_spreads(plan, entries)
     if plan["options"]:
-        lines += ["", f"All: recipe `{plan['recipe']}`, `{' '.join(option_words(plan['options']))}`."]
+        lines += ["", f"All: recipe `{plan['recipe']}`, `{shlex.join(option_words(plan['options']))}`."]
     if found:
         hardware = ", ".join(sorted({entry["hardware"] for entry in found}))
         versions = ", ".join(sorted({f"PyTorch {entry['versions']['torch']}" for entry in found}))

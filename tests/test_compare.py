@@ -5,6 +5,7 @@
 import argparse
 import importlib.util
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -87,6 +88,8 @@ def test_a_plan_is_run_once_and_tabulated(compare, script, tmp_path, monkeypatch
     assert (row["epochs"], row["paper's mIoU"]) == ("1.0", "27.2")
     assert row["parameters"] == f"{run['parameters']:,}"
     assert '"use_residual": false' in row["options"]
+    words = shlex.split(row["options"].strip("`"))  # as a shell takes them
+    assert json.loads(words[words.index("--model_config") + 1])["use_residual"] is False
     assert "paper" not in row["options"]
 
     # What has been run is not run again; a crash in the middle costs only the variant it was in.
