@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ TENSORS_NAME = "tensors.safetensors"
 STATE_NAME = "state.json"
 # Folders that are being written, replaced or deleted, behind a dot and the name.
 _WRITING, _REPLACED, _DOOMED = ".writing", ".replaced", ".doomed"
-PICKLED_SUFFIXES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
+_PICKLED_SUFFIXES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
 
 
 class CheckpointError(RuntimeError):
@@ -170,12 +170,18 @@ def prune_checkpoints(output_dir: Path, keep: int) -> None:
         shutil.rmtree(doomed, ignore_errors=True)  # the next start of a run sweeps up what is left
 
 
+def pickled_files(paths: Iterable[Path]) -> list[Path]:
+    """Those of files that are pickled, by their names. OpenVINO's weights, which have their graph beside them, are not."""
+    return sorted(
+        path for path in paths if path.suffix in _PICKLED_SUFFIXES and not path.with_suffix(".xml").is_file()
+    )
+
+
 def refuse_pickled(folder: Path) -> None:
     """Raise `CheckpointError` if a folder holds pickled files, which run code of their author when they are read."""
-    pickled = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLED_SUFFIXES)
-    if pickled:
+    if pickled := pickled_files(folder.glob("*")):
         raise CheckpointError(
-            f"{folder} holds pickled files ({', '.join(pickled)}), which can run code when they are loaded: only "
+            f"{folder} holds pickled files ({_names(pickled)}), which can run code when they are loaded: only "
             "safetensors are read. Convert them where you trust them, or delete them."
         )
 
@@ -184,13 +190,16 @@ def require_safetensors(folder: Path) -> None:
     """Raise `CheckpointError` if a model's folder holds no safetensors, saying so where its weights are pickled."""
     if any(folder.glob("*.safetensors")):
         return
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED_SUFFIXES)
-    if pickled:
+    if pickled := pickled_files(folder.iterdir()):
         raise CheckpointError(
-            f"{folder} holds pickled weights ({', '.join(pickled)}), which can run code when they are loaded: only "
+            f"{folder} holds pickled weights ({_names(pickled)}), which can run code when they are loaded: only "
             "safetensors are read. Where you trust them, load and save them with save_pretrained."
         )
     raise CheckpointError(f"{folder} is no model folder: it holds no model.safetensors.")
+
+
+def _names(paths: list[Path]) -> str:
+    return ", ".join(path.name for path in paths)
 
 
 def sha256_of(path: Path) -> str:

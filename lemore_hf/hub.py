@@ -28,7 +28,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Stri
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
-from .checkpointing import PICKLED_SUFFIXES, sha256_of
+from .checkpointing import pickled_files, sha256_of
 from .configuration_lemore import LeMoReConfig
 from .data.recipes import Recipe
 from .modeling_lemore import LeMoReForImageClassification, LeMoReForSemanticSegmentation
@@ -84,8 +84,7 @@ def validate_folder(folder: str | Path) -> list[Path]:
 def _loadable_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise PublishingError(f"{folder} is not a folder. Give the one that `save_pretrained` wrote.")
-    pickled = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in PICKLED_SUFFIXES)
-    if pickled:
+    if pickled := [str(path.relative_to(folder)) for path in pickled_files(folder.rglob("*"))]:
         raise PublishingError(
             f"{folder} holds pickled files ({', '.join(pickled)}), which can run code when they are loaded. Delete or "
             "move them: only safetensors are published."

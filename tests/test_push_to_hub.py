@@ -128,6 +128,18 @@ def test_pickled_files_are_refused(folder, name):
         validate_folder(folder)
 
 
+def test_an_openvino_export_beside_the_model_is_no_pickle(folder):
+    write_card(folder, "someone/lemore-test")
+    files = validate_folder(folder)
+    (folder / "export").mkdir()
+    for name in ("openvino_model.xml", "openvino_model.bin"):
+        (folder / "export" / name).write_bytes(b"x")
+    assert validate_folder(folder) == files
+    (folder / "export" / "openvino_model.xml").unlink()
+    with pytest.raises(PublishingError, match=r"pickled files .*openvino_model\.bin"):
+        validate_folder(folder)
+
+
 def test_truncated_weights_are_refused(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
