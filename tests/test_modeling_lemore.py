@@ -542,6 +542,15 @@ def test_classification_losses(num_labels, problem_type, labels):
     torch.testing.assert_close(outputs.loss, expected)
 
 
+def test_classes_that_are_not_there_are_named():
+    model, images = tiny(LeMoReForImageClassification, num_labels=5), random_images()
+    for _ in range(2):  # also after labels that were fine
+        assert model(images, labels=torch.tensor([4, -100])).loss.isfinite()
+        for wrong in (5, -1):
+            with pytest.raises(ValueError, match=f"no class: {wrong}. Expected 0 to 4 .*-100 for none"):
+                model(images, labels=torch.tensor([0, wrong]))
+
+
 # Numbers and layouts
 
 

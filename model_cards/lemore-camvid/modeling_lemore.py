@@ -1474,15 +1474,19 @@ class LeMoReForImageClassification(LeMoRePreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
                 Normalized images, at least 32×32 pixels.
             labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
-                Classes in `[0, num_labels)`; the loss follows `config.problem_type`, as everywhere in Transformers.
+                Classes in `[0, num_labels)`, or -100 for images that the loss leaves out; the loss follows
+                `config.problem_type`, as everywhere in Transformers.
 
         Returns:
             [`~transformers.modeling_outputs.ImageClassifierOutput`] with `logits` of shape `(batch_size, num_labels)`;
             `hidden_states` and `attentions` as [`LeMoReModelOutput`] has them.
 
         Raises:
-            `ValueError`: for pixel values that are not 4-D, have another channel count, or are smaller than 32×32.
+            `ValueError`: for pixel values that are not 4-D, have another channel count, or are smaller than 32×32; for
+            labels that name a class that is not there.
         """
+        if labels is not None:
+            self._check_classes(labels)
         outputs = self.lemore(pixel_values, return_dict=True, **kwargs)
         pooled = outputs.last_hidden_state.mean((2, 3))  # (B, S, H, W) → (B, S)
         logits = self.classifier(self.dropout(pooled))
@@ -1492,6 +1496,22 @@ class LeMoReForImageClassification(LeMoRePreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _check_classes(self, labels: torch.Tensor) -> None:
+        """On a GPU what is no class would end the process in an assertion of the device."""
+        num_labels, problem_type = self.config.num_labels, self.config.problem_type
+        are_classes = problem_type in (None, "single_label_classification") and not labels.is_floating_point()
+        if num_labels == 1 or not are_classes:
+            return
+        if torch.compiler.is_compiling() or _is_transformed() or labels.is_meta:
+            return
+        invalid = labels[_name_no_class(labels, num_labels, -100)].unique().tolist()
+        if invalid:
+            raise ValueError(
+                f"`labels` holds values that are no class: {', '.join(map(str, invalid[:10]))}. Expected 0 to "
+                f"{num_labels - 1} (`config.num_labels`={num_labels}) or -100 for none. Count classes from 0, or set "
+                "`num_labels` of the configuration to what the data has."
+            )
 
 
 __all__ = [
