@@ -2,10 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README's own lines: its Python runs, its options exist, its links lead somewhere, its tables are what scripts print."""
 
+import json
 import re
 import runpy
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import pipeline
 
+from lemore_hf.benchmarking.report import best_layouts
 from lemore_hf.data import scenes
 from lemore_hf.data.recipes import load_recipe
 
@@ -167,6 +170,90 @@ def test_the_results_of_one_recipe_are_their_table_s(table, seeds, others, colum
         expected = re.findall(r"(\d+\.\d+) ± (\d+\.\d+) \(3 seeds\)", summary)
         for score, spread in zip(scores, expected, strict=True):
             assert list(map(float, score.split(" ± "))) == pytest.approx(list(map(float, spread)), abs=0.051)
+
+
+SPEED_MODELS = {
+    "LeMoRe": "lemore",
+    "LeMoRe itself, ms": "lemore",
+    "LeMoRe, not fused": "lemore-not-fused",
+    "SegFormer-B0": "segformer-b0",
+    "MobileNetV2-DeepLabV3": "mobilenetv2-deeplabv3",
+    "MobileViTV2-DeepLabV3": "mobilevitv2-deeplabv3",
+    "LR-ASPP MobileNetV3-Large, full-size logits as in torchvision": "lraspp-mobilenet-v3-large-full",
+    "LR-ASPP MobileNetV3-Large, logits at stride 8": "lraspp-mobilenet-v3-large",
+}
+SPEED_RUNTIMES = {"eager": "eager", "ONNX Runtime": "onnx", "OpenVINO": "openvino"}
+
+
+def fastest(file: str) -> dict[tuple, float]:
+    """A benchmark's seconds, in the better layout, by table, runtime, images at once, threads, height, width and model."""
+    report = json.loads((ROOT / "model_cards" / file).read_text())
+    seconds = {}
+    for result in best_layouts(result for result in report["results"] if "median" in result):
+        kind, runtime, *place = (
+            result[name] for name in ("kind", "runtime", "batch_size", "threads", "height", "width")
+        )
+        runtime = "-".join(filter(None, (kind, runtime))) if kind == "training" else runtime
+        seconds[(result["table"], runtime, *place, result["model"])] = result["median"]
+    return seconds
+
+
+def check_figures(header: str, expected: Callable[[str, int], float]) -> None:
+    """The figures of the README's table with a header that begins so, by row and column, to the digits that it shows."""
+    rows = table_rows(header + README.split(header, 1)[1].split("\n\n", 1)[0])
+    cells = [(name, *cell) for name, row in list(rows.items())[2:] for cell in enumerate(row) if cell[1]]
+    assert len(cells) > 7
+    for name, column, cell in cells:
+        digits = len(cell.partition(".")[2])
+        assert float(cell.replace(" ", "")) == pytest.approx(expected(name, column), abs=0.51 * 0.1**digits), name
+
+
+@pytest.mark.parametrize(
+    ("header", "settings"),
+    [
+        (
+            "| × LeMoRe | eager float32 |",
+            [
+                *((name, 1, 2) for name in ("eager", "bf16", "onnx", "openvino", "onnx-int8", "openvino-int8")),
+                ("training", 8, 2),
+                ("training-one-loss", 8, 2),
+            ],
+        ),
+        (
+            "| × LeMoRe | `torch.compile` |",
+            [("compile", 1, 2), *((name, *place) for place in ((1, 1), (8, 2)) for name in SPEED_RUNTIMES.values())],
+        ),
+    ],
+)
+def test_times_beside_other_networks_are_the_benchmark_s(header, settings):
+    seconds = fastest("benchmark.json")
+
+    def expected(name: str, column: int) -> float:
+        own, other = (seconds[(1, *settings[column], 512, 512, model)] for model in ("lemore", SPEED_MODELS[name]))
+        return 1e3 * own if name.endswith("ms") else other / own
+
+    check_figures(header, expected)
+
+
+def test_times_by_size_are_the_benchmark_s():
+    header = "| pixels | 256×256 |"
+    (line,) = [line for line in README.splitlines() if line.startswith(header)]
+    sizes = [tuple(map(int, cell.split("×"))) for cell in line.strip("|").split("|")[1:]]
+    seconds = fastest("benchmark.json")
+    check_figures(
+        header,
+        lambda name, column: 1e3 * seconds[(3, SPEED_RUNTIMES[name], 1, 2, *sizes[column], "lemore")],
+    )
+
+
+def test_speeds_on_a_gpu_are_the_benchmark_s():
+    seconds = fastest("benchmark_gpu.json")
+    check_figures(
+        "| images/s | one at a time |",
+        lambda name, column: (
+            (1, 8)[column] / seconds[(1, "cuda-bfloat16", (1, 8)[column], 1, 512, 512, SPEED_MODELS[name])]
+        ),
+    )
 
 
 def test_the_counts_are_what_the_script_prints():
