@@ -5,6 +5,7 @@
     python scripts/benchmark.py --quick                          # some minutes on two cores
     python scripts/benchmark.py --json benchmark.json --chart benchmark.png
     python scripts/benchmark.py --json benchmark.json --update --tables 1 --runtimes onnx openvino --work-dir DIR
+    python scripts/benchmark.py --tables 3 --num-labels 11 --sizes 360x480 900x1200       # LeMoRe, for data of one's own
 
 Three tables: the network in every runtime; from a picture's file to its label map; time and memory by the image's size.
 LeMoRe is fused (`model.fuse()`), the others are as their libraries give them; graph runtimes fold the norms of all.
@@ -96,7 +97,14 @@ def parse_arguments() -> argparse.Namespace:
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
         default=(512, 512),
-        help="of the first table's images; the second's have 512×512 pixels, the third's are of many sizes",
+        help="of the first table's images; the second's have 512×512 pixels",
+    )
+    parser.add_argument(
+        "--sizes",
+        type=_size,
+        nargs="+",
+        metavar="HEIGHTxWIDTH",
+        help="of the third table's images (default: 256x256 to 2048x2048)",
     )
     parser.add_argument(
         "--num-labels",
@@ -117,8 +125,11 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.prepare_only and not arguments.work_dir:
         parser.error("--prepare-only needs --work-dir DIR, which keeps what is prepared")
-    if min(arguments.size) < 32:
-        parser.error(f"--size must be at least 32 × 32, the smallest image of LeMoRe, got {arguments.size}")
+    for size in (arguments.size, *(arguments.sizes or ())):
+        if min(size) < 32:
+            parser.error(f"--size and --sizes must be at least 32 × 32, the smallest image of LeMoRe, got {size}")
+    if arguments.sizes and 3 not in arguments.tables:
+        parser.error("--sizes are of the third table, which --tables leaves out")
     if 2 in arguments.tables and arguments.num_labels < len(CLASS_NAMES):
         parser.error(
             f"--num-labels {arguments.num_labels}: the second table's picture has {len(CLASS_NAMES)} classes; leave it "
@@ -158,6 +169,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.lower().replace("×", "x").partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH, such as 360x480, got {text!r}")
+    return int(height), int(width)
+
+
 def _with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
     two = min(2, usable_cores())
     quick_models = ["lemore", "segformer-b0", "mobilenetv2-deeplabv3", "lraspp-mobilenet-v3-large"]
@@ -167,12 +185,12 @@ def _with_defaults(arguments: argparse.Namespace) -> argparse.Namespace:
         "batch_sizes": ([1, 8], [1]),
         "threads": (sorted({1, two}), [two]),
         "rounds": (3, 1),
+        "sizes": (SIZES, ((256, 256), (512, 512), (1024, 1024))),
     }
     for name, values in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, values[arguments.quick])
     arguments.models = [name for name in NAMES if name in {"lemore", *arguments.models}]
-    arguments.sizes = ((256, 256), (512, 512), (1024, 1024)) if arguments.quick else SIZES
     return arguments
 
 

@@ -394,6 +394,9 @@ def script():
         (["--tables", "--json", "absent.json"], "absent.json"),
         (["--prepare-only"], "--work-dir DIR"),
         (["--size", "16", "64"], "32 × 32"),
+        (["--sizes", "64x64", "64x16"], "32 × 32"),
+        (["--sizes", "64"], "must be HEIGHTxWIDTH, such as 360x480, got '64'"),
+        (["--sizes", "64x64", "--tables", "1"], "which --tables leaves out"),
         (["--rounds", "0"], "at least 1, got 0"),
         (["--num-labels", "5"], "the second table's picture has 9 classes"),
         (["--runtimes", "abacus"], "abacus"),
@@ -409,6 +412,14 @@ def test_bad_options(arguments, message, script, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         script.parse_arguments()
     assert message in capsys.readouterr().err
+
+
+def test_sizes_of_ones_own(script, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--tables", "3", "--sizes", "64x96", "360×480"])
+    arguments = script.parse_arguments()
+    arguments.runtimes = list(script.RUNTIMES)
+    planned = {(cell.runtime, cell.height, cell.width) for cell in script.plan_cells(arguments)}
+    assert planned == {(runtime, *size) for runtime in script.SIZE_RUNTIMES for size in ((64, 96), (360, 480))}
 
 
 def test_what_measures_nothing_leaves_the_file_as_it_was(script, monkeypatch, tmp_path):
