@@ -133,6 +133,7 @@ def table_rows(text: str) -> dict[str, list[str]]:
                 "LeMoRe": "LeMoRe",
                 "LeMoRe, then enlarged": "then enlarged",
                 "LeMoRe, then mixed": "then mixed",
+                "LeMoRe, then larger": "then larger",
             },
             {
                 "LeMoRe, transverse view alone, no attention": "transverse view alone, no attention",
@@ -198,10 +199,11 @@ def fastest(file: str) -> dict[tuple, float]:
     return seconds
 
 
-def check_figures(header: str, expected: Callable[[str, int], float]) -> None:
-    """The figures of the README's table with a header that begins so, by row and column, to the digits that it shows."""
+def check_figures(header: str, expected: Callable[[str, int], float], first: int = 0) -> None:
+    """The figures of the README's table with a header that begins so, by row and column from `first` on, to the digits
+    that it shows."""
     rows = table_rows(header + README.split(header, 1)[1].split("\n\n", 1)[0])
-    cells = [(name, *cell) for name, row in list(rows.items())[2:] for cell in enumerate(row) if cell[1]]
+    cells = [(name, *cell) for name, row in list(rows.items())[2:] for cell in enumerate(row[first:]) if cell[1]]
     assert len(cells) > 7
     for name, column, cell in cells:
         digits = len(cell.partition(".")[2])
@@ -244,6 +246,19 @@ def test_times_by_size_are_the_benchmark_s():
         header,
         lambda name, column: 1e3 * seconds[(3, SPEED_RUNTIMES[name], 1, 2, *sizes[column], "lemore")],
     )
+
+
+def test_times_of_the_released_network_are_the_benchmark_s():
+    seconds = fastest("benchmark_camvid.json")
+
+    def expected(name: str, column: int) -> float:
+        size = tuple(map(int, name.partition(",")[0].split("×")))
+        return 1e3 * seconds[(3, list(SPEED_RUNTIMES.values())[column], 1, 2, *size, "lemore")]
+
+    header = "| network input, rows × columns | M MACs | test mean IoU | eager, ms | ONNX Runtime | OpenVINO |"
+    check_figures(header, expected, first=2)
+    report = json.loads((ROOT / "model_cards" / "benchmark_camvid.json").read_text())
+    assert report["settings"]["num_labels"] == 11
 
 
 def test_speeds_on_a_gpu_are_the_benchmark_s():
