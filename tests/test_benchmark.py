@@ -257,8 +257,6 @@ def test_networks_have_the_classes_that_are_asked_for(script, monkeypatch):
     arguments.runtimes = list(script.RUNTIMES)
     cells = [*script.plan_preparations(arguments, Path()), *script.plan_cells(arguments)]
     assert {cell.num_labels for cell in cells} == {11}
-
-    torch.manual_seed(0)
     for name in models.NAMES:
         network = models.build_model(name, 11).to("meta")
         with torch.inference_mode():
