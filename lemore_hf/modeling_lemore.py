@@ -1241,7 +1241,7 @@ class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
             )
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise TypeError(f"`labels` must hold integers, got {labels.dtype}: convert them with `labels.long()`.")
-        if torch.compiler.is_compiling() or _is_transformed() or labels.is_meta:
+        if _hides_values(labels):
             return
         num_labels, ignore_index = self.config.num_labels, self.config.semantic_loss_ignore_index
         # Looking at values waits for the device. On a GPU that would stall every training step.
@@ -1263,6 +1263,11 @@ class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
                 )
 
 
+def _hides_values(tensor: torch.Tensor) -> bool:
+    """Whether the values cannot be looked at: in graphs that are being made, and on the meta device."""
+    return torch.compiler.is_compiling() or _is_transformed() or tensor.is_meta
+
+
 def _name_no_class(labels: torch.Tensor, num_labels: int, ignore_index: int) -> torch.Tensor:
     """Where labels are neither void nor a class; one label tells two apart."""
     labels = labels.long()  # an ignore index of -100 or 255 is beyond some integer types
@@ -1281,6 +1286,17 @@ def check_label_values(labels: torch.Tensor, num_labels: int, ignore_index: int 
     Raises:
         `ValueError`: naming the values outside of `[0, num_labels)` that are not `ignore_index`.
     """
+    _refuse_no_class(
+        labels,
+        num_labels,
+        ignore_index,
+        "for void. If the data set counts its classes from 1, set `do_reduce_labels=True` in the image processor; else set "
+        "`num_labels` or `semantic_loss_ignore_index` of the configuration to what the data has.",
+    )
+
+
+def _refuse_no_class(labels: torch.Tensor, num_labels: int, ignore_index: int, way_out: str) -> None:
+    """Raise `ValueError` for labels that name no class: what the ignore index is for, and what to do, is the way out."""
     invalid = _name_no_class(labels, num_labels, ignore_index)
     if not invalid.any():
         return
@@ -1288,9 +1304,7 @@ def check_label_values(labels: torch.Tensor, num_labels: int, ignore_index: int 
     shown = ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
     raise ValueError(
         f"`labels` holds values that are no class: {shown}. Expected 0 to {max(num_labels, 2) - 1} "
-        f"(`config.num_labels`={num_labels}) or {ignore_index} for void. If the data set counts its classes from 1, "
-        "set `do_reduce_labels=True` in the image processor; else set `num_labels` or "
-        "`semantic_loss_ignore_index` of the configuration to what the data has."
+        f"(`config.num_labels`={num_labels}) or {ignore_index} {way_out}"
     )
 
 
@@ -1501,17 +1515,9 @@ class LeMoReForImageClassification(LeMoRePreTrainedModel):
         """On a GPU what is no class would end the process in an assertion of the device."""
         num_labels, problem_type = self.config.num_labels, self.config.problem_type
         are_classes = problem_type in (None, "single_label_classification") and not labels.is_floating_point()
-        if num_labels == 1 or not are_classes:
-            return
-        if torch.compiler.is_compiling() or _is_transformed() or labels.is_meta:
-            return
-        invalid = labels[_name_no_class(labels, num_labels, -100)].unique().tolist()
-        if invalid:
-            raise ValueError(
-                f"`labels` holds values that are no class: {', '.join(map(str, invalid[:10]))}. Expected 0 to "
-                f"{num_labels - 1} (`config.num_labels`={num_labels}) or -100 for none. Count classes from 0, or set "
-                "`num_labels` of the configuration to what the data has."
-            )
+        if num_labels > 1 and are_classes and not _hides_values(labels):
+            way_out = "for none. Count classes from 0, or set `num_labels` of the configuration to what the data has."
+            _refuse_no_class(labels, num_labels, -100, way_out)
 
 
 __all__ = [
