@@ -13,6 +13,7 @@ Batches are the same whatever the number of processes, which take them in turn: 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification, AutoModelForSemanticSegmentation, PreTrainedModel
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 from . import peers  # noqa: F401  Registers them, so that their folders load as any other.
 from .checkpointing import CheckpointError, require_safetensors
@@ -145,7 +147,7 @@ def evaluate_segmentation(
         BadSampleError: for a sample that cannot be used; names it, on every process.
     """
     _check_options(scales, window, window_stride, num_worst)
-    _check_classes(model, recipe)
+    check_classes(model, recipe)
     model, device = _placed(model, accelerator)
     num_labels = model.config.num_labels
     matrix = ConfusionMatrix(num_labels, IGNORE_INDEX, device)
@@ -185,7 +187,7 @@ def evaluate_classification(
 
     Arguments and errors are those of `evaluate_segmentation`; the model's `logits` are (B, num_labels).
     """
-    _check_classes(model, recipe)
+    check_classes(model, recipe)
     model, device = _placed(model, accelerator)
     counts = torch.zeros(3, dtype=torch.int64, device=device)  # images, right at first, right among five
     with _evaluating(model, accelerator):
@@ -271,6 +273,55 @@ def load_trained_model(name_or_path: str | Path, task: str = "semantic-segmentat
     return model.eval()
 
 
+def check_classes(model: nn.Module, recipe: Recipe) -> None:
+    """Refuse a model with another number of classes than a recipe, or with the same ones in another order.
+
+    Raises:
+        ValueError: which names both.
+    """
+    config = getattr(model, "module", model).config
+    # A single logit tells two classes apart.
+    is_binary = config.num_labels == 1 and recipe.task == "semantic-segmentation"
+    if recipe.num_classes != (2 if is_binary else config.num_labels):
+        raise ValueError(
+            f"The model has {config.num_labels} labels, the recipe {recipe.name} has {recipe.num_classes} classes: give "
+            "the recipe that the model was trained with."
+        )
+    names = [str(config.id2label[index]) for index in range(config.num_labels)]
+    if set(names) == set(recipe.class_names) and tuple(names) != recipe.class_names:
+        raise ValueError(
+            f"The model has the classes of the recipe {recipe.name} in another order ({', '.join(names[:5])}, ...): "
+            "override class_names or label_map."
+        )
+
+
+def check_normalization(name_or_path: str | Path, recipe: Recipe) -> dict[str, Any]:
+    """Refuse to feed a model other pixel values than its own image processor would.
+
+    Returns:
+        The processor's settings; none where the model has no processor.
+
+    Raises:
+        ValueError: which names both.
+    """
+    path = cached_file(str(name_or_path), IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False)
+    processor = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    for field in ("image_mean", "image_std"):
+        values = processor.get(field)
+        if values is not None and list(values) != list(getattr(recipe, field)):
+            raise ValueError(
+                f"{field} is {values} in {path} and {list(getattr(recipe, field))} in the recipe {recipe.name}: if the "
+                f"model was trained with the former, add --{field} {' '.join(map(str, values))}."
+            )
+    for field, value in {"do_normalize": True, "do_flip_channel_order": False}.items():
+        if processor.get(field, value) is not value:
+            raise ValueError(
+                f"{field} is {processor[field]} in {path}: a recipe's images are normalized, and their channels stay red, "
+                "green, blue. Give a model that was trained so."
+            )
+    return processor
+
+
 def _check_options(scales: Sequence[float], window: Size | None, window_stride: Size | None, num_worst: int) -> None:
     if not scales or not all(0 < scale < math.inf for scale in scales):
         raise ValueError(f"scales must be one or more positive factors, got {list(scales)}.")
@@ -286,23 +337,6 @@ def _check_options(scales: Sequence[float], window: Size | None, window_stride: 
         )
     if num_worst < 0:
         raise ValueError(f"num_worst must be at least 0, got {num_worst}.")
-
-
-def _check_classes(model: nn.Module, recipe: Recipe) -> None:
-    config = getattr(model, "module", model).config
-    # A single logit tells two classes apart.
-    is_binary = config.num_labels == 1 and recipe.task == "semantic-segmentation"
-    if recipe.num_classes != (2 if is_binary else config.num_labels):
-        raise ValueError(
-            f"The model has {config.num_labels} labels, the recipe {recipe.name} has {recipe.num_classes} classes: give "
-            "the recipe that the model was trained with."
-        )
-    names = [str(config.id2label[index]) for index in range(config.num_labels)]
-    if set(names) == set(recipe.class_names) and tuple(names) != recipe.class_names:
-        raise ValueError(
-            f"The model has the classes of the recipe {recipe.name} in another order ({', '.join(names[:5])}, ...): "
-            "override class_names or label_map."
-        )
 
 
 def _placed(model: nn.Module, accelerator: Accelerator | None) -> tuple[nn.Module, torch.device]:

@@ -6,8 +6,8 @@
         --runs model_cards/runs.jsonl --table model_cards/camvid_ablation.md
 
 A plan is a YAML file: options of `scripts/train.py` that all variants share, those in which each differs, and the splits
-to evaluate on. A variant's `init_from` may name variants before it, with whose weights it begins. Started again, it goes
-on where it was stopped; `--table_only` tabulates the runs there are.
+to evaluate on. A variant's `init_from` and `teacher` may name variants before it, with whose weights it begins or whose
+probabilities it learns. Started again, it goes on where it was stopped; `--table_only` tabulates the runs there are.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from lemore_hf.data.recipes import DESCRIPTIVE_FIELDS, EVALUATION_FIELDS, Recipe
 
 SCRIPTS = Path(__file__).parent
 RECIPE_FIELDS = {field.name for field in fields(Recipe)}
+CHECKPOINT_OPTIONS = ("init_from", "teacher")  # name variants before, or folders: one or several
 PLAN_KEYS = {"title", "notes", "recipe", "splits", "options", "variants"}
 
 
@@ -51,9 +52,10 @@ def main() -> None:
         raise ValueError(f"--only {' '.join(unknown)}: the variants of {args.plan} are {', '.join(plan['variants'])}.")
     names = [name for name in plan["variants"] if name in wanted]  # in their order: later ones may begin with earlier
     for name in names:
-        for first in beginnings(plan, name):
+        for option, first in variants_needed(plan, name):
             if first not in names and not (args.output_dir / run_name(args.plan, first) / "run.json").is_file():
-                raise ValueError(f"{name!r} begins with {first!r}, which has not been run: name it after --only too.")
+                needs = "begins with" if option == "init_from" else "learns from"
+                raise ValueError(f"{name!r} {needs} {first!r}, which has not been run: name it after --only too.")
     for name in names:
         folder = args.output_dir / run_name(args.plan, name)
         train(plan, name, folder, args)
@@ -86,10 +88,11 @@ def load_plan(path: Path, data_dir: Path | None) -> dict[str, Any]:
     if (recipe := load_recipe(plan["recipe"])).task != "semantic-segmentation":
         raise ValueError(f"The table of a plan is of mean IoU: {path} has the recipe {recipe.name} for {recipe.task}.")
     for number, name in enumerate(variants):
-        if late := [first for first in beginnings(plan, name) if first in list(variants)[number:]]:
-            raise ValueError(
-                f"{path}, variant {name!r}: init_from names {late[0]!r}, which must be a variant before it."
-            )
+        for option, first in variants_needed(plan, name):
+            if first in list(variants)[number:]:
+                raise ValueError(
+                    f"{path}, variant {name!r}: {option} names {first!r}, which must be a variant before it."
+                )
         changes = {key: value for key, value in training_options(plan, name).items() if key in RECIPE_FIELDS}
         try:
             load_recipe(plan["recipe"], changes, data_dir)
@@ -131,10 +134,10 @@ def train(plan: dict[str, Any], name: str, folder: Path, args: argparse.Namespac
     folder.mkdir(parents=True, exist_ok=True)
     planned.write_text(json.dumps(as_kept(plan, options), indent=2) + "\n", encoding="utf-8")
     data = ["--data_dir", str(args.data_dir)] if args.data_dir else []
-    if "init_from" in options:
-        options["init_from"] = [
+    for option in options.keys() & CHECKPOINT_OPTIONS:
+        options[option] = [
             str(args.output_dir / run_name(args.plan, first) / "final") if first in plan["variants"] else first
-            for first in initial_weights(options)
+            for first in checkpoints(options, option)
         ]
     run("train.py", "--recipe", plan["recipe"], *data, "--output_dir", str(folder), "--resume", *option_words(options))
 
@@ -165,15 +168,17 @@ def training_options(plan: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not False or key in RECIPE_FIELDS}
 
 
-def initial_weights(options: dict[str, Any]) -> list[str]:
-    """What `init_from` names, one or several: variants of the plan, or folders."""
-    value = options.get("init_from", [])
+def checkpoints(options: dict[str, Any], option: str) -> list[str]:
+    """What `init_from` or `teacher` names, one or several: variants of the plan, or folders."""
+    value = options.get(option, [])
     return [str(item) for item in (value if isinstance(value, list) else [value])]
 
 
-def beginnings(plan: dict[str, Any], name: str) -> list[str]:
-    """The variants with whose weights a variant begins."""
-    return [first for first in initial_weights(training_options(plan, name)) if first in plan["variants"]]
+def variants_needed(plan: dict[str, Any], name: str) -> list[tuple[str, str]]:
+    """The variants that a variant begins with or learns from, each after the option that names it."""
+    options = training_options(plan, name)
+    named = [(option, first) for option in CHECKPOINT_OPTIONS for first in checkpoints(options, option)]
+    return [(option, first) for option, first in named if first in plan["variants"]]
 
 
 def evaluate(plan: dict[str, Any], name: str, folder: Path, split: str, args: argparse.Namespace) -> None:
@@ -259,11 +264,12 @@ def seed_spreads(plan: dict[str, Any], entries: dict[str, dict[str, Any] | None]
 
 
 def without_seeds(plan: dict[str, Any], name: str) -> dict[str, Any]:
-    """The settings of a variant, and in place of the variants that it begins with, theirs."""
+    """The settings of a variant, and in place of the variants that it begins with or learns from, theirs."""
     options = {key: value for key, value in settings(plan, name).items() if key != "seed"}
-    if "init_from" in options:
-        options["init_from"] = [
-            without_seeds(plan, first) if first in plan["variants"] else first for first in initial_weights(options)
+    for option in options.keys() & CHECKPOINT_OPTIONS:
+        options[option] = [
+            without_seeds(plan, first) if first in plan["variants"] else first
+            for first in checkpoints(options, option)
         ]
     return options
 

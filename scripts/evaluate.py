@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 from transformers import PreTrainedModel
-from transformers.utils import IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 import lemore_hf
 from lemore_hf.checkpointing import CheckpointError, atomic_file, sha256_of
@@ -45,6 +45,7 @@ from lemore_hf.data.recipes import (
 from lemore_hf.evaluation import (
     EvaluatedImage,
     SegmentationEvaluation,
+    check_normalization,
     evaluate_classification,
     evaluate_segmentation,
     load_trained_model,
@@ -179,15 +180,7 @@ def check_export_options(args: argparse.Namespace, recipe: Recipe) -> None:
 
 def check_processor(name_or_path: str, recipe: Recipe, accelerator: Accelerator) -> None:
     """Refuse to feed a model other pixel values than its image processor would; say so where the size is another."""
-    path = cached_file(name_or_path, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False)
-    processor = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-    for field in ("image_mean", "image_std"):
-        values = processor.get(field)
-        if values is not None and list(values) != list(getattr(recipe, field)):
-            raise ValueError(
-                f"{field} is {values} in {path} and {list(getattr(recipe, field))} in the recipe {recipe.name}: if the "
-                f"model was trained with the former, add --{field} {' '.join(map(str, values))}."
-            )
+    processor = check_normalization(name_or_path, recipe)
     size = processor.get("size", recipe.processor_size)
     own = f"resizes images to {recipe.processor_size}" if recipe.resize is not None else "leaves images at their size"
     if recipe.resize is None or size != recipe.processor_size:

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -66,6 +67,7 @@ from lemore_hf.data.recipes import (
     recipe_names,
     recipe_overrides,
 )
+from lemore_hf.distillation import DistillationLoss, load_teacher
 from lemore_hf.evaluation import evaluate
 from lemore_hf.hardware import hardware_name, shares_cpu
 from lemore_hf.hub import PublishingError, push_folder, signed_in_user
@@ -95,6 +97,16 @@ def parse_arguments() -> argparse.Namespace:
         metavar="CHECKPOINT",
         help="folder or Hub id of a checkpoint whose weights training starts from; of several, their mean, which "
         "`--max_steps 0` saves as it is",
+    )
+    parser.add_argument(
+        "--teacher",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="folder or Hub id of a trained segmentation network of the same classes, LeMoRe or another of Transformers, "
+        "whose probabilities are learned beside the labels; of several, their mean",
+    )
+    parser.add_argument(
+        "--teacher_weight", type=positive, help="of the divergence from the teacher, beside the loss (default: 1)"
     )
     parser.add_argument("--peer", choices=sorted(PEERS), help="train this network instead of LeMoRe")
     parser.add_argument("--streaming", action="store_true", help="read the data while training, never all of it")
@@ -143,6 +155,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--cuda_graph needs a GPU.")
     if args.cuda_graph and (args.compile or args.gradient_accumulation_steps > 1):
         parser.error("--cuda_graph excludes --compile and --gradient_accumulation_steps: raise batch_size instead.")
+    if args.teacher_weight is not None and not args.teacher:
+        parser.error("--teacher_weight needs a --teacher.")
+    if args.teacher_weight is None:
+        args.teacher_weight = 1.0
     if args.streaming and args.cache:
         parser.error("--streaming and --cache exclude each other: a stream is not kept.")
     for option in ("init_from", "model_config", "push_to_hub"):
@@ -162,6 +178,13 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return integer
 
 
+def positive(text: str) -> float:
+    """The type of an option that takes finite numbers above 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0 and finite, got {text}")
+    return float(text)
+
+
 def main() -> None:
     args = parse_arguments()
     accelerator = Accelerator(
@@ -177,6 +200,8 @@ def main() -> None:
         raise ValueError(
             "max_steps=0 saves the weights of --init_from, or their mean, untrained: name them, or train."
         )
+    if recipe.max_steps == 0 and args.teacher:
+        raise ValueError("max_steps=0 learns nothing from a --teacher: leave it out, or train.")
     if args.push_to_hub and accelerator.is_main_process:
         signed_in_user()  # Rather now than after the training.
     set_seed(args.seed)
@@ -215,6 +240,7 @@ def main() -> None:
     settings = fingerprint(args, recipe, accelerator)
     state = TrainingState(accelerator, model, optimizer, ema, settings, defaults_of_fields())
     criterion = build_criterion(recipe, dataset).to(accelerator.device)
+    distillation = build_distillation(args, recipe, accelerator) if args.teacher else None
     mix = mix_images(recipe)
     if args.resume:
         resume(state, args.output_dir)
@@ -273,7 +299,11 @@ def main() -> None:
                         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
                     if mix is not None and state.step < recipe.mix_until * recipe.max_steps:
                         pixel_values, labels = mix(pixel_values, labels)
-                    loss = criterion(prepared_model(pixel_values).logits, labels)
+                    logits = prepared_model(pixel_values).logits
+                    loss = criterion(logits, labels)
+                    if distillation is not None:
+                        with accelerator.autocast():
+                            loss = loss + args.teacher_weight * distillation(logits, pixel_values)
                     accelerator.backward(loss)
                     if recipe.max_grad_norm is not None and accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
@@ -491,6 +521,21 @@ def build_criterion(recipe: Recipe, dataset: RecipeDataset | None) -> nn.Module:
     )
 
 
+def build_distillation(args: argparse.Namespace, recipe: Recipe, accelerator: Accelerator) -> DistillationLoss:
+    """The loss that the networks of `--teacher` give."""
+    if recipe.task != "semantic-segmentation":
+        raise ValueError(f"--teacher is for segmentation, the recipe {recipe.name} is for {recipe.task}.")
+    teachers = []
+    for checkpoint in args.teacher:
+        try:
+            teachers.append(load_teacher(checkpoint, recipe))
+        except (CheckpointError, OSError, ValueError) as error:
+            kind = next(kind for kind in (CheckpointError, OSError, ValueError) if isinstance(error, kind))
+            raise kind(f"--teacher {checkpoint} cannot teach: {error}") from error
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    return DistillationLoss(teachers).to(accelerator.device, memory_format=layout)
+
+
 def training_batches(
     args: argparse.Namespace,
     recipe: Recipe,
@@ -565,6 +610,8 @@ def fingerprint(args: argparse.Namespace, recipe: Recipe, accelerator: Accelerat
     run = {name: getattr(args, name) for name in options}
     if args.init_from and len(args.init_from) == 1:  # as before it took several
         (run["init_from"],) = args.init_from
+    if args.teacher:
+        run |= {"teacher": args.teacher, "teacher_weight": args.teacher_weight}
     return json.loads(json.dumps({**data, **run, "num_processes": accelerator.num_processes}))
 
 

@@ -1,0 +1,86 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Knowledge distillation: what a segmentation network learns from the probabilities of trained ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from .data.recipes import Recipe
+from .evaluation import check_classes, check_normalization, load_trained_model
+from .modeling_lemore import LeMoRePreTrainedModel, resize_bilinear
+
+
+class DistillationLoss(nn.Module):
+    """
+    Divergence of a network's probabilities from those of its teachers (Hinton, Vinyals & Dean, "Distilling the Knowledge
+    in a Neural Network", 2015), pixel by pixel and at temperature 1.
+
+    Several teachers are an ensemble: what is learned is the mean of their probabilities. They look at the very batch
+    that the network looks at, augmented and mixed alike (Beyer et al., "Knowledge distillation: A good teacher is patient
+    and consistent", CVPR 2022), and teach void pixels too.
+
+    Args:
+        teachers (`Sequence[PreTrainedModel]`): Segmentation networks of the same classes, at least one. They are not
+            trained; a LeMoRe among them is fused.
+
+    Raises:
+        `ValueError`: without a teacher.
+    """
+
+    def __init__(self, teachers: Sequence[PreTrainedModel]):
+        super().__init__()
+        if not teachers:
+            raise ValueError("There must be at least one teacher.")
+        self.teachers = nn.ModuleList(
+            teacher.fuse() if isinstance(teacher, LeMoRePreTrainedModel) else teacher for teacher in teachers
+        )
+        self.requires_grad_(False).eval()
+
+    def forward(self, logits: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            logits (`torch.Tensor` of shape `(batch_size, num_labels, height, width)`):
+                The network's own, at any stride; the teachers' probabilities are resized to it.
+            pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_height, image_width)`):
+                The normalized images that the network has seen.
+
+        Returns:
+            The mean Kullback-Leibler divergence in nats, a scalar in single precision of at least 0.
+        """
+        targets = self.probabilities(pixel_values, logits.shape[-2:])
+        # `batchmean` divides by the first dimension alone, which is to be that of all pixels.
+        log_probabilities = logits.float().log_softmax(1).movedim(1, -1).flatten(0, 2)
+        return F.kl_div(log_probabilities, targets.movedim(1, -1).flatten(0, 2), reduction="batchmean")
+
+    @torch.no_grad()
+    def probabilities(self, pixel_values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """The mean of the teachers' probabilities, in single precision, `(batch_size, num_labels, *size)`."""
+        views = [teacher(pixel_values).logits.float().softmax(1) for teacher in self.teachers]
+        return sum(resize_bilinear(view, size) for view in views) / len(views)
+
+
+def load_teacher(name_or_path: str | Path, recipe: Recipe) -> PreTrainedModel:
+    """A trained segmentation network, LeMoRe or another one of Transformers, that can teach by a recipe.
+
+    Args:
+        name_or_path: folder that `save_pretrained` wrote, or Hub id.
+        recipe: what it has to agree with: classes in their order, and the normalization of images.
+
+    Raises:
+        CheckpointError: for weights that are missing, pickled, damaged, or not those of the whole network.
+        OSError: if there is no such model.
+        ValueError: for other classes, or images normalized in another way.
+    """
+    model = load_trained_model(name_or_path, recipe.task)
+    if model.config.num_labels == 1:
+        raise ValueError("A single logit is no distribution over classes: give a network with an output for each.")
+    check_classes(model, recipe)
+    check_normalization(name_or_path, recipe)
+    return model
