@@ -55,7 +55,7 @@ def row(run: dict[str, Any]) -> list[str]:
     test = run.get("evaluation", {}).get("test", {})
     return [
         run["name"],
-        begins_with(settings.get("init_from")),
+        begins_with(settings.get("init_from")) + taught_by(settings.get("teacher")),
         str(run["steps"]),
         str(recipe["batch_size"]),
         f"{recipe['learning_rate']:g}",
@@ -71,9 +71,19 @@ def begins_with(init_from: str | list[str] | None) -> str:
     """The run whose weights these are, or of several the mean; by the names of their folders."""
     if not init_from:
         return "random weights"
-    folders = [Path(folder) for folder in ([init_from] if isinstance(init_from, str) else init_from)]
-    names = [folder.parent.name if folder.name in ("final", "best") else folder.as_posix() for folder in folders]
+    names = run_names([init_from] if isinstance(init_from, str) else init_from)
     return names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
+
+
+def taught_by(teacher: list[str] | None) -> str:
+    """The runs whose probabilities were learned too."""
+    return f"; taught by {', '.join(run_names(teacher))}" if teacher else ""
+
+
+def run_names(folders: list[str]) -> list[str]:
+    """What the runs are called whose models these folders hold; the folder itself where it is no run's."""
+    paths = [Path(folder) for folder in folders]
+    return [path.parent.name if path.name in ("final", "best") else path.as_posix() for path in paths]
 
 
 if __name__ == "__main__":

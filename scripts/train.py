@@ -200,8 +200,10 @@ def main() -> None:
         raise ValueError(
             "max_steps=0 saves the weights of --init_from, or their mean, untrained: name them, or train."
         )
-    if recipe.max_steps == 0 and args.teacher:
+    if args.teacher and recipe.max_steps == 0:
         raise ValueError("max_steps=0 learns nothing from a --teacher: leave it out, or train.")
+    if args.teacher and recipe.task != "semantic-segmentation":
+        raise ValueError(f"--teacher is for segmentation, the recipe {recipe.name} is for {recipe.task}.")
     if args.push_to_hub and accelerator.is_main_process:
         signed_in_user()  # Rather now than after the training.
     set_seed(args.seed)
@@ -523,8 +525,6 @@ def build_criterion(recipe: Recipe, dataset: RecipeDataset | None) -> nn.Module:
 
 def build_distillation(args: argparse.Namespace, recipe: Recipe, accelerator: Accelerator) -> DistillationLoss:
     """The loss that the networks of `--teacher` give."""
-    if recipe.task != "semantic-segmentation":
-        raise ValueError(f"--teacher is for segmentation, the recipe {recipe.name} is for {recipe.task}.")
     teachers = []
     for checkpoint in args.teacher:
         try:

@@ -229,6 +229,28 @@ def test_a_variant_begins_with_the_weights_of_another(compare, script, tmp_path,
     assert trainings[2].endswith(f"--init_from {finals[0]} {finals[1]} elsewhere")
 
 
+def test_a_variant_learns_from_others(compare, script, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(script, "run", lambda name, *words: started.append((name, words)))
+    variants = {
+        "one": None,
+        "two": {"seed": 1},
+        "taught": {"init_from": "one", "teacher": ["one", "two", "elsewhere"]},
+    }
+    with pytest.raises(ValueError, match="'taught' begins with 'one', which has not been run"):
+        compare({**PLAN, "variants": variants}, "--only", "taught")
+    with pytest.raises(ValueError, match="'taught' learns from 'two', which has not been run"):
+        compare({**PLAN, "variants": variants}, "--only", "one", "taught")
+    with pytest.raises(ValueError, match="variant 'one': teacher names 'one', which must be a variant before it"):
+        compare({**PLAN, "variants": {"one": {"teacher": "one"}}})
+    assert not started
+    compare({**PLAN, "variants": variants})
+    *_, last = (" ".join(words) for name, words in started if name == "train.py")
+    one, two = (str(tmp_path / "out" / f"plan-{name}" / "final") for name in ("one", "two"))
+    assert f"--init_from {one}" in last
+    assert f"--teacher {one} {two} elsewhere" in last
+
+
 def test_a_second_stage_is_trained_from_the_first(compare, tmp_path):
     second = {"init_from": "first", "learning_rate": 1e-12, "warmup_steps": 0, "ema_decay": None, "max_steps": 1}
     table = compare({**PLAN, "variants": {"first": None, "second": {**second, "freeze_batch_norm": True}}})
@@ -241,12 +263,15 @@ def test_a_second_stage_is_trained_from_the_first(compare, tmp_path):
 def test_stages_of_seeds_are_summed_up_together(script):
     variants = {"one": None, "two": {"seed": 1}, "then one": {"init_from": "one"}}
     variants["then two"] = {"init_from": ["two"], "seed": 1}
+    teachers = {"teacher": ["one", "two"]}
+    variants |= {"taught": {"init_from": "one", **teachers}, "taught too": {"init_from": "two", "seed": 1, **teachers}}
     plan = {"splits": ["test"], "options": {}, "variants": variants}
-    scores = zip(variants, (0.5, 0.6, 0.7, 0.9), strict=True)
+    scores = zip(variants, (0.5, 0.6, 0.7, 0.9, 0.8, 0.9), strict=True)
     entries = {name: {"evaluation": {"test": {"mean_iou": score}}} for name, score in scores}
-    first, second = [line for line in script.seed_spreads(plan, entries) if line]
+    first, second, third = [line for line in script.seed_spreads(plan, entries) if line]
     assert first.startswith("one, mean and standard deviation: test mIoU 55.00 ± 7.07")
     assert second.startswith("then one, mean and standard deviation: test mIoU 80.00 ± 14.14")
+    assert third.startswith("taught, mean and standard deviation: test mIoU 85.00 ± 7.07")
 
 
 @pytest.mark.parametrize("plan", sorted((ROOT / "scripts" / "plans").glob("*.yaml")), ids=lambda path: path.stem)

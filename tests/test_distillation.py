@@ -89,7 +89,9 @@ def test_networks_of_several_kinds_teach(tmp_path, kind):
     torch.manual_seed(0)
     if kind == "segformer":
         sizes = {"hidden_sizes": [8, 8, 8, 8], "depths": [1] * 4, "decoder_hidden_size": 8}
-        model = SegformerForSemanticSegmentation(SegformerConfig(num_attention_heads=[1] * 4, **sizes, **LABELS)).eval()
+        model = SegformerForSemanticSegmentation(
+            SegformerConfig(num_attention_heads=[1] * 4, **sizes, **LABELS)
+        ).eval()
     else:
         model = lemore().fuse() if kind == "fused" else lemore()
     model.save_pretrained(tmp_path)

@@ -3,6 +3,7 @@
 """The table of trainings, from the lines that `evaluate.py --runs` keeps."""
 
 import functools
+import json
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,15 @@ def test_the_table_of_camvid_s_stages_has_every_run(list_runs, tmp_path):
     assert total in kept
     with pytest.raises(SystemExit, match=r"--names nothing: none of the \d+ runs"):
         list_runs("--names", "nothing")
+
+
+def test_a_run_says_who_taught_it(list_runs, tmp_path, capsys):
+    run = json.loads(RUNS.read_text(encoding="utf-8").splitlines()[0])
+    taught = {
+        **run["settings"],
+        "init_from": "runs/one/final",
+        "teacher": ["runs/one/final", "runs/two/final", "org/b5"],
+    }
+    (tmp_path / "runs.jsonl").write_text(json.dumps({**run, "name": "three", "settings": taught}), encoding="utf-8")
+    list_runs("--runs", tmp_path / "runs.jsonl", "--names", "three")
+    assert "| three | one; taught by one, two, org/b5 | " in capsys.readouterr().out

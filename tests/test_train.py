@@ -32,6 +32,7 @@ from lemore_hf.data.augmentation import normalize, resize_for_evaluation
 from lemore_hf.data.loading import EpochSampler, RecipeDataset, load_split
 from lemore_hf.data.recipes import load_recipe
 from lemore_hf.data.scenes import load_scenes
+from lemore_hf.distillation import DistillationLoss
 from lemore_hf.evaluation import evaluate, load_trained_model
 from lemore_hf.peers import build_peer
 
@@ -549,6 +550,77 @@ def test_a_resumed_run_needs_neither_its_first_weights_nor_the_checkpoint_again(
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> str:
+    """A folder of a network whose probabilities tell the classes apart, though nobody trained it."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("teacher")
+    model = LeMoReForSemanticSegmentation(LeMoReConfig(num_labels=9, image_size=[64, 64], **TINY_MODEL)).eval()
+    with torch.no_grad():
+        model.decode_head.classifier.bias.copy_(torch.linspace(-3, 3, 9))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def divergence_from(teacher: str, output_dir: Path, recipe: Path, data_dir: Path) -> float:
+    """What is left between a run's model and its teacher, on images that none has seen."""
+    settings = load_recipe(recipe)
+    validation = RecipeDataset(load_split(settings, "validation", data_dir), settings)
+    images = torch.stack(
+        [normalize(validation[index]["pixel_values"][None], settings, "cpu")[0] for index in range(2)]
+    )
+    with torch.no_grad():
+        logits = load_trained_model(output_dir / "final")(images).logits
+        return DistillationLoss([load_trained_model(teacher)])(logits, images).item()
+
+
+def test_a_network_learns_from_its_teacher(tmp_path, recipe, data_dir, teacher, run_here):
+    every = ["--eval_every", "0", "--save_every", "8", "--log_every", "16"]
+    options = [*every, "--ema_decay", "none", "--max_steps", "16"]
+    alone, taught, resumed = tmp_path / "alone", tmp_path / "taught", tmp_path / "resumed"
+    run_here(recipe, data_dir, alone, *options)
+    taught_by = ["--teacher", teacher, "--teacher_weight", "10"]
+    run_here(recipe, data_dir, taught, *options, *taught_by)
+    before, after = (divergence_from(teacher, folder, recipe, data_dir) for folder in (alone, taught))
+    assert after < 0.5 * before
+    assert log_of(taught)[-1]["loss"] > log_of(alone)[-1]["loss"], "the teacher's part is in the loss that is logged"
+    settings = json.loads((taught / "run.json").read_text())["settings"]
+    assert (settings["teacher"], settings["teacher_weight"]) == ([teacher], 10)
+    assert "teacher" not in json.loads((alone / "run.json").read_text())["settings"]
+
+    shutil.copytree(taught, resumed)
+    shutil.rmtree(resumed / "final")
+    shutil.rmtree(resumed / "checkpoint-0000016")
+    run_here(recipe, data_dir, resumed, *options, "--resume", expect="teacher was .* is None")
+    run_here(recipe, data_dir, resumed, *options, *taught_by, "--resume")
+    assert weights_of(resumed) == weights_of(taught)
+
+
+def test_two_processes_learn_from_two_teachers(tmp_path, recipe, data_dir, teacher, uninterrupted):
+    options = ["--mixed_precision", "bf16", "--channels_last", "--max_steps", "2", "--eval_every", "0"]
+    teachers = ["--teacher", teacher, str(uninterrupted / "final")]
+    run(recipe, data_dir, tmp_path, *options, *teachers, processes=2)
+    (record,) = [record for record in log_of(tmp_path) if record["step"] == 2]
+    assert np.isfinite(record["loss"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--teacher", "nowhere"], "OSError: --teacher nowhere cannot teach: "),
+        (["--num_classes", "10", "--class_weights", "none"], "ValueError: --teacher .* cannot teach: .*has 9 labels"),
+        (["--max_steps", "0", "--init_from", "x"], "max_steps=0 learns nothing from a --teacher"),
+        (
+            ["--recipe", "imagenet1k"],
+            "--teacher is for segmentation, the recipe imagenet1k is for image-classification",
+        ),
+    ],
+)
+def test_who_cannot_teach_is_named_before_the_work(options, message, tmp_path, recipe, data_dir, teacher, run_here):
+    run_here(recipe, data_dir, tmp_path, "--teacher", teacher, *options, expect=message)
+    assert not list_checkpoints(tmp_path)
+
+
 def test_a_stream_is_trained_on_and_resumed_to_the_same_weights(tmp_path, recipe, data_dir, run_here, monkeypatch):
     # At the end of each epoch `datasets` waits for its threads.
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
@@ -571,6 +643,9 @@ def test_a_stream_is_trained_on_and_resumed_to_the_same_weights(tmp_path, recipe
         (["--streaming", "--cache", "memory"], "exclude each other"),
         (["--peer", "segformer-b0", "--init_from", "x"], "--init_from is for LeMoRe"),
         (["--peer", "segformer-b0", "--push_to_hub", "x"], "--push_to_hub is for LeMoRe"),
+        (["--teacher_weight", "2"], "--teacher_weight needs a --teacher"),
+        (["--teacher", "x", "--teacher_weight", "0"], "--teacher_weight: must be above 0 and finite, got 0"),
+        (["--teacher", "x", "--teacher_weight", "nan"], "must be above 0 and finite, got nan"),
     ],
 )
 def test_options_without_effect_are_refused(options, message, monkeypatch, capsys):
