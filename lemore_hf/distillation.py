@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .data.recipes import Recipe
-from .evaluation import check_classes, check_normalization, load_trained_model
-from .modeling_lemore import LeMoRePreTrainedModel, resize_bilinear
+from .evaluation import check_classes, check_normalization, load_trained_model, mean_scores
+from .modeling_lemore import LeMoRePreTrainedModel
 
 
 class DistillationLoss(nn.Module):
@@ -47,7 +47,7 @@ class DistillationLoss(nn.Module):
         """
         Args:
             logits (`torch.Tensor` of shape `(batch_size, num_labels, height, width)`):
-                The network's own, at any stride; the teachers' probabilities are resized to it.
+                The network's own, at any stride; the teachers' logits are resized to it.
             pixel_values (`torch.Tensor` of shape `(batch_size, 3, image_height, image_width)`):
                 The normalized images that the network has seen.
 
@@ -62,8 +62,7 @@ class DistillationLoss(nn.Module):
     @torch.no_grad()
     def probabilities(self, pixel_values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """The mean of the teachers' probabilities, in single precision, `(batch_size, num_labels, *size)`."""
-        views = [teacher(pixel_values).logits.float().softmax(1) for teacher in self.teachers]
-        return sum(resize_bilinear(view, size) for view in views) / len(views)
+        return mean_scores([teacher(pixel_values).logits.float() for teacher in self.teachers], size)
 
 
 def load_teacher(name_or_path: str | Path, recipe: Recipe) -> PreTrainedModel:

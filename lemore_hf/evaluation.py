@@ -237,7 +237,7 @@ def predict_labels(
         return label_maps(views[0], size)
     # An image at a time: the probabilities of all classes at full size are the largest thing in memory.
     images = ([view[index : index + 1] for view in views] for index in range(len(pixel_values)))
-    return torch.cat([label_maps(_mean_scores(image, size), size) for image in images])
+    return torch.cat([label_maps(mean_scores(image, size), size) for image in images])
 
 
 def load_trained_model(name_or_path: str | Path, task: str = "semantic-segmentation") -> PreTrainedModel:
@@ -439,7 +439,7 @@ def _window_starts(length: int, window: int, stride: int) -> list[int]:
     return sorted({*range(0, length - window, stride), length - window})
 
 
-def _mean_scores(views: list[Tensor], size: Size) -> Tensor:
+def mean_scores(views: list[Tensor], size: Size) -> Tensor:
     """Mean class probabilities (B, num_labels, *size) of logits (B, num_labels, ·, ·); of one label, less a half."""
     mean = 0
     for logits in views:
