@@ -598,10 +598,10 @@ def test_a_network_learns_from_its_teacher(tmp_path, recipe, data_dir, teacher, 
 
 def test_two_processes_learn_from_two_teachers(tmp_path, recipe, data_dir, teacher, uninterrupted):
     options = ["--mixed_precision", "bf16", "--channels_last", "--max_steps", "2", "--eval_every", "0"]
-    teachers = ["--teacher", teacher, str(uninterrupted / "final")]
+    teachers = ["--teacher", teacher, str(uninterrupted / "final"), "--teacher_weight", "100"]
     run(recipe, data_dir, tmp_path, *options, *teachers, processes=2)
     (record,) = [record for record in log_of(tmp_path) if record["step"] == 2]
-    assert np.isfinite(record["loss"])
+    assert 20 < record["loss"] < 300, "the divergence a hundred times, beside which the labels' loss is small"
 
 
 @pytest.mark.parametrize(
