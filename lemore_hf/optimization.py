@@ -1,11 +1,13 @@
 # Copyright 2026 The LeMoRe-HF contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizer parameter groups and averages of weights."""
+"""Optimizer, its parameter groups, and averages of weights."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +21,7 @@ def parameter_groups(
     head_prefixes: tuple[str, ...],
 ) -> list[dict]:
     """
-    Parameter groups for AdamW: no decay on norms and biases, another rate for the head (TopFormer's settings).
+    Parameter groups for AdamW and `Muon`: no decay on norms and biases, another rate for the head (TopFormer's settings).
 
     Args:
         model (`nn.Module`): Its trainable parameters are grouped.
@@ -41,6 +43,98 @@ def parameter_groups(
         }
         for (is_head, decays), parameters in sorted(groups.items(), key=lambda group: group[0])
     ]
+
+
+class Muon(torch.optim.AdamW):
+    """
+    Muon for the weights that are matrices, AdamW for all others.
+
+    The step of a matrix is the momentum of its gradients made orthogonal, in which every direction moves as far as any
+    other (Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024). It is scaled to the size of
+    AdamW's steps, and so takes the same rates and decay (Liu et al., Muon is scalable for LLM training, 2025).
+
+    `torch.optim.Muon` takes matrices alone. Here the kernel of a convolution is a matrix too, of a row for each output
+    channel. Norms, biases and depthwise convolutions, whose rows are filters of separate channels, are AdamW's.
+
+    Args:
+        params: Parameters, or groups of them.
+        lr (`float`): Rate of both.
+        momentum (`float`): Of the matrices' gradients, by Nesterov's rule.
+        **adamw: Options of `torch.optim.AdamW`, but `fused`; `weight_decay` is also that of the matrices.
+    """
+
+    def __init__(self, params: Any, lr: float = 1e-3, momentum: float = 0.95, **adamw: Any):
+        self.momentum = momentum
+        # What is fused scales gradients back in its own kernel, which would leave those of the matrices scaled.
+        super().__init__(params, lr=lr, fused=False, **adamw)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        parameters = param_group["params"]
+        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        for orthogonal in (True, False):
+            if part := [parameter for parameter in parameters if _is_matrix(parameter) == orthogonal]:
+                super().add_param_group({**param_group, "params": part, "orthogonal": orthogonal})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["orthogonal"]]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["orthogonal"]:
+                self._step_matrices(group)
+        return loss
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        of_shape = defaultdict(list)
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                of_shape[parameter.flatten(1).shape].append(parameter)
+        for shape, parameters in of_shape.items():
+            ahead = []
+            for parameter in parameters:
+                state = self.state[parameter]
+                if not state:
+                    # AdamW looks for a count of steps in every state that it loads.
+                    state |= {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(parameter)}
+                state["step"] += 1
+                state["momentum_buffer"].lerp_(parameter.grad, 1 - self.momentum)
+                ahead.append(parameter.grad.lerp(state["momentum_buffer"], self.momentum).flatten(1))
+            size = 0.2 * max(shape) ** 0.5  # 0.2 is the root mean square of AdamW's steps (Liu et al.)
+            for parameter, update in zip(parameters, orthogonalize(torch.stack(ahead)), strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * size)
+
+
+def _is_matrix(parameter: torch.Tensor) -> bool:
+    is_depthwise = parameter.ndim == 4 and parameter.size(1) == 1
+    return parameter.ndim > 1 and not is_depthwise
+
+
+def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """
+    The nearest semi-orthogonal matrices, roughly: all singular values are brought to between 0.7 and 1.2.
+
+    By the quintic Newton-Schulz iteration of Jordan et al. (2024), whose coefficients give small singular values the
+    steepest rise and do without convergence.
+
+    Args:
+        matrices (`torch.Tensor` of shape `(number, rows, columns)`): Any; those of zeros stay zero.
+        steps (`int`): Iterations.
+
+    Returns:
+        `torch.Tensor`: of that shape, of 32-bit floats.
+    """
+    is_tall = matrices.size(1) > matrices.size(2)
+    x = matrices.float().mT if is_tall else matrices.float()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if is_tall else x
 
 
 def freeze_batch_norm_statistics(model: nn.Module) -> None:

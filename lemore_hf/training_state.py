@@ -29,7 +29,7 @@ class TrainingState:
     Args:
         accelerator (`Accelerator`): Of the run.
         model (`nn.Module`): The bare model, not its distributed wrapper.
-        optimizer (`Optimizer`): An AdamW over its parameters.
+        optimizer (`Optimizer`): `torch.optim.AdamW` or `Muon` over its parameters.
         ema (`ExponentialMovingAverage`, *optional*): Its moving average.
         fingerprint (`dict[str, Any]`):
             Settings that must be the same when the run is resumed, as JSON holds them.
@@ -122,7 +122,7 @@ class TrainingState:
         _restore_random_state(_part(tensors, f"random.{self.accelerator.process_index}"), self.accelerator.device)
 
     def _like_the_optimizers(self, tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-        """The tensor where and as AdamW keeps it: moments in the parameter's memory format, step counts on the CPU
+        """The tensor where and as the optimizer keeps it: moments in the parameter's memory format, step counts on the CPU
         unless the optimizer is fused."""
         if tensor.shape == parameter.shape and tensor.ndim:
             return torch.empty_like(parameter, requires_grad=False).copy_(tensor)

@@ -75,6 +75,7 @@ from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 from lemore_hf.losses import SegmentationCriterion, count_for_median_frequency, median_frequency_weights
 from lemore_hf.optimization import (
     ExponentialMovingAverage,
+    Muon,
     average_models,
     freeze_batch_norm_statistics,
     parameter_groups,
@@ -238,7 +239,10 @@ def main() -> None:
     groups = parameter_groups(
         model, recipe.learning_rate, recipe.weight_decay, recipe.head_lr_multiplier, head_prefixes(model)
     )
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=accelerator.device.type == "cuda")
+    if recipe.optimizer == "muon":
+        optimizer = Muon(groups, lr=recipe.learning_rate)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=accelerator.device.type == "cuda")
     settings = fingerprint(args, recipe, accelerator)
     state = TrainingState(accelerator, model, optimizer, ema, settings, defaults_of_fields())
     criterion = build_criterion(recipe, dataset).to(accelerator.device)

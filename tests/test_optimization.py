@@ -1,6 +1,6 @@
 # Copyright 2026 The LeMoRe-HF contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Parameter groups and weight averaging."""
+"""Muon, parameter groups and weight averaging."""
 
 import copy
 
@@ -11,8 +11,10 @@ from torch import nn
 from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation
 from lemore_hf.optimization import (
     ExponentialMovingAverage,
+    Muon,
     average_models,
     freeze_batch_norm_statistics,
+    orthogonalize,
     parameter_groups,
 )
 
@@ -36,6 +38,122 @@ def test_frozen_parameters_are_left_out(model):
     model.lemore.requires_grad_(False)
     grouped = sum(len(group["params"]) for group in parameter_groups(model, 0.1, 0.01, 1, ("decode_head.",)))
     assert grouped == len(list(model.decode_head.parameters()))
+
+
+def take_steps(module: nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """How far three steps move each parameter; the gradients are the same for all modules of the same shapes."""
+    start = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for parameter in module.parameters():
+            parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape, generator=generator))
+        for optimizer in optimizers:
+            optimizer.step()
+    return {name: parameter.detach() - start[name] for name, parameter in module.named_parameters()}
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("shape", [(3, 6, 6), (2, 5, 40), (2, 40, 5), (1, 1, 7)])
+def test_what_is_orthogonalized_moves_all_directions_alike(shape, scale):
+    torch.manual_seed(0)
+    matrices = scale * torch.randn(shape, dtype=torch.float64)
+    result = orthogonalize(matrices)
+    assert result.shape == shape
+    assert result.dtype == torch.float32
+    singular_values = torch.linalg.svdvals(result)
+    assert singular_values.min() > 0.4, "a smallest one of the square ones is near zero at first"
+    assert singular_values.max() < 1.25
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    alignment = torch.einsum("nij,nij->n", result.double(), left @ right) / min(shape[1:])
+    assert (alignment > 0.6).all(), "it turns nothing into another direction"
+
+
+def test_gradients_of_zeros_move_nothing():
+    assert torch.equal(orthogonalize(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4))
+
+
+OPTIONS = {"lr": 0.02, "weight_decay": 0.1}
+
+
+def test_muon_takes_the_steps_of_torchs_own_and_of_adamw():
+    ours = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 24, bias=False), nn.BatchNorm1d(24), nn.Linear(24, 3))
+    theirs = copy.deepcopy(ours)
+    matrices = [parameter for parameter in theirs.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in theirs.parameters() if parameter.ndim == 1]
+    muon = torch.optim.Muon(matrices, **OPTIONS, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    expected = take_steps(theirs, muon, torch.optim.AdamW(vectors, **OPTIONS))
+    for name, moved in take_steps(ours, Muon(ours.parameters(), **OPTIONS)).items():
+        if moved.ndim == 1:
+            assert torch.equal(moved, expected[name])
+        else:  # torch's iterates in bfloat16
+            assert (moved - expected[name]).norm() < 0.02 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_convolution_is_the_matrix_of_its_output_channels(memory_format):
+    convolution = nn.Conv2d(6, 10, 3, bias=False).to(memory_format=memory_format)
+    linear = nn.Linear(54, 10, bias=False)
+    linear.weight.data.copy_(convolution.weight.data.flatten(1))
+    start = convolution.weight.detach().clone()
+    optimizers = [Muon(module.parameters(), **OPTIONS) for module in (convolution, linear)]
+    for seed in range(3):
+        gradient = torch.randn(10, 6, 3, 3, generator=torch.Generator().manual_seed(seed))
+        convolution.weight.grad = torch.empty_like(start).copy_(gradient)
+        linear.weight.grad = gradient.flatten(1)
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(convolution.weight.flatten(1), linear.weight)
+    assert (convolution.weight - start).norm() > 0.1 * start.norm()
+    assert convolution.weight.is_contiguous(memory_format=memory_format)
+
+
+def test_filters_of_separate_channels_are_adamws():
+    ours = nn.Conv2d(8, 8, 3, groups=8)
+    theirs = copy.deepcopy(ours)
+    expected = take_steps(theirs, torch.optim.AdamW(theirs.parameters(), **OPTIONS))
+    for name, moved in take_steps(ours, Muon(ours.parameters(), **OPTIONS)).items():
+        assert torch.equal(moved, expected[name])
+
+
+def test_muon_keeps_to_the_rates_and_decays_of_the_groups(model):
+    groups = parameter_groups(model, 0.1, weight_decay=0.01, head_lr_multiplier=10, head_prefixes=("decode_head.",))
+    settings = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    optimizer = Muon(groups)
+    kept = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert kept == settings
+    # All at a rate of zero but the head, which decays too where its gradients are none.
+    for group in optimizer.param_groups:
+        group["lr"] *= group["lr"] == 1.0
+    before = copy.deepcopy(model.state_dict())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        decays = name.startswith("decode_head.") and parameter.ndim > 1
+        torch.testing.assert_close(parameter.detach(), before[name] * (0.99 if decays else 1.0))
+
+
+def test_muon_goes_on_from_a_saved_state(tmp_path, model):
+    restored = copy.deepcopy(model)
+    optimizer = Muon(model.parameters(), **OPTIONS)
+    take_steps(model, optimizer)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    expected = take_steps(model, optimizer)
+    state = torch.load(tmp_path / "state.pt")
+    restored.load_state_dict(state["model"])
+    optimizer = Muon(restored.parameters(), lr=1.0)
+    optimizer.load_state_dict(state["optimizer"])
+    for name, moved in take_steps(restored, optimizer).items():
+        assert torch.equal(moved, expected[name]), name
+
+
+def test_what_has_no_gradient_stays(model):
+    optimizer = Muon(model.parameters(), **OPTIONS)
+    before = copy.deepcopy(model.state_dict())
+    model.decode_head.classifier.weight.grad = torch.ones_like(model.decode_head.classifier.weight)
+    optimizer.step()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"decode_head.classifier.weight"}
 
 
 def test_average_follows_its_formula():

@@ -194,6 +194,7 @@ def test_numbers_of_segmentation_are_refused_in_classification(field, value):
         ({"learning_rate": -1}, ValueError, "learning_rate must be positive, got -1"),
         ({"learning_rate": 0}, ValueError, "learning_rate must be positive, got 0"),
         ({"learning_rate": float("nan")}, ValueError, "learning_rate must be finite"),
+        ({"optimizer": "sgd"}, ValueError, "optimizer must be 'adamw' or 'muon', got 'sgd'"),
         ({"max_grad_norm": 0}, ValueError, "max_grad_norm must be positive, or none"),
         ({"image_mean": [123.675, 116.28, 103.53]}, ValueError, "image_mean and image_std are of values in 0…1"),
         ({"image_std": [0.2, 0.2, 0.0]}, ValueError, "image_mean and image_std are of values in 0…1"),

@@ -550,6 +550,20 @@ def test_a_resumed_run_needs_neither_its_first_weights_nor_the_checkpoint_again(
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
 
 
+def test_muon_trains_and_resumes_to_the_same_weights(tmp_path, recipe, data_dir, run_here):
+    options = ["--max_steps", "6", "--channels_last", "--eval_every", "0"]
+    whole, halves, adamw = (tmp_path / name for name in ("whole", "halves", "adamw"))
+    run_here(recipe, data_dir, whole, *options, "--optimizer", "muon")
+    run_here(recipe, data_dir, adamw, *options)
+    assert weights_of(whole) != weights_of(adamw)
+    shutil.copytree(whole, halves)
+    shutil.rmtree(halves / "final")
+    shutil.rmtree(halves / "checkpoint-0000006")
+    run_here(recipe, data_dir, halves, *options, "--resume", expect="recipe.optimizer was 'muon', is 'adamw'")
+    run_here(recipe, data_dir, halves, *options, "--optimizer", "muon", "--resume")
+    assert weights_of(halves) == weights_of(whole)
+
+
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> str:
     """A folder of a network whose probabilities tell the classes apart, though nobody trained it."""

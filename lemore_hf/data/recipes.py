@@ -179,8 +179,11 @@ class Recipe:
     """Samples of an optimizer step, over all processes and accumulated batches together."""
     eval_batch_size: int = 1
     """Samples of an evaluation batch a process; above 1 only where all images have one size."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon for weights that are matrices and AdamW for the others, at one rate
+    (`lemore_hf.optimization.Muon`)."""
     learning_rate: float = 3e-4
-    """Peak rate of AdamW."""
+    """Peak rate."""
     weight_decay: float = 0.01
     """Of all weights but norms and biases."""
     head_lr_multiplier: float = 10.0
