@@ -58,7 +58,7 @@ def row(run: dict[str, Any]) -> list[str]:
         begins_with(settings.get("init_from")) + taught_by(settings.get("teacher")),
         str(run["steps"]),
         str(recipe["batch_size"]),
-        f"{recipe['learning_rate']:g}",
+        f"{recipe['learning_rate']:g}" + (", Muon" if recipe.get("optimizer") == "muon" else ""),
         "×".join(map(str, recipe["image_size"])),
         ", ".join(name for name, is_on in mixing.items() if is_on) or "–",
         str((recipe.get("model_config") or {}).get("output_stride", 8)),

@@ -55,3 +55,11 @@ def test_a_run_says_who_taught_it(list_runs, tmp_path, capsys):
     (tmp_path / "runs.jsonl").write_text(json.dumps({**run, "name": "three", "settings": taught}), encoding="utf-8")
     list_runs("--runs", tmp_path / "runs.jsonl", "--names", "three")
     assert "| three | one; taught by one, two, org/b5 | " in capsys.readouterr().out
+
+
+def test_a_rate_that_is_muons_says_so(list_runs, tmp_path, capsys):
+    run = json.loads(RUNS.read_text(encoding="utf-8").splitlines()[0])
+    settings = {**run["settings"], "recipe.learning_rate": 0.004, "recipe.optimizer": "muon"}
+    (tmp_path / "runs.jsonl").write_text(json.dumps({**run, "settings": settings}), encoding="utf-8")
+    list_runs("--runs", tmp_path / "runs.jsonl", "--names", "*")
+    assert " | 0.004, Muon | " in capsys.readouterr().out
