@@ -1,19 +1,22 @@
 # Copyright 2026 The LeMoRe-HF contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Export to ONNX, OpenVINO, ExecuTorch and `torch.export`: one graph for every batch size, height and width.
+"""Export to ONNX, OpenVINO, ExecuTorch and `torch.export`, one graph for every batch size, height and width, and to
+LiteRT (TensorFlow Lite), one graph for one size.
 
-The graphs come from `transformers.exporters`. This file adds what is LeMoRe's own: forms of three parts that do not
+The graphs come from `transformers.exporters` and `litert_torch`. This file adds what is LeMoRe's own: forms of three parts that do not
 depend on the size they are traced at, post-processing inside the graph, int8 and fp16, and the class names and image
 processor settings that travel with the files. `lemore_hf.inference` runs the results.
 """
 
 import contextlib
+import copy
 import importlib.util
 import json
 import logging
 import math
 import os
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,6 +56,7 @@ FILES = {
     "openvino": "openvino_model.xml",
     "executorch": "model.pte",
     "torch": "model.pt2",
+    "litert": "model.tflite",
 }
 """The graph's file name by format."""
 
@@ -61,6 +65,7 @@ _REQUIREMENTS = {
     "openvino": ("onnx", "onnxscript", "openvino"),
     "executorch": ("executorch",),
     "torch": (),
+    "litert": ("litert_torch",),
 }
 _SAMPLE_SHAPE = (2, 328, 456)  # batch, height and width to trace with: no stride divides them, so none is special
 
@@ -79,6 +84,7 @@ class ExportManifest:
         precision (`str`): `"float32"`, `"float16"` (the weights alone) or `"int8"`.
         min_size, max_size (`int`): Limits of height and width in pixels; no upper one where `max_size` is `None`.
         max_batch_size (`int`, *optional*): The most images at once; any number where it is `None`.
+        image_size (`tuple[int, int]`, *optional*): Height and width, where the graph takes these alone.
     """
 
     format: str
@@ -88,6 +94,11 @@ class ExportManifest:
     min_size: int = MINIMUM_SIZE
     max_size: int | None = None
     max_batch_size: int | None = None
+    image_size: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        if self.image_size is not None:  # a list in JSON
+            object.__setattr__(self, "image_size", tuple(self.image_size))
 
     @property
     def input_name(self) -> str:
@@ -100,6 +111,14 @@ class ExportManifest:
         Raises:
             `ValueError`: naming the size, the limit and the way out.
         """
+        if self.image_size is not None:
+            if (batch_size, height, width) != (1, *self.image_size):
+                of_this_size = "{}×{}".format(*self.image_size)
+                raise ValueError(
+                    f"The graph was exported for one image of {of_this_size} pixels, got {batch_size} of "
+                    f"{height}×{width}: bring them to that size one by one, or export it anew with `--image-size`."
+                )
+            return
         too_large = self.max_size is not None and max(height, width) > self.max_size
         if min(height, width) < self.min_size or too_large:
             upper = f" and at most {self.max_size}×{self.max_size}" if self.max_size is not None else ""
@@ -143,6 +162,7 @@ def export_model(
     calibration_images: Sequence[Image.Image] = (),
     max_size: int | None = None,
     max_batch_size: int | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> ExportManifest:
     """
     Export a model into a folder that its runtime needs nothing else beside.
@@ -162,6 +182,9 @@ def export_model(
         calibration_images (`Sequence[PIL.Image.Image]`): Pictures that the ranges of int8 are taken from.
         max_size, max_batch_size (`int`, *optional*): Upper limits of the graph. ExecuTorch plans its memory for them,
             and has 1024 pixels (or the native or the processor's size, if larger) and 4 images where they are not given.
+        image_size (`tuple[int, int]`, *optional*): Height and width of a LiteRT graph, which takes one image of one
+            size; by default the height and width that the processor brings pictures to, or else the native size. The
+            processor in the folder resizes to it.
 
     Returns:
         [`ExportManifest`].
@@ -169,11 +192,12 @@ def export_model(
     Raises:
         `TypeError`: for a model that is not [`LeMoReForSemanticSegmentation`].
         `ValueError`: for an unknown format or precision, one that the format does not have, int8 without calibration
-            images, limits below the smallest size or the processor's, more than 255 labels in a uint8 label map, or an
+            images, limits below the smallest size or the processor's, limits or a size where they mean nothing, more than 255 labels in a uint8 label map, or an
             output folder that holds anything but an export.
         `ImportError`: naming the extra to install where the format's packages are missing.
     """
     _check_options(model, export_format, with_postprocessing, precision, calibration_images, max_size, max_batch_size)
+    _check_image_size(export_format, image_size, max_size, max_batch_size)
     needed = largest_side(image_processor)
     if max_size is not None and max_size < needed:
         raise ValueError(
@@ -187,6 +211,13 @@ def export_model(
     if export_format == "executorch":
         max_size = max_size or max(1024, needed, *model.config.native_size)
         max_batch_size = max_batch_size or 4
+    elif export_format == "litert":
+        image_size = image_size or _fixed_size(image_processor) or model.config.native_size
+        resizing = {"do_resize": True, "size": dict(zip(("height", "width"), image_size, strict=True))}
+        image_processor = type(image_processor).from_dict(image_processor.to_dict() | resizing)
+        max_batch_size = 1
+        with quietly():
+            model = _made_for(image_size, model)
     manifest = ExportManifest(
         export_format,
         FILES[export_format],
@@ -194,6 +225,7 @@ def export_model(
         precision,
         max_size=max_size,
         max_batch_size=max_batch_size,
+        image_size=image_size,
     )
     feeds = (
         {manifest.input_name: network_input(image, image_processor, with_postprocessing)}
@@ -215,6 +247,20 @@ def largest_side(image_processor: Any) -> int:
     size = image_processor.size or {}
     sides = (size.get(name) for name in ("height", "width", "shortest_edge", "longest_edge"))
     return max((side for side in sides if side), default=0) if image_processor.do_resize else 0
+
+
+def _fixed_size(image_processor: Any) -> tuple[int, int] | None:
+    """The height and width that an image processor brings all pictures to, if it does."""
+    size = image_processor.size or {}
+    sides = (size.get("height"), size.get("width"))
+    return sides if image_processor.do_resize and all(sides) else None
+
+
+def _made_for(image_size: tuple[int, int], model: LeMoReForSemanticSegmentation) -> LeMoReForSemanticSegmentation:
+    """The model with axis weights of this size, so that the graph need not resample them."""
+    config = copy.deepcopy(model.config)
+    config.image_size = image_size
+    return type(model).from_pretrained(None, config=config, state_dict=model.state_dict())
 
 
 def require_packages(export_format: str, names: Sequence[str]) -> None:
@@ -278,6 +324,23 @@ def _check_options(
             f"Post-processing in the graph is for RGB images, the model takes {model.config.num_channels} channels: "
             "export it without."
         )
+
+
+def _check_image_size(
+    export_format: str, image_size: tuple[int, int] | None, max_size: int | None, max_batch_size: int | None
+) -> None:
+    if export_format == "litert" and (max_size or max_batch_size):
+        raise ValueError(
+            "A LiteRT graph takes one image of one size: give it `image_size`, and leave out `max_size` and "
+            "`max_batch_size`."
+        )
+    if image_size is not None and export_format != "litert":
+        raise ValueError(
+            f"`image_size` is for the format 'litert', a graph of {export_format!r} takes every size: leave it out."
+        )
+    if image_size is not None and min(image_size) < MINIMUM_SIZE:
+        size = "×".join(map(str, image_size))
+        raise ValueError(f"`image_size` must be at least {MINIMUM_SIZE}×{MINIMUM_SIZE}, got {size}.")
 
 
 def _check_output(output_dir: Path) -> None:
@@ -684,9 +747,28 @@ def _export_torch(
     torch.export.save(program, path, extra_files=metadata)
 
 
+def _export_litert(
+    module: nn.Module, path: Path, manifest: ExportManifest, feeds: Iterable[dict], metadata: dict[str, str]
+) -> None:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # its converter reports on standard error otherwise
+    import litert_torch
+
+    height, width = manifest.image_size
+    if manifest.with_postprocessing:
+        sample = torch.zeros(1, height, width, 3, dtype=torch.uint8)
+    else:
+        sample = torch.zeros(1, module.config.num_channels, height, width)
+    litert_torch.convert(module, sample_kwargs={manifest.input_name: sample}).export(path)
+    # Files that belong to a graph are zipped onto its end, where the runtime does not look (TensorFlow Lite's metadata).
+    with zipfile.ZipFile(path, "a") as file:
+        for name, note in metadata.items():
+            file.writestr(f"{name}.json", note)
+
+
 _EXPORTERS = {
     "onnx": _export_onnx,
     "openvino": _export_openvino,
     "executorch": _export_executorch,
     "torch": _export_torch,
+    "litert": _export_litert,
 }

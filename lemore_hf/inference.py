@@ -19,6 +19,7 @@ from transformers.modeling_outputs import SemanticSegmenterOutput
 from .checkpointing import CheckpointError
 from .evaluation import load_trained_model
 from .export import MANIFEST, ExportManifest, network_input, require_packages
+from .hardware import usable_cores
 from .pictures import files_below
 
 Run = Callable[[np.ndarray], np.ndarray]
@@ -160,9 +161,11 @@ def label_agreement(
 
 
 def comparison_sizes(config: Any, manifest: ExportManifest) -> list[tuple[int, int]]:
-    """Three sizes to compare an export at: the native one, a smaller and a larger one, of odd sides."""
+    """Three sizes to compare an export at: the native one, a smaller and a larger one, of odd sides; or the only one."""
     native = np.array(config.native_size)
     sizes = [native, native * 3 // 4 | 1, native * 5 // 4 | 1]
+    if manifest.image_size is not None:
+        return [manifest.image_size]
     upper = manifest.max_size or max(map(max, sizes))
     return [tuple(int(side) for side in size.clip(manifest.min_size, upper)) for size in sizes]
 
@@ -335,11 +338,33 @@ def _open_executorch(path: Path, num_threads: int | None) -> Run:
     return lambda network_input: method.execute([torch.from_numpy(network_input)])[0].numpy()
 
 
-RUNTIME_PACKAGES = {"onnx": ["onnxruntime"], "openvino": ["openvino"], "executorch": ["executorch"], "torch": []}
+def _open_litert(path: Path, num_threads: int | None) -> Run:
+    from ai_edge_litert.interpreter import Interpreter
+
+    # Left to itself it takes one thread.
+    network = Interpreter(path, num_threads=num_threads or usable_cores()).get_signature_runner()
+    name, lock = ExportManifest.load(path.parent).input_name, threading.Lock()
+
+    def run(network_input: np.ndarray) -> np.ndarray:
+        with lock:  # one picture at a time: its memory is the network's
+            (result,) = network(**{name: network_input}).values()
+        return result
+
+    return run
+
+
+RUNTIME_PACKAGES = {
+    "onnx": ["onnxruntime"],
+    "openvino": ["openvino"],
+    "executorch": ["executorch"],
+    "torch": [],
+    "litert": ["ai_edge_litert"],
+}
 _RUNTIMES = {
     "pytorch": _open_pytorch,
     "onnx": _open_onnx,
     "openvino": _open_openvino,
     "executorch": _open_executorch,
     "torch": _open_torch,
+    "litert": _open_litert,
 }

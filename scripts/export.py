@@ -1,11 +1,11 @@
 # Copyright 2026 The LeMoRe-HF contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Export a trained model for ONNX Runtime, OpenVINO, ExecuTorch or `torch.export`.
+"""Export a trained model for ONNX Runtime, OpenVINO, ExecuTorch, LiteRT (TensorFlow Lite) or `torch.export`.
 
     python scripts/export.py --model CHECKPOINT --format onnx --output DIR
     python scripts/export.py --model CHECKPOINT --format onnx --output DIR --with-postprocessing --int8 PICTURES
 
-One graph serves every batch size, height and width. `scripts/predict.py --model DIR` runs the result. With `--compare`
+One graph serves every batch size, height and width; of LiteRT one image of one size. `scripts/predict.py --model DIR` runs the result. With `--compare`
 the export is run in its own runtime on real pictures, and the labels are held against PyTorch's.
 """
 
@@ -48,6 +48,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--max-batch-size", type=int, help="most images at once (default: any; ExecuTorch: 4)")
     parser.add_argument(
+        "--image-size",
+        metavar=("HEIGHT", "WIDTH"),
+        type=int,
+        nargs=2,
+        help="the one size of a LiteRT graph (default: the image processor's, or the native size)",
+    )
+    parser.add_argument(
         "--calibration-images", type=int, help="how many pictures of CALIBRATION_FOLDER to use (default: 64)"
     )
     parser.add_argument(
@@ -82,6 +89,7 @@ def main() -> None:
         calibration_images=calibration_images,
         max_size=arguments.max_size,
         max_batch_size=arguments.max_batch_size,
+        image_size=tuple(arguments.image_size) if arguments.image_size else None,
     )
     graph = arguments.output / manifest.file
     size = sum(file.stat().st_size for file in arguments.output.glob(f"{graph.stem}.*"))

@@ -7,6 +7,7 @@ import json
 import runpy
 import shutil
 import subprocess
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,6 +34,7 @@ PACKAGES = {
     "openvino": ("openvino", "onnx", "onnxscript"),
     "executorch": ("executorch",),
     "torch": (),
+    "litert": ("litert_torch", "ai_edge_litert"),
 }
 CLASSES = {number: f"class {number}" for number in range(11)}
 
@@ -154,6 +156,57 @@ def test_logits_are_pytorchs(export_format, size, exported, model):
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("with_postprocessing", [False, True])
+def test_litert_gives_pytorchs_labels_at_its_one_size(with_postprocessing, exported, checkpoint, frames):
+    network, reference = Segmenter(exported("litert", with_postprocessing)), Segmenter(checkpoint)
+    assert comparison_sizes(reference.config, network.manifest) == [(96, 128)]
+    assert label_agreement(network, reference, frames, (96, 128), 1) >= 0.999
+    assert len(np.unique(network(frames[0]))) > 3
+    with pytest.raises(ValueError, match=r"for one image of 96×128 pixels, got 1 of 128×96: .*`--image-size`"):
+        network.segment_at(frames[:1], (128, 96))
+    with pytest.raises(ValueError, match="got 2 of 96×128"):
+        network.segment_at(frames[:2], (96, 128))
+
+
+def test_litert_takes_the_size_that_it_is_asked_for(model, image_processor, checkpoint, frames, tmp_path):
+    for package in PACKAGES["litert"]:
+        pytest.importorskip(package, reason="needs the extra lemore-hf[litert]")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    options = {"with_postprocessing": True, "image_size": (64, 160)}
+    export_model(model, image_processor, tmp_path / "export", "litert", **options)
+    network, reference = Segmenter(tmp_path / "export"), Segmenter(checkpoint)
+    assert label_agreement(network, reference, frames, (64, 160), 1) >= 0.999
+    # Pictures of any size are brought to it, by a processor of the export's own.
+    assert network(frames[0]).shape == frames[0].size[::-1]
+    assert dict(network.image_processor.size) == {"height": 64, "width": 160}
+    assert dict(image_processor.size) == {"height": 96, "width": 128}
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_litert_file_alone_says_what_it_takes_and_gives(exported):
+    path = exported("litert", with_postprocessing=True) / "model.tflite"
+    from ai_edge_litert.interpreter import Interpreter
+
+    segment = Interpreter(path).get_signature_runner()
+    ((name, image),), ((result, labels),) = segment.get_input_details().items(), segment.get_output_details().items()
+    assert (name, image["dtype"], image["shape"].tolist()) == ("image", np.uint8, [1, 96, 128, 3])
+    assert (result, labels["dtype"], labels["shape"].tolist()) == ("labels", np.uint8, [1, 96, 128])
+    with zipfile.ZipFile(path) as notes:
+        assert json.loads(notes.read("id2label.json"))["7"] == "class 7"
+        assert json.loads(notes.read("graph.json"))["image_size"] == [96, 128]
+        assert json.loads(notes.read("image_processor.json"))["size"] == {"height": 96, "width": 128}
+
+
+def test_a_graph_of_one_size_says_which(tmp_path):
+    ExportManifest("litert", "model.tflite", max_batch_size=1, image_size=(96, 128)).save(tmp_path)
+    manifest = ExportManifest.load(tmp_path)
+    manifest.check_shape(1, 96, 128)
+    for batch_size, height, width in [(1, 128, 96), (1, 97, 128), (2, 96, 128)]:
+        with pytest.raises(ValueError, match=f"one image of 96×128 pixels, got {batch_size} of {height}×{width}"):
+            manifest.check_shape(batch_size, height, width)
+    assert comparison_sizes(LeMoReConfig(image_size=(360, 480)), manifest) == [(96, 128)]
+
+
 def test_openvino_gives_the_same_when_a_size_comes_again(exported, model):
     """From the second time on a network compiled for the size answers, until another one comes."""
     segmenter = Segmenter(exported("openvino"))
@@ -265,7 +318,7 @@ def test_float16_weights_for_the_web(image_processor, frames, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("export_format", "with_postprocessing"), [("onnx", True), ("onnx", False), ("openvino", True)]
+    ("export_format", "with_postprocessing"), [("onnx", True), ("onnx", False), ("openvino", True), ("litert", True)]
 )
 def test_threads_get_their_own_pictures_labels(export_format, with_postprocessing, exported, frames):
     segmenter = Segmenter(exported(export_format, with_postprocessing), num_threads=1)
@@ -306,7 +359,7 @@ def test_command_line_exports_and_compares(from_command_line):
 
 
 def test_command_line_names_what_is_wrong(checkpoint, tmp_path, monkeypatch):
-    message = r"^ValueError: .*must be one of \['onnx', 'openvino', 'executorch', 'torch'\], got 'tflite'\.$"
+    message = r"^ValueError: .*must be one of \['onnx', 'openvino', 'executorch', 'torch', 'litert'\], got 'tflite'\.$"
     with pytest.raises(SystemExit, match=message):
         run_here(monkeypatch, SCRIPT, "--model", checkpoint, "--format", "tflite", "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -324,6 +377,11 @@ def test_command_line_names_what_is_wrong(checkpoint, tmp_path, monkeypatch):
         ({"export_format": "torch", "max_size": 31}, "at least 32.*31"),
         ({"export_format": "onnx", "max_size": 127}, "`max_size` is 127, .* brings pictures to 128 pixels on a side"),
         ({"export_format": "torch", "max_batch_size": 0}, "at least 1.*0"),
+        ({"export_format": "onnx", "image_size": (96, 128)}, "for the format 'litert', .* 'onnx' takes every size"),
+        ({"export_format": "litert", "image_size": (31, 128)}, "at least 32×32, got 31×128"),
+        ({"export_format": "litert", "max_size": 128}, "one image of one size: give it `image_size`"),
+        ({"export_format": "litert", "max_batch_size": 2}, "leave out `max_size` and `max_batch_size`"),
+        ({"export_format": "litert", "precision": "float16"}, "float16 is for the formats 'onnx' and 'openvino'"),
     ],
 )
 def test_options_that_cannot_be_met(options, message, model, image_processor, tmp_path):
@@ -382,7 +440,7 @@ def test_more_labels_than_a_byte_holds(image_processor, tmp_path):
         )
 
 
-@pytest.mark.parametrize("export_format", ["onnx", "openvino", "executorch"])
+@pytest.mark.parametrize("export_format", ["onnx", "openvino", "executorch", "litert"])
 def test_missing_package_names_the_extra(export_format, model, image_processor, tmp_path, monkeypatch):
     monkeypatch.setattr(export_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=rf"pip install -e '\.\[{export_format}\]'"):

@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 from transformers import pipeline
 
+from lemore_hf import LeMoReForSemanticSegmentation, LeMoReImageProcessor
 from lemore_hf.benchmarking.report import best_layouts
 from lemore_hf.data import scenes
 from lemore_hf.data.recipes import load_recipe
+from lemore_hf.export import export_model
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -69,13 +72,28 @@ def test_the_lines_for_use_give_an_overlay_and_a_label_map(place):
 
 
 def test_the_lines_for_a_program_of_ones_own_give_a_label_map(place):
-    (block,) = blocks("python", "## Export")
+    block, _ = blocks("python", "## Export")
     threads, found = torch.get_num_threads(), {}
     try:
         exec(block, found)
     finally:
         torch.set_num_threads(threads)
     assert found["labels"].shape == (90, 120)
+    assert len(np.unique(found["labels"])) > 1
+
+
+def test_the_lines_for_litert_give_a_label_map(place):
+    for package in ("litert_torch", "ai_edge_litert"):
+        pytest.importorskip(package, reason="needs the extra lemore-hf[litert]")
+    model = LeMoReForSemanticSegmentation.from_pretrained("model_cards/lemore-camvid")
+    processor = LeMoReImageProcessor.from_pretrained("model_cards/lemore-camvid")
+    export_model(model, processor, "EXPORT", "litert", with_postprocessing=True, image_size=(360, 480))
+    assert f"{Path('EXPORT/model.tflite').stat().st_size / 1e6:.1f} MB with the CamVid weights" in README
+    _, block = blocks("python", "## Export")
+    found = {"frame": np.asarray(Image.open("street.jpg").resize((480, 360)))}
+    exec(block, found)
+    assert found["labels"].shape == (360, 480)
+    assert found["labels"].dtype == np.uint8
     assert len(np.unique(found["labels"])) > 1
 
 
