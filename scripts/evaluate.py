@@ -211,11 +211,13 @@ def evaluate_model(
         if accelerator.is_main_process:
             print(f"Accuracy {percent(scores['accuracy'])}, among five {percent(scores['top5_accuracy'])}")
         return without_nan(scores) | {"num_images": result.num_images}, None
+    limit = model.manifest.max_batch_size if isinstance(model, ExportedNetwork) else None
     result = evaluate_segmentation(
         model,
         dataset,
         recipe,
         accelerator,
+        batch_size=min(recipe.eval_batch_size, limit or recipe.eval_batch_size),
         num_workers=args.num_workers,
         scales=args.scales,
         flip=args.flip,

@@ -537,6 +537,16 @@ def test_an_export_scores_what_its_checkpoint_scores(run_script, onnx_dir, model
     assert reports[onnx_dir]["runtime"]["onnxruntime"]
 
 
+def test_an_export_for_single_images_is_given_them_one_by_one(run_script, tiny_lemore, model_dir, data_dir, tmp_path):
+    processor = LeMoReImageProcessor(size={"height": SIZE[0], "width": SIZE[1]})
+    export_model(tiny_lemore, processor, tmp_path / "export", "torch", max_batch_size=1)
+    matrices = []
+    for folder in (model_dir, tmp_path / "export"):
+        run_script(*arguments(folder, data_dir, tmp_path / "metrics.json", "--eval_batch_size", "2"))
+        matrices.append(np.array(json.loads((tmp_path / "metrics.json").read_text())["confusion_matrix"]))
+    assert np.abs(matrices[0] - matrices[1]).sum() <= 0.001 * matrices[0].sum()
+
+
 def test_what_an_export_cannot_be_evaluated_with_is_refused(run_script, tiny_lemore, onnx_dir, data_dir, tmp_path):
     output = tmp_path / "metrics.json"
     with pytest.raises(ValueError, match="--runs"):
