@@ -3,9 +3,9 @@
 """Export to ONNX, OpenVINO, ExecuTorch and `torch.export`, one graph for every batch size, height and width, and to
 LiteRT (TensorFlow Lite), one graph for one size.
 
-The graphs come from `transformers.exporters` and `litert_torch`. This file adds what is LeMoRe's own: forms of three parts that do not
-depend on the size they are traced at, post-processing inside the graph, int8 and fp16, and the class names and image
-processor settings that travel with the files. `lemore_hf.inference` runs the results.
+The graphs come from `transformers.exporters` and `litert_torch`. This file adds what is LeMoRe's own: forms of three
+parts that do not depend on the size they are traced at, post-processing inside the graph, int8 and fp16, and the class
+names and image processor settings that travel with the files. `lemore_hf.inference` runs the results.
 """
 
 import contextlib
@@ -192,8 +192,8 @@ def export_model(
     Raises:
         `TypeError`: for a model that is not [`LeMoReForSemanticSegmentation`].
         `ValueError`: for an unknown format or precision, one that the format does not have, int8 without calibration
-            images, limits below the smallest size or the processor's, limits or a size where they mean nothing, more than 255 labels in a uint8 label map, or an
-            output folder that holds anything but an export.
+            images, limits below the smallest size or the processor's, limits or a size where they mean nothing, more
+            than 255 labels in a uint8 label map, or an output folder that holds anything but an export.
         `ImportError`: naming the extra to install where the format's packages are missing.
     """
     _check_options(model, export_format, with_postprocessing, precision, calibration_images, max_size, max_batch_size)

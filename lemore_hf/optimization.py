@@ -21,7 +21,7 @@ def parameter_groups(
     head_prefixes: tuple[str, ...],
 ) -> list[dict]:
     """
-    Parameter groups for AdamW and `Muon`: no decay on norms and biases, another rate for the head (TopFormer's settings).
+    Parameter groups for AdamW or `Muon`: no decay on norms and biases, another rate for the head (TopFormer's settings).
 
     Args:
         model (`nn.Module`): Its trainable parameters are grouped.
@@ -116,7 +116,7 @@ def _is_matrix(parameter: torch.Tensor) -> bool:
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """
-    The nearest semi-orthogonal matrices, roughly: all singular values are brought to between 0.7 and 1.2.
+    The nearest semi-orthogonal matrices, roughly: singular values come to between 0.7 and 1.2, tiny ones not as far.
 
     By the quintic Newton-Schulz iteration of Jordan et al. (2024), whose coefficients give small singular values the
     steepest rise and do without convergence.

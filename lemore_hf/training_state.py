@@ -122,8 +122,8 @@ class TrainingState:
         _restore_random_state(_part(tensors, f"random.{self.accelerator.process_index}"), self.accelerator.device)
 
     def _like_the_optimizers(self, tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-        """The tensor where and as the optimizer keeps it: moments in the parameter's memory format, step counts on the CPU
-        unless the optimizer is fused."""
+        """The tensor where and as the optimizer keeps it: moments in the parameter's memory format, step counts on the
+        CPU unless the optimizer is fused."""
         if tensor.shape == parameter.shape and tensor.ndim:
             return torch.empty_like(parameter, requires_grad=False).copy_(tensor)
         # Copied: what is read from a file stays mapped, and Windows and NFS do not let go of the file before.

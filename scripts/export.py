@@ -5,8 +5,9 @@
     python scripts/export.py --model CHECKPOINT --format onnx --output DIR
     python scripts/export.py --model CHECKPOINT --format onnx --output DIR --with-postprocessing --int8 PICTURES
 
-One graph serves every batch size, height and width; of LiteRT one image of one size. `scripts/predict.py --model DIR` runs the result. With `--compare`
-the export is run in its own runtime on real pictures, and the labels are held against PyTorch's.
+One graph serves every batch size, height and width; in LiteRT it takes one image of one size (`--image-size`).
+`scripts/predict.py --model DIR` runs the result. With `--compare` the export is run in its own runtime on real pictures,
+and the labels are held against PyTorch's.
 """
 
 import argparse
