@@ -154,6 +154,7 @@ def table_rows(text: str) -> dict[str, list[str]]:
                 "LeMoRe, then larger": "then larger",
             },
             {
+                "LeMoRe, by Muon": "LeMoRe, by Muon",
                 "LeMoRe, transverse view alone, no attention": "transverse view alone, no attention",
                 "LR-ASPP MobileNetV3-Large": "LR-ASPP MobileNetV3-Large",
             },
