@@ -260,13 +260,19 @@ def test_a_second_stage_is_trained_from_the_first(compare, tmp_path):
     assert runs["plan-second"]["settings"]["init_from"] == str(tmp_path / "out" / "plan-first" / "final")
 
 
+def spreads(script, variants: dict, scores: tuple[float, ...]) -> list[str]:
+    """The lines that sum up the seeds of variants with these scores on `test`."""
+    entries = {
+        name: {"evaluation": {"test": {"mean_iou": score}}} for name, score in zip(variants, scores, strict=True)
+    }
+    plan = {"splits": ["test"], "options": {}, "variants": variants}
+    return [line for line in script.seed_spreads(plan, entries) if line]
+
+
 def test_stages_of_seeds_are_summed_up_together(script):
     variants = {"one": None, "two": {"seed": 1}, "then one": {"init_from": "one"}}
     variants["then two"] = {"init_from": ["two"], "seed": 1}
-    plan = {"splits": ["test"], "options": {}, "variants": variants}
-    scores = zip(variants, (0.5, 0.6, 0.7, 0.9), strict=True)
-    entries = {name: {"evaluation": {"test": {"mean_iou": score}}} for name, score in scores}
-    first, second = [line for line in script.seed_spreads(plan, entries) if line]
+    first, second = spreads(script, variants, (0.5, 0.6, 0.7, 0.9))
     assert first.startswith("one, mean and standard deviation: test mIoU 55.00 ± 7.07")
     assert second.startswith("then one, mean and standard deviation: test mIoU 80.00 ± 14.14")
 
@@ -275,10 +281,7 @@ def test_seeds_with_the_same_teachers_are_summed_up_together(script):
     teachers = {"teacher": ["one", "two"]}
     variants = {"one": None, "two": {"seed": 1}, "taught": {"init_from": "one", **teachers}}
     variants["taught too"] = {"init_from": "two", "seed": 1, **teachers}
-    plan = {"splits": ["test"], "options": {}, "variants": variants}
-    scores = zip(variants, (0.5, 0.6, 0.8, 0.9), strict=True)
-    entries = {name: {"evaluation": {"test": {"mean_iou": score}}} for name, score in scores}
-    first, second = [line for line in script.seed_spreads(plan, entries) if line]
+    first, second = spreads(script, variants, (0.5, 0.6, 0.8, 0.9))
     assert first.startswith("one, mean and standard deviation: test mIoU 55.00 ± 7.07")
     assert second.startswith("taught, mean and standard deviation: test mIoU 85.00 ± 7.07")
 
