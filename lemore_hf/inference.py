@@ -162,10 +162,10 @@ def label_agreement(
 
 def comparison_sizes(config: Any, manifest: ExportManifest) -> list[tuple[int, int]]:
     """Three sizes to compare an export at: the native one, a smaller and a larger one, of odd sides; or the only one."""
-    native = np.array(config.native_size)
-    sizes = [native, native * 3 // 4 | 1, native * 5 // 4 | 1]
     if manifest.image_size is not None:
         return [manifest.image_size]
+    native = np.array(config.native_size)
+    sizes = [native, native * 3 // 4 | 1, native * 5 // 4 | 1]
     upper = manifest.max_size or max(map(max, sizes))
     return [tuple(int(side) for side in size.clip(manifest.min_size, upper)) for size in sizes]
 
