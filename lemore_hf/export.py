@@ -11,10 +11,12 @@ names and image processor settings that travel with the files. `lemore_hf.infere
 import contextlib
 import copy
 import importlib.util
+import itertools
 import json
 import logging
 import math
 import os
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,6 +35,7 @@ from transformers.exporters.utils import apply_patches, register_patch
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
 from .checkpointing import CheckpointError, atomic_folder
+from .hardware import usable_cores
 from .modeling_lemore import (
     MINIMUM_SIZE,
     LeMoReAxisView,
@@ -66,6 +69,11 @@ _REQUIREMENTS = {
     "executorch": ("executorch",),
     "torch": (),
     "litert": ("litert_torch",),
+}
+_QUANTIZERS = {
+    ("openvino", "int8"): ("nncf",),
+    ("litert", "int8"): ("ai_edge_quantizer", "ai_edge_litert"),
+    ("litert", "float16"): ("ai_edge_quantizer",),
 }
 _SAMPLE_SHAPE = (2, 328, 456)  # batch, height and width to trace with: no stride divides them, so none is special
 
@@ -177,8 +185,8 @@ def export_model(
         export_format (`str`): One of `FILES`.
         with_postprocessing (`bool`): Whether normalisation, upsampling and argmax belong to the graph; see
             [`ExportManifest`].
-        precision (`str`): `"float32"`; for ONNX and OpenVINO also `"float16"` (the weights are stored in half the space
-            and computed with in float32) and `"int8"` (static, per channel).
+        precision (`str`): `"float32"`; for ONNX, OpenVINO and LiteRT also `"float16"` (the weights are stored in half
+            the space and computed with in float32) and `"int8"` (static, per channel).
         calibration_images (`Sequence[PIL.Image.Image]`): Pictures that the ranges of int8 are taken from.
         max_size, max_batch_size (`int`, *optional*): Upper limits of the graph. ExecuTorch plans its memory for them,
             and has 1024 pixels (or the native or the processor's size, if larger) and 4 images where they are not given.
@@ -204,8 +212,8 @@ def export_model(
             f"`max_size` is {max_size}, but the image processor brings pictures to {needed} pixels on a side: raise it, "
             "or give the model a processor of a smaller `size`."
         )
-    calibrator = ("nncf",) if (export_format, precision) == ("openvino", "int8") else ()
-    require_packages(export_format, (*_REQUIREMENTS[export_format], *calibrator))
+    quantizer = _QUANTIZERS.get((export_format, precision), ())
+    require_packages(export_format, (*_REQUIREMENTS[export_format], *quantizer))
     output_dir = Path(output_dir)
     _check_output(output_dir)
     if export_format == "executorch":
@@ -304,8 +312,8 @@ def _check_options(
         raise ValueError(f"`export_format` must be one of {list(FILES)}, got {export_format!r}.")
     if precision not in ("float32", "float16", "int8"):
         raise ValueError(f"`precision` must be 'float32', 'float16' or 'int8', got {precision!r}.")
-    if precision != "float32" and export_format not in ("onnx", "openvino"):
-        raise ValueError(f"{precision} is for the formats 'onnx' and 'openvino', not for {export_format!r}.")
+    if precision != "float32" and export_format not in ("onnx", "openvino", "litert"):
+        raise ValueError(f"{precision} is for the formats 'onnx', 'openvino' and 'litert', not for {export_format!r}.")
     if precision != "int8" and calibration_images:
         raise ValueError(f"`calibration_images` are for int8, `precision` is {precision!r}: leave one of them out.")
     if precision == "int8" and not calibration_images:
@@ -750,19 +758,75 @@ def _export_torch(
 def _export_litert(
     module: nn.Module, path: Path, manifest: ExportManifest, feeds: Iterable[dict], metadata: dict[str, str]
 ) -> None:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # its converter reports on standard error otherwise
-    import litert_torch
-
     height, width = manifest.image_size
     if manifest.with_postprocessing:
         sample = torch.zeros(1, height, width, 3, dtype=torch.uint8)
     else:
         sample = torch.zeros(1, module.config.num_channels, height, width)
-    litert_torch.convert(module, sample_kwargs={manifest.input_name: sample}).export(path)
+    graph = litert_graph(module, {manifest.input_name: sample})
+    if manifest.precision != "float32":
+        graph = quantize_litert(graph, manifest.precision, feeds)
+    path.write_bytes(graph)
     # Files that belong to a graph are zipped onto its end, where the runtime does not look (TensorFlow Lite's metadata).
     with zipfile.ZipFile(path, "a") as file:
         for name, note in metadata.items():
             file.writestr(f"{name}.json", note)
+
+
+def litert_graph(module: nn.Module, inputs: dict[str, torch.Tensor]) -> bytes:
+    """The file of a network that takes inputs of these names and shapes."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # the converter reports on standard error otherwise
+    import litert_torch
+
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch, "model.tflite")
+        litert_torch.convert(module, sample_kwargs=inputs).export(path)
+        return path.read_bytes()
+
+
+def quantize_litert(graph: bytes, precision: str, feeds: Iterable[dict]) -> bytes:
+    from ai_edge_quantizer.algorithm_manager import AlgorithmName
+    from ai_edge_quantizer.qtyping import TFLOperationName
+    from ai_edge_quantizer.quantizer import Quantizer
+
+    quantizer = Quantizer(graph)
+    convolutions = (TFLOperationName.CONV_2D, TFLOperationName.DEPTHWISE_CONV_2D)
+    with open(os.devnull, "w") as sink, contextlib.redirect_stderr(sink):  # its progress bars
+        if precision == "float16":
+            for operation in (*convolutions, TFLOperationName.FULLY_CONNECTED):  # the last are the axis weights
+                quantizer.add_weight_only_config(".*", operation, 16, algorithm_key=AlgorithmName.FLOAT_CASTING)
+            return bytes(quantizer.quantize(enable_progress_report=False).quantized_model)
+
+        for operation in convolutions:
+            quantizer.add_static_config(".*", operation, activation_num_bits=8, weight_num_bits=8)
+        ranges = quantizer.calibrate({"serving_default": list(feeds)}, num_threads=usable_cores())
+        ends = _litert_convolutions(graph)
+        # The first and the last as in ONNX. And where nothing but a constant comes in or goes out: XNNPACK, which runs
+        # the graph, refuses scales that are as good as zero, such as those of a channel attention without an effect.
+        exact = [ends[0], ends[-1]] + [pair for pair in ends if any(_is_constant(ranges[name]) for name in pair)]
+        for (_, result), operation in itertools.product(exact, convolutions):
+            name = f"^{re.escape(result)}"
+            quantizer.update_quantization_recipe(name, operation, algorithm_key=AlgorithmName.NO_QUANTIZE)
+        return bytes(quantizer.quantize(ranges, enable_progress_report=False).quantized_model)
+
+
+def _is_constant(value_range: dict[str, np.ndarray]) -> bool:
+    return bool((value_range["max"] - value_range["min"]).max() < 1e-4)
+
+
+def _litert_convolutions(graph: bytes) -> list[tuple[str, str]]:
+    """The names of what goes into each convolution of a LiteRT graph and of what it gives, from the first to the last."""
+    from ai_edge_litert.schema_py_generated import BuiltinOperator, ModelT
+
+    model = ModelT.InitFromPackedBuf(graph, 0)
+    (network,) = model.subgraphs
+    kinds = [code.builtinCode for code in model.operatorCodes]
+    names = [tensor.name.decode() for tensor in network.tensors]
+    return [
+        (names[operator.inputs[0]], names[operator.outputs[0]])
+        for operator in network.operators
+        if kinds[operator.opcodeIndex] in (BuiltinOperator.CONV_2D, BuiltinOperator.DEPTHWISE_CONV_2D)
+    ]
 
 
 _EXPORTERS = {

@@ -148,6 +148,8 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.seconds <= 0:
         parser.error(f"--seconds must be positive, got {arguments.seconds}")
     arguments = _with_defaults(arguments)
+    if 1 not in arguments.batch_sizes and any(runtime.startswith("litert") for runtime in arguments.runtimes or ()):
+        parser.error("LiteRT's graphs take one image at a time: add 1 to --batch-sizes, or leave these runtimes out")
     if arguments.chart and arguments.tables and not arguments.update and not shows_points(arguments):
         parser.error(
             f"--chart shows single images of the first table in the runtimes {', '.join(CHART_RUNTIMES)}, of which "
@@ -339,6 +341,8 @@ def plan_models(arguments: argparse.Namespace) -> Iterator[Cell]:
         on_gpu = runtime in CUDA_RUNTIMES
         for threads in [1] if on_gpu else arguments.threads:
             for batch_size in [TRAINING_BATCH_SIZE] if runtime in TRAINING_RUNTIMES else arguments.batch_sizes:
+                if runtime.startswith("litert") and batch_size > 1:
+                    continue  # its graphs take one image
                 for model in arguments.models:
                     if model == "lemore-not-fused" and runtime in (*GRAPH_RUNTIMES, *TRAINING_RUNTIMES):
                         continue  # graphs are fused when they are exported, and training runs what is not fused

@@ -36,9 +36,11 @@ def parse_arguments() -> argparse.Namespace:
         "--int8",
         metavar="CALIBRATION_FOLDER",
         type=Path,
-        help="quantize to int8 (ONNX, OpenVINO), with the ranges that the pictures of this folder have",
+        help="quantize to int8 (ONNX, OpenVINO, LiteRT), with the ranges that the pictures of this folder have",
     )
-    precision.add_argument("--fp16", action="store_true", help="store the weights in half the space (ONNX, OpenVINO)")
+    precision.add_argument(
+        "--fp16", action="store_true", help="store the weights in half the space (ONNX, OpenVINO, LiteRT)"
+    )
     parser.add_argument(
         "--with-postprocessing",
         action="store_true",

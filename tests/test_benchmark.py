@@ -403,6 +403,7 @@ def script():
         (["--chart", "speed.png", "--tables", "3"], "of which nothing would be measured"),
         (["--chart", "speed.png", "--runtimes", "bf16", "cuda-bfloat16"], "of which nothing would be measured"),
         (["--chart", "speed.png", "--batch-sizes", "8"], "of which nothing would be measured"),
+        (["--runtimes", "onnx", "litert", "--batch-sizes", "8"], "LiteRT's graphs take one image at a time: add 1"),
     ],
 )
 def test_bad_options(arguments, message, script, monkeypatch, capsys):
@@ -418,6 +419,13 @@ def test_sizes_of_ones_own(script, monkeypatch):
     arguments.runtimes = list(script.RUNTIMES)
     planned = {(cell.runtime, cell.height, cell.width) for cell in script.plan_cells(arguments)}
     assert planned == {(runtime, *size) for runtime in script.SIZE_RUNTIMES for size in ((64, 96), (360, 480))}
+
+
+def test_litert_is_measured_with_single_images(script, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--tables", "1", "--runtimes", "litert", "litert-int8", "onnx"])
+    cells = list(script.plan_cells(script.parse_arguments()))
+    measured = {(cell.runtime, cell.batch_size) for cell in cells if cell.kind == "inference"}
+    assert measured == {("litert", 1), ("litert-int8", 1), ("onnx", 1), ("onnx", 8)}
 
 
 def test_what_measures_nothing_leaves_the_file_as_it_was(script, monkeypatch, tmp_path):

@@ -36,6 +36,7 @@ PACKAGES = {
     "torch": (),
     "litert": ("litert_torch", "ai_edge_litert"),
 }
+QUANTIZERS = {"openvino": ("nncf",), "litert": ("ai_edge_quantizer",)}
 CLASSES = {number: f"class {number}" for number in range(11)}
 
 
@@ -271,15 +272,17 @@ def test_openvino_and_torch_files_hold_the_class_names(exported):
 # int8 and float16
 
 
-@pytest.mark.parametrize("export_format", ["onnx", "openvino"])
+@pytest.mark.parametrize("export_format", ["onnx", "openvino", "litert"])
 def test_int8_is_close(export_format, model, image_processor, checkpoint, frames, tmp_path):
-    for package in (*PACKAGES[export_format], *(["nncf"] if export_format == "openvino" else [])):
+    for package in (*PACKAGES[export_format], *QUANTIZERS.get(export_format, ())):
         pytest.importorskip(package, reason=f"{export_format} needs the extra lemore-hf[{export_format}]")
     folder = tmp_path / export_format
     export_model(model, image_processor, folder, export_format, precision="int8", calibration_images=frames)
     assert label_agreement(Segmenter(folder), Segmenter(checkpoint), frames, (96, 128), 1) > 0.9
     if export_format == "onnx":
         check_static_per_channel(folder / "model.onnx")
+    if export_format == "litert":
+        check_litert_static_per_channel(folder / "model.tflite")
 
 
 def check_static_per_channel(path: Path) -> None:
@@ -298,15 +301,36 @@ def check_static_per_channel(path: Path) -> None:
         assert constants[scale].size == constants[weight].shape[0]
 
 
-def test_float16_weights_for_the_web(image_processor, frames, tmp_path):
-    for package in PACKAGES["onnx"]:
-        pytest.importorskip(package, reason="needs the extra lemore-hf[onnx]")
+def check_litert_static_per_channel(path: Path) -> None:
+    from ai_edge_litert.interpreter import Interpreter
+
+    network = Interpreter(path)
+    tensors = {tensor["index"]: tensor for tensor in network.get_tensor_details()}
+    convolutions = [op["inputs"] for op in network._get_ops_details() if op["op_name"].endswith("CONV_2D")]
+    images, weights = ([tensors[inputs[place]] for inputs in convolutions] for place in (0, 1))
+    assert [image["dtype"] for image in images] == [weight["dtype"] for weight in weights]
+    first, *others, last = weights
+    assert first["dtype"] == last["dtype"] == np.float32
+    assert (first["shape"][3], last["shape"][0]) == (3, 11)
+    quantized = [weight for weight in others if weight["dtype"] == np.int8]
+    assert len(quantized) >= len(others) - 2, (
+        "a channel attention whose squeezed channels are all zero is left as it is"
+    )
+    for weight in quantized:
+        scales, axis = (weight["quantization_parameters"][name] for name in ("scales", "quantized_dimension"))
+        assert len(scales) == weight["shape"][axis] > 1
+
+
+@pytest.mark.parametrize(("export_format", "file"), [("onnx", "model.onnx"), ("litert", "model.tflite")])
+def test_float16_weights_for_the_web(export_format, file, image_processor, frames, tmp_path):
+    for package in (*PACKAGES[export_format], *QUANTIZERS.get(export_format, ())):
+        pytest.importorskip(package, reason=f"needs the extra lemore-hf[{export_format}]")
     torch.manual_seed(0)
     config = LeMoReConfig(num_labels=150, axis_initialization="normal")  # the released size
     model = LeMoReForSemanticSegmentation(config)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    export_model(model, image_processor, tmp_path / "half", "onnx", precision="float16")
-    assert (tmp_path / "half" / "model.onnx").stat().st_size < 4e6
+    export_model(model, image_processor, tmp_path / "half", export_format, precision="float16")
+    assert (tmp_path / "half" / file).stat().st_size < 4e6
     # The model is left as it was.
     assert model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -369,7 +393,7 @@ def test_command_line_names_what_is_wrong(checkpoint, tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"export_format": "tflite"}, r"onnx.*openvino.*executorch.*torch.*'tflite'"),
-        ({"export_format": "torch", "precision": "int8"}, "int8 is for the formats 'onnx' and 'openvino'"),
+        ({"export_format": "torch", "precision": "int8"}, "int8 is for the formats 'onnx', 'openvino' and 'litert'"),
         ({"export_format": "onnx", "precision": "int4"}, "'int4'"),
         ({"export_format": "onnx", "precision": "int8"}, "calibration_images"),
         ({"export_format": "onnx", "calibration_images": [Image.new("RGB", (40, 40))]}, "`precision` is 'float32'"),
@@ -381,7 +405,7 @@ def test_command_line_names_what_is_wrong(checkpoint, tmp_path, monkeypatch):
         ({"export_format": "litert", "image_size": (31, 128)}, "at least 32×32, got 31×128"),
         ({"export_format": "litert", "max_size": 128}, "one image of one size: give it `image_size`"),
         ({"export_format": "litert", "max_batch_size": 2}, "leave out `max_size` and `max_batch_size`"),
-        ({"export_format": "litert", "precision": "float16"}, "float16 is for the formats 'onnx' and 'openvino'"),
+        ({"export_format": "executorch", "precision": "float16"}, "float16 is for the formats .*'executorch'"),
     ],
 )
 def test_options_that_cannot_be_met(options, message, model, image_processor, tmp_path):

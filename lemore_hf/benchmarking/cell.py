@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One measurement in a process of its own: `python cell.py CELL`, both the cell and what is printed as JSON.
 
-This file is run by its path, and imports PyTorch only where the cell needs it: a process that measures ONNX Runtime or
-OpenVINO holds that runtime alone, without other thread pools, and starts in a second.
+This file is run by its path, and imports PyTorch only where the cell needs it: a process that measures another runtime
+holds that runtime alone, without other thread pools, and starts in a second.
 """
 
 import json
@@ -19,10 +19,21 @@ from pathlib import Path
 from typing import Any
 
 TORCH_RUNTIMES = ("eager", "compile", "bf16", "cuda-float32", "cuda-bfloat16")
-GRAPH_RUNTIMES = ("onnx", "onnx-int8", "openvino", "openvino-int8")
+GRAPH_RUNTIMES = ("onnx", "onnx-int8", "openvino", "openvino-int8", "litert", "litert-int8")
 LAYOUTS = ("contiguous", "channels_last")
 NUM_LABELS = 150  # as ADE20K
 
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "ai-edge-litert",
+    "numpy",
+    "pillow",
+)
 _MIN_RUNS, _MAX_RUNS, _WARM_UP_RUNS = 3, 500, 3
 
 
@@ -265,7 +276,15 @@ def _open_openvino(cell: Cell) -> Callable[[], Any]:
     return partial(network, _random_input(cell))
 
 
-_OPEN = {"onnx": _open_onnx, "openvino": _open_openvino}
+def _open_litert(cell: Cell) -> Callable[[], Any]:
+    from ai_edge_litert.interpreter import Interpreter
+
+    path = Path(cell.folder, cell.model, cell.runtime, "model.tflite")
+    network = Interpreter(path, num_threads=cell.threads).get_signature_runner()
+    return partial(network, pixel_values=_random_input(cell))
+
+
+_OPEN = {"onnx": _open_onnx, "openvino": _open_openvino, "litert": _open_litert}
 
 
 def _measure_training(cell: Cell) -> dict[str, Any]:
@@ -423,7 +442,7 @@ def _describe_machine(cell: Cell) -> dict[str, Any]:
     from lemore_hf.hardware import processor_name, usable_cores
 
     versions = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "transformers", "onnxruntime", "openvino", "nncf", "numpy", "pillow"):
+    for package in _PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return {

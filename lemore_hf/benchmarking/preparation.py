@@ -1,6 +1,6 @@
 # Copyright 2026 The LeMoRe-HF contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""What is written before anything is measured: the graphs of ONNX Runtime and OpenVINO, and the picture."""
+"""What is written before anything is measured: the graphs of the runtimes other than PyTorch, and the picture."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from torch import nn
 
 from ..checkpointing import atomic_folder
 from ..data.scenes import draw_scene
-from ..export import export_model, quantize_onnx, quantize_openvino, quietly
+from ..export import FILES, export_model, litert_graph, quantize_litert, quantize_onnx, quantize_openvino, quietly
 from ..image_processing_lemore import LeMoReImageProcessor
 from .cell import Cell
 from .models import count, random_model
@@ -78,14 +78,19 @@ def _export(cell: Cell, runtime: str, target: Path) -> None:
 
 
 def _export_peer(model: nn.Module, cell: Cell, target: Path, export_format: str, images: list[Image.Image]) -> None:
-    """As LeMoRe's own export goes: through ONNX, and with the same quantizers. Only the batch size is left free."""
-    import onnx_ir
-
+    """As LeMoRe's own export goes, with the same quantizers. Only the batch size is left free, but in LiteRT."""
     processor = LeMoReImageProcessor(size={"height": cell.height, "width": cell.width})
     feeds = [{"pixel_values": processor(image, return_tensors="np")["pixel_values"]} for image in images]
+    file = target / FILES[export_format]
+    if export_format == "litert":
+        graph = litert_graph(model, {"pixel_values": torch.zeros(1, 3, *cell.size)})
+        file.write_bytes(quantize_litert(graph, "int8", feeds) if feeds else graph)
+        return
+    import onnx_ir
+
     graph = _onnx_graph(model, cell.size)
     if export_format == "onnx":
-        onnx_ir.save(quantize_onnx(graph, feeds) if feeds else graph, target / "model.onnx")
+        onnx_ir.save(quantize_onnx(graph, feeds) if feeds else graph, file)
         return
     import openvino
 
@@ -93,7 +98,7 @@ def _export_peer(model: nn.Module, cell: Cell, target: Path, export_format: str,
     network = openvino.convert_model(target / "model.onnx")
     (target / "model.onnx").unlink()
     network = quantize_openvino(network, feeds) if feeds else network
-    openvino.save_model(network, target / "openvino_model.xml", compress_to_fp16=False)
+    openvino.save_model(network, file, compress_to_fp16=False)
 
 
 def _onnx_graph(model: nn.Module, size: tuple[int, int]) -> "onnx_ir.Model":

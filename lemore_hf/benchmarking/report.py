@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .cell import Cell
+from .cell import GRAPH_RUNTIMES, Cell
 
 Result = dict[str, Any]
 """A cell's fields, and its figures over all rounds; see `merge_rounds`."""
@@ -20,6 +20,8 @@ RUNTIME_NAMES = {
     "openvino": "OpenVINO float32",
     "onnx-int8": "ONNX Runtime int8",
     "openvino-int8": "OpenVINO int8",
+    "litert": "LiteRT float32",
+    "litert-int8": "LiteRT int8",
     "cuda-float32": "CUDA graph float32 (TF32)",
     "cuda-bfloat16": "CUDA graph bfloat16",
     "training": "training step float32",
@@ -111,7 +113,7 @@ def _figures(result: Result, results: list[Result], counts: dict[str, Any], repo
     products, copying = None, None
     if peaks and counts and result["kind"] == "inference":
         runtime = _runtime(result)
-        is_float32 = runtime in ("eager", "compile", "onnx", "openvino", "cuda-float32")
+        is_float32 = runtime in ("eager", "compile", "onnx", "openvino", "litert", "cuda-float32")
         if is_float32 or runtime.startswith("cuda"):  # on a CPU the peak is of single precision
             macs = counts["multiply_accumulates"] * result["batch_size"]
             products = macs / result["median"] / peaks["macs_per_second"]
@@ -244,7 +246,7 @@ def _is_timed(result: Result) -> bool:
 
 
 def _has_layout(result: Result) -> bool:
-    return "onnx" not in result["runtime"] and "openvino" not in result["runtime"]
+    return result["runtime"] not in GRAPH_RUNTIMES
 
 
 def _runtime(result: Result) -> str:
