@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -57,7 +58,7 @@ class Muon(torch.optim.AdamW):
     channel. Norms, biases and depthwise convolutions, whose rows are filters of separate channels, are AdamW's.
 
     Args:
-        params: Parameters, or groups of them.
+        params: Parameters, groups of them, or pairs of a name and a parameter.
         lr (`float`): Rate of both.
         momentum (`float`): Of the matrices' gradients, by Nesterov's rule.
         **adamw: Options of `torch.optim.AdamW`, but `fused`; `weight_decay` is also that of the matrices.
@@ -80,7 +81,7 @@ class Muon(torch.optim.AdamW):
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["orthogonal"]]
         try:
-            loss = super().step(closure)
+            loss = _adamw_step(self, closure)
         finally:
             self.param_groups = groups
         for group in groups:
@@ -101,15 +102,21 @@ class Muon(torch.optim.AdamW):
                     # AdamW looks for a count of steps in every state that it loads.
                     state |= {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(parameter)}
                 state["step"] += 1
-                state["momentum_buffer"].lerp_(parameter.grad, 1 - self.momentum)
-                ahead.append(parameter.grad.lerp(state["momentum_buffer"], self.momentum).flatten(1))
+                gradient = -parameter.grad if group["maximize"] else parameter.grad
+                state["momentum_buffer"].lerp_(gradient, 1 - self.momentum)
+                ahead.append(gradient.lerp(state["momentum_buffer"], self.momentum).flatten(1))
             size = 0.2 * max(shape) ** 0.5  # 0.2 is the root mean square of AdamW's steps (Liu et al.)
             for parameter, update in zip(parameters, orthogonalize(torch.stack(ahead)), strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * size)
 
 
-def _is_matrix(parameter: torch.Tensor) -> bool:
+# PyTorch wraps the step of a class in hooks as soon as there is an instance: those of `Muon` are to run once a step.
+_adamw_step = inspect.unwrap(torch.optim.AdamW.step, stop=lambda step: not hasattr(step, "hooked"))
+
+
+def _is_matrix(parameter: torch.Tensor | tuple[str, torch.Tensor]) -> bool:
+    parameter = parameter[1] if isinstance(parameter, tuple) else parameter
     is_depthwise = parameter.ndim == 4 and parameter.size(1) == 1
     return parameter.ndim > 1 and not is_depthwise
 

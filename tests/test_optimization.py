@@ -156,6 +156,41 @@ def test_what_has_no_gradient_stays(model):
     assert changed == {"decode_head.classifier.weight"}
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (5,)], ids=["matrix", "vector"])
+def test_muon_goes_up_where_it_is_to_maximize(shape):
+    up, down = (nn.Parameter(torch.zeros(shape)) for _ in range(2))
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for parameter, maximize in ((up, True), (down, False)):
+        parameter.grad = gradient.clone()
+        Muon([parameter], lr=0.1, maximize=maximize).step()
+    assert torch.equal(up, -down)
+    assert (up * gradient).sum() > 0
+
+
+def test_muon_takes_names_with_the_parameters(model):
+    named, plain = Muon(model.named_parameters()), Muon(model.parameters())
+    groups = [
+        [[id(parameter) for parameter in group["params"]] for group in muon.param_groups] for muon in (named, plain)
+    ]
+    assert groups[0] == groups[1]
+    assert sorted(name for group in named.param_groups for name in group["param_names"]) == sorted(
+        name for name, _ in model.named_parameters()
+    )
+
+
+def test_hooks_of_muon_run_once_a_step():
+    """Also after there has been an AdamW, whose class PyTorch hooks then."""
+    parameters = [nn.Parameter(torch.ones(shape)) for shape in ((2, 2), (2,))]
+    torch.optim.AdamW([nn.Parameter(torch.ones(1))])
+    optimizer, calls = Muon(parameters), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert calls == ["before", "after"]
+
+
 def test_average_follows_its_formula():
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
     model[0].weight.data.fill_(0.0)
