@@ -28,7 +28,7 @@ class DistillationLoss(nn.Module):
 
     Args:
         teachers (`Sequence[PreTrainedModel]`): Segmentation networks of the same classes, at least one. They are not
-            trained; a LeMoRe among them is fused.
+            trained, whatever the mode of the module that holds the loss; a LeMoRe among them is fused.
 
     Raises:
         `ValueError`: without a teacher.
@@ -43,6 +43,10 @@ class DistillationLoss(nn.Module):
         )
         self.requires_grad_(False).eval()
 
+    def train(self, mode: bool = True) -> DistillationLoss:
+        """Teachers stay in evaluation mode."""
+        return super().train(False)
+
     def forward(self, logits: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         """
         Args:
@@ -53,8 +57,15 @@ class DistillationLoss(nn.Module):
 
         Returns:
             The mean Kullback-Leibler divergence in nats, a scalar in single precision of at least 0.
+
+        Raises:
+            `ValueError`: for a single logit, or where the network and its teachers differ in the number of classes.
         """
         targets = self.probabilities(pixel_values, logits.shape[-2:])
+        if targets.shape[1] != logits.shape[1]:
+            raise ValueError(
+                f"The teachers have {targets.shape[1]} classes, the network {logits.shape[1]}: both must agree."
+            )
         # `batchmean` divides by the first dimension alone, which is to be that of all pixels.
         log_probabilities = logits.float().log_softmax(1).movedim(1, -1).flatten(0, 2)
         return F.kl_div(log_probabilities, targets.movedim(1, -1).flatten(0, 2), reduction="batchmean")
@@ -62,7 +73,12 @@ class DistillationLoss(nn.Module):
     @torch.no_grad()
     def probabilities(self, pixel_values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """The mean of the teachers' probabilities, in single precision, `(batch_size, num_labels, *size)`."""
-        return mean_scores([teacher(pixel_values).logits.float() for teacher in self.teachers], size)
+        logits = [teacher(pixel_values).logits.float() for teacher in self.teachers]
+        numbers = sorted({scores.shape[1] for scores in logits})
+        if len(numbers) > 1:
+            raise ValueError(f"Teachers must have the same classes, got some with {numbers} of them.")
+        _refuse_single_logit(*numbers)
+        return mean_scores(logits, size)
 
 
 def load_teacher(name_or_path: str | Path, recipe: Recipe) -> PreTrainedModel:
@@ -78,8 +94,12 @@ def load_teacher(name_or_path: str | Path, recipe: Recipe) -> PreTrainedModel:
         ValueError: for other classes, or images normalized in another way.
     """
     model = load_trained_model(name_or_path, recipe.task)
-    if model.config.num_labels == 1:
-        raise ValueError("A single logit is no distribution over classes: give a network with an output for each.")
+    _refuse_single_logit(model.config.num_labels)
     check_classes(model, recipe)
     check_normalization(name_or_path, recipe)
     return model
+
+
+def _refuse_single_logit(num_labels: int) -> None:
+    if num_labels == 1:
+        raise ValueError("A single logit is no distribution over classes: give a network with an output for each.")

@@ -84,6 +84,35 @@ def test_without_a_teacher_there_is_nothing_to_learn():
         DistillationLoss([])
 
 
+def test_teachers_stay_as_they_are_in_a_module_that_trains():
+    torch.manual_seed(0)
+    teacher = SegformerForSemanticSegmentation(
+        SegformerConfig(
+            hidden_sizes=[8] * 4, depths=[1] * 4, decoder_hidden_size=8, num_attention_heads=[1] * 4, **LABELS
+        )
+    )
+    task = nn.ModuleDict({"student": lemore(), "loss": DistillationLoss([teacher])}).train()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    images = torch.rand(2, 3, 64, 96)
+    first, second = (task["loss"].probabilities(images, (16, 24)) for _ in range(2))
+    assert torch.equal(first, second), "no dropout"
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    assert task["student"].training
+
+
+def test_teachers_and_network_must_have_the_same_classes():
+    def of_labels(number: int) -> LeMoReForSemanticSegmentation:
+        return LeMoReForSemanticSegmentation(LeMoReConfig(num_labels=number, **TINY))
+
+    images, single, three = torch.rand(1, 3, 64, 64), torch.zeros(1, 1, 16, 16), torch.zeros(1, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"the same classes, got some with \[3, 4\] of them"):
+        DistillationLoss([of_labels(4), of_labels(3)])(three, images)
+    with pytest.raises(ValueError, match="single logit"):
+        DistillationLoss([of_labels(1)])(single, images)
+    with pytest.raises(ValueError, match="have 4 classes, the network 1"):
+        DistillationLoss([of_labels(4)])(single, images)
+
+
 @pytest.mark.parametrize("kind", ["lemore", "fused", "segformer"])
 def test_networks_of_several_kinds_teach(tmp_path, kind):
     torch.manual_seed(0)
@@ -114,6 +143,9 @@ def processor_of(folder: Path, **fields) -> None:
         ({"image_mean": [0.5, 0.5, 0.5]}, "image_mean is .*0.5, 0.5, 0.5.* in the recipe scenes"),
         ({"do_normalize": False}, "do_normalize is False"),
         ({"do_flip_channel_order": True}, "do_flip_channel_order is True"),
+        ({"do_rescale": False}, "do_rescale is False"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor is 0.0078.*rescaled to"),
+        ({"image_mean": 0.5}, "image_mean is .*0.5, 0.5, 0.5.* in the recipe scenes"),
     ],
 )
 def test_a_teacher_must_have_seen_images_as_the_recipe_gives_them(tmp_path, fields, message):
