@@ -63,6 +63,9 @@ FILES = {
 }
 """The graph's file name by format."""
 
+GRAPH_FILES = frozenset([*FILES.values(), "model.onnx.data", "openvino_model.bin"])
+"""Names of all files that graphs consist of."""
+
 _REQUIREMENTS = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("onnx", "onnxscript", "openvino"),
@@ -367,7 +370,7 @@ def _check_output(output_dir: Path) -> None:
 
 def _is_of_export(path: Path) -> bool:
     """Whether a file has the name of one that an export consists of."""
-    own = {MANIFEST, CONFIG_NAME, IMAGE_PROCESSOR_NAME, *FILES.values(), "model.onnx.data", "openvino_model.bin"}
+    own = {MANIFEST, CONFIG_NAME, IMAGE_PROCESSOR_NAME} | GRAPH_FILES
     return path.is_file() and (path.name in own or path.name.endswith("_lemore.py"))
 
 

@@ -20,7 +20,7 @@ from .checkpointing import CheckpointError
 from .evaluation import load_trained_model
 from .export import MANIFEST, ExportManifest, network_input, require_packages
 from .hardware import usable_cores
-from .pictures import files_below
+from .pictures import files_below, in_levels
 
 Run = Callable[[np.ndarray], np.ndarray]
 """A network in its runtime: what [`ExportManifest`] says that it takes → what it says that it gives."""
@@ -214,9 +214,7 @@ def read_picture(path: Path) -> Image.Image:
     """The upright picture of a file, in its own mode, read to its end. Floats of 0…1 become such of 0…255."""
     with Image.open(path) as image:
         image.load()
-        if image.mode == "F" and image.getextrema()[1] <= 1:
-            image = image.point(lambda value: value * 255)
-        return ImageOps.exif_transpose(image)
+        return ImageOps.exif_transpose(in_levels(image))
 
 
 def find_model(path: Path) -> Path:

@@ -16,9 +16,27 @@ PICTURE_SUFFIXES = frozenset(
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode, upright and in RGB: 16-bit values scaled to 8 bit, transparency laid over white."""
-    pixels, _ = read_image(image, True, None)
+    """A picture of any mode, upright and in RGB: 16-bit values and floats scaled to 8 bit, transparency laid over white.
+
+    Raises:
+        ValueError: for floats that lie neither in [0, 1] nor in [0, 255].
+    """
+    pixels, _ = read_image(in_levels(image), True, None)
     return Image.fromarray(pixels).convert("RGB")
+
+
+def in_levels(image: Image.Image) -> Image.Image:
+    """A picture whose floats, if it has such, are of 0…255: those of 0…1 are scaled.
+
+    Raises:
+        ValueError: for floats of another range.
+    """
+    if image.mode != "F":
+        return image
+    low, high = image.getextrema()
+    if not 0 <= low <= high <= 255:
+        raise ValueError(f"Floats of a picture must lie in [0, 1] or [0, 255], got [{low}, {high}]: scale them.")
+    return image.point(lambda value: value * 255) if high <= 1 else image
 
 
 def files_below(folder: Path, suffixes: Set[str] = PICTURE_SUFFIXES) -> list[Path]:

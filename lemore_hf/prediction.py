@@ -22,10 +22,10 @@ from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
 from .checkpointing import atomic_file
-from .export import MANIFEST
+from .export import GRAPH_FILES, MANIFEST
 from .inference import Segmenter, find_model, read_picture
 from .pictures import PICTURE_SUFFIXES, files_below
-from .visualization import default_palette, draw_segmentation
+from .visualization import class_names, default_palette, draw_segmentation
 
 if TYPE_CHECKING:
     import av
@@ -201,7 +201,7 @@ def _hash_of(model: Path) -> str:
     there, such as its scores, is not of it."""
     digest = hashlib.sha256()
     for path in sorted(find_model(model).iterdir()):
-        is_network = path.suffix in (".safetensors", ".onnx", ".data", ".xml", ".bin", ".pt2", ".pte")
+        is_network = path.suffix == ".safetensors" or path.name in GRAPH_FILES
         if is_network or path.name in (CONFIG_NAME, IMAGE_PROCESSOR_NAME, MANIFEST):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -279,10 +279,11 @@ def mask_image(labels: np.ndarray, config: PreTrainedConfig) -> Image.Image:
 def overlay_image(
     image: Image.Image, labels: np.ndarray, config: PreTrainedConfig, alpha: float = 0.5, legend: bool = True
 ) -> Image.Image:
-    """A label map over its picture. A binary network's one label is its class 1, over a background."""
-    names = config.id2label if config.num_labels > 1 else {0: "background", 1: config.id2label[0]}
+    """A label map over its picture."""
     # No prediction is void: of many classes, one may have the number that stands for it in label maps.
-    return draw_segmentation(image, labels, names, _palette(config), alpha=alpha, legend=legend, ignore_index=-1)
+    return draw_segmentation(
+        image, labels, class_names(config), _palette(config), alpha=alpha, legend=legend, ignore_index=-1
+    )
 
 
 def _palette(config: PreTrainedConfig) -> list:

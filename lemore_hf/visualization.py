@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torchvision.transforms.functional import to_pil_image
 from transformers import PreTrainedConfig
 
+from .image_processing_pil_lemore import channels_first, read_image
 from .pictures import to_rgb
 
 ImageInput = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
@@ -119,10 +119,11 @@ def draw_segmentation(
     """Draws a segmentation over its image, with a legend of the classes present beside it.
 
     Args:
-        image: A path, a PIL image (its EXIF orientation is applied), an array `(H, W[, C])` or a tensor `(C, H, W)`.
+        image: A path, a PIL image (its EXIF orientation is applied), an array `(H, W[, C])` or a tensor `(C, H, W)`, of
+            integers as the image processor reads them, or of floats in [0, 1].
         segmentation: Class numbers `(H, W)` as an integer tensor, array or PIL image; or the list that
             `pipeline("image-segmentation")` returns, whose uncovered pixels count as void.
-        id2label: Class names by number. Default: the config's; without one, "class 0" and so on.
+        id2label: Class names by number. Default: the config's (see `class_names`); without one, "class 0" and so on.
         palette: RGB triples, 0 to 255, by class number. Default: `config.palette` where there is one, else
             `default_palette`.
         config: A model's configuration, for what the two arguments above leave out.
@@ -135,7 +136,7 @@ def draw_segmentation(
         made taller only where the legend needs it.
 
     Raises:
-        ValueError: The sizes differ; the segmentation is not two-dimensional or holds numbers without a name or a colour;
+        ValueError: The sizes differ; floats of the image lie outside of [0, 1]; the segmentation is not two-dimensional or holds numbers without a name or a colour;
             `alpha` is outside [0, 1]; a segment has a label that `id2label` lacks.
         TypeError: The segmentation is not of integers.
     """
@@ -143,7 +144,7 @@ def draw_segmentation(
         raise ValueError(f"alpha is an opacity from 0 to 1, not {alpha}.")
     picture = _as_rgb(image)
     if id2label is None and config is not None:
-        id2label = config.id2label
+        id2label = class_names(config)
     names = None if id2label is None else {int(number): name for number, name in id2label.items()}
     if isinstance(segmentation, Sequence):
         classes, names = segments_to_map(segmentation, picture.size[::-1], names, ignore_index)
@@ -179,6 +180,11 @@ def draw_segmentation(
     if void_share:
         entries.append(("void", None, void_share))
     return _beside(drawn, _legend(entries, drawn.height))
+
+
+def class_names(config: PreTrainedConfig) -> dict[int, str]:
+    """Names by the numbers of label maps: a binary network's one label is its class 1, over a background."""
+    return config.id2label if config.num_labels > 1 else {0: "background", 1: config.id2label[0]}
 
 
 def segments_to_map(
@@ -224,7 +230,16 @@ def _as_rgb(image: ImageInput) -> Image.Image:
     if isinstance(image, str | os.PathLike):
         image = Image.open(image)
     elif not isinstance(image, Image.Image):
-        image = to_pil_image(image)
+        pixels, layout = read_image(image, True, None)
+        pixels = channels_first(pixels, layout).transpose(1, 2, 0)
+        if pixels.dtype != np.uint8:
+            if not (pixels.min() >= 0 and pixels.max() <= 1):
+                raise ValueError(
+                    f"Floats of an image must lie in [0, 1], got [{pixels.min()}, {pixels.max()}]: undo the normalization, "
+                    "or give the picture itself."
+                )
+            pixels = (255 * pixels).round().astype(np.uint8)
+        image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
     return to_rgb(image)
 
 

@@ -21,10 +21,11 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation, LeMoReModel
 from lemore_hf import prediction as prediction_module
-from lemore_hf.export import export_model
+from lemore_hf.export import GRAPH_FILES, export_model
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 from lemore_hf.inference import Segmenter
 from lemore_hf.prediction import (
+    _hash_of,
     claim_results,
     find_inputs,
     mask_image,
@@ -180,6 +181,15 @@ def test_results_of_something_else_are_not_taken_for_the_ones_asked_for(checkpoi
         file.write_bytes(b"a result")
     with pytest.raises(ValueError, match="is the result of another model"):
         claim_results(output, checkpoint, targets, 0.5)
+
+
+@pytest.mark.parametrize("name", sorted(GRAPH_FILES))
+def test_another_graph_in_an_export_is_another_model(name, tmp_path):
+    (tmp_path / "lemore_export.json").write_text("{}")
+    (tmp_path / name).write_bytes(b"some weights")
+    before = _hash_of(tmp_path)
+    (tmp_path / name).write_bytes(b"other weights")
+    assert _hash_of(tmp_path) != before
 
 
 def test_a_picture_that_was_replaced_is_segmented_anew(checkpoint, pictures, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageFilter
 from transformers import SegformerConfig
 
+from lemore_hf import LeMoReConfig
 from lemore_hf.visualization import (
     default_palette,
     draw_segmentation,
@@ -252,6 +253,50 @@ def test_a_legend_of_150_classes_stays_compact():
 def test_bad_input_is_named(image, labels, change, error, message):
     with pytest.raises(error, match=message):
         draw_segmentation(**{"image": image, "segmentation": labels, "id2label": NAMES, **change})
+
+
+def test_a_binary_networks_label_is_drawn_over_a_background(image):
+    config = LeMoReConfig(num_labels=1, id2label={0: "road"}, label2id={"road": 0}, palette=[[200, 0, 0], [0, 0, 200]])
+    segmentation = np.zeros((60, 80), np.uint8)
+    segmentation[30:] = 1
+    drawn = draw_segmentation(image, segmentation, config=config, alpha=1)
+    expected = draw_segmentation(image, segmentation, {0: "background", 1: "road"}, config.palette, alpha=1)
+    assert drawn.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda pixels: pixels.astype(np.int64),
+        lambda pixels: pixels.astype(np.uint16) * 257,
+        lambda pixels: pixels / 255,
+        lambda pixels: torch.from_numpy(pixels).permute(2, 0, 1),
+        lambda pixels: torch.from_numpy(pixels).permute(2, 0, 1).float() / 255,
+        lambda pixels: pixels.transpose(2, 0, 1),
+    ],
+    ids=["int64", "uint16", "floats", "tensor", "tensor of floats", "channels first"],
+)
+def test_arrays_of_all_kinds_are_drawn_as_the_picture(convert, image, labels):
+    expected = draw_segmentation(image, labels, NAMES)
+    drawn = draw_segmentation(convert(np.array(image)), labels, NAMES)
+    assert drawn.tobytes() == expected.tobytes()
+
+
+def test_floats_that_are_no_colours_are_refused(image, labels):
+    for pixels in (np.asarray(image).astype(np.float32), np.full((60, 80, 3), -0.5), np.full((60, 80, 3), np.nan)):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got .*: undo the normalization"):
+            draw_segmentation(pixels, labels, NAMES)
+
+
+@pytest.mark.parametrize("scale", [1, 255])
+def test_a_picture_of_floats_is_drawn_as_one_of_bytes(scale, image, labels, tmp_path):
+    grey = image.convert("L")
+    Image.fromarray(np.asarray(grey, np.float32) * np.float32(scale / 255)).save(tmp_path / "floats.tiff")
+    drawn = np.asarray(draw_segmentation(tmp_path / "floats.tiff", labels, NAMES), int)
+    assert abs(drawn - np.asarray(draw_segmentation(grey, labels, NAMES), int)).max() <= 1
+    Image.fromarray(np.asarray(grey, np.float32) * 2).save(tmp_path / "bright.tiff")
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\] or \[0, 255\], got"):
+        draw_segmentation(tmp_path / "bright.tiff", labels, NAMES)
 
 
 # --- the pipeline's segments -------------------------------------------------------------------------------------
