@@ -308,16 +308,18 @@ def check_normalization(name_or_path: str | Path, recipe: Recipe) -> dict[str, A
     processor = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
     for field in ("image_mean", "image_std"):
         values = processor.get(field)
+        values = [values] * 3 if isinstance(values, (int, float)) else values  # one for all channels
         if values is not None and list(values) != list(getattr(recipe, field)):
             raise ValueError(
                 f"{field} is {values} in {path} and {list(getattr(recipe, field))} in the recipe {recipe.name}: if the "
                 f"model was trained with the former, add --{field} {' '.join(map(str, values))}."
             )
-    for field, value in {"do_normalize": True, "do_flip_channel_order": False}.items():
-        if processor.get(field, value) is not value:
+    expected = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_flip_channel_order": False}
+    for field, value in expected.items():
+        if not math.isclose(processor.get(field, value), value):
             raise ValueError(
-                f"{field} is {processor[field]} in {path}: a recipe's images are normalized, and their channels stay red, "
-                "green, blue. Give a model that was trained so."
+                f"{field} is {processor[field]} in {path}: a recipe's images are rescaled to [0, 1] and normalized, and "
+                "their channels stay red, green, blue. Give a model that was trained so."
             )
     return processor
 
