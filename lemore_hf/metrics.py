@@ -182,9 +182,15 @@ class _StreamingCounts(ABC):
         """Counts of one image; both maps (H, W)."""
 
     def merge(self, *others: _StreamingCounts) -> None:
-        """Add the counts of other metrics of the same kind and configuration to this one's."""
+        """Add the counts of other metrics to this one's; `ValueError` where one is of another kind or configuration."""
         for other in others:
-            self.counts = self.counts + self._checked(other.counts).to(self.counts.device)
+            counts = self._checked(other.counts)
+            if type(other) is not type(self) or other._configuration() != self._configuration():
+                raise ValueError(
+                    f"counts of {type(other).__name__} with {other._configuration()} do not add to those of "
+                    f"{type(self).__name__} with {self._configuration()}"
+                )
+            self.counts = self.counts + counts.to(self.counts.device)
 
     def reduce(self, accelerator: Accelerator | None = None):
         """A new metric with the sum over all processes, on every process; this one keeps its own counts.
@@ -225,6 +231,9 @@ class _StreamingCounts(ABC):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over counts saved by `state_dict`; `ValueError` where they are of another number of classes."""
         self.counts = self._checked(state["counts"]).to(self.counts.device, torch.int64)
+
+    def _configuration(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("counts", "device")}
 
     def _checked(self, counts: Tensor) -> Tensor:
         if counts.shape != self.counts.shape:

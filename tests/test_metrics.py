@@ -135,6 +135,16 @@ def test_merge_reset_and_state_dict():
         ConfusionMatrix(3).load_state_dict(saved)
 
 
+def test_only_counts_of_the_same_kind_are_merged():
+    for other in (BoundaryIoU(2), ConfusionMatrix(3, ignore_index=0)):
+        with pytest.raises(
+            ValueError, match=f"counts of {type(other).__name__} .* do not add to those of ConfusionMatrix"
+        ):
+            ConfusionMatrix(3).merge(other)
+    with pytest.raises(ValueError, match=r"'dilation_ratio': 0\.5"):
+        BoundaryIoU(2).merge(BoundaryIoU(2, dilation_ratio=0.5))
+
+
 # Bad input
 
 
