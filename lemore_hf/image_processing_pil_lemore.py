@@ -5,9 +5,12 @@
 The torchvision backend imports the shared half from here, so that this file works where torchvision is absent.
 """
 
+import base64
 import os
 from collections.abc import Iterator
+from io import BytesIO
 from typing import TYPE_CHECKING, Any, Union
+from urllib.request import Request, urlopen
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -23,7 +26,6 @@ from transformers.image_utils import (
     PILImageResampling,
     SizeDict,
     infer_channel_dimension_format,
-    load_image,
     torch_pil_interpolation_mapping,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
@@ -183,11 +185,15 @@ class LeMoReImageProcessorMixin:
             label_map = _resize_nearest(label_map, target.height, target.width)
         label_map = label_map.astype(np.int64)
         if do_reduce_labels:
+            _check_void_is_free(label_map)
             void = (label_map == 0) | (label_map == IGNORE_INDEX)
             label_map = np.where(void, IGNORE_INDEX, label_map - 1)
+        is_filled = do_center_crop and np.less(label_map.shape, (crop_size.height, crop_size.width)).any()
         if do_center_crop:
             label_map = _center_crop(label_map, crop_size.height, crop_size.width, fill=IGNORE_INDEX)
         bottom, right = np.subtract(pixel_values.shape[-2:], label_map.shape)
+        if is_filled or bottom or right:
+            _check_void_is_free(label_map)
         return np.pad(label_map, ((0, bottom), (0, right)), constant_values=IGNORE_INDEX)
 
     def convert_to_rgb(
@@ -369,12 +375,33 @@ def _flatten(images: Any, ndims: int) -> Iterator[Union[Image.Image, np.ndarray,
 
 
 def _open(source: str | os.PathLike) -> Image.Image:
-    """A file in the mode it has (Transformers' own loader makes RGB of it, which loses labels and 16-bit values)."""
-    if not os.path.isfile(source):
-        return load_image(os.fspath(source))
-    with Image.open(source) as image:
+    """A picture in the mode it has (Transformers' own loader makes RGB of it, which loses labels and 16-bit values)."""
+    file = os.fspath(source)
+    if not os.path.isfile(file):
+        is_url = file.startswith(("http://", "https://"))
+        file = BytesIO(_download(file) if is_url else _from_base64(file))
+    with Image.open(file) as image:
         image.load()
     return image
+
+
+def _download(url: str) -> bytes:
+    with urlopen(
+        Request(url, headers={"User-Agent": "lemore-hf"})
+    ) as response:  # many servers refuse Python's own name
+        return response.read()
+
+
+def _from_base64(text: str) -> bytes:
+    data = text.partition(",")[2] if text.startswith("data:image/") else text
+    try:
+        content = base64.b64decode("".join(data.split()), validate=True)
+        Image.open(BytesIO(content)).close()
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{text[:200]!r} is no picture: expected the path of a file, a URL of http:// or https://, or base64 ({error})."
+        ) from error
+    return content
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -449,6 +476,14 @@ def channels_first(
     if input_data_format == ChannelDimension.FIRST:
         return image
     return image.swapaxes(0, 2).swapaxes(1, 2)  # (H, W, C) → (C, H, W)
+
+
+def _check_void_is_free(label_map: np.ndarray) -> None:
+    if (highest := label_map.max()) > IGNORE_INDEX:
+        raise ValueError(
+            f"A segmentation map has the label {highest}, and {IGNORE_INDEX} would have to stand for void beside being a "
+            "class: leave out do_reduce_labels and padding, or give maps of at most 255 classes."
+        )
 
 
 def _read_label_map(label_map: Union[Image.Image, np.ndarray, "torch.Tensor"]) -> np.ndarray:

@@ -2,11 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both image processors: inputs of every kind, label maps, errors, remote code, and post-processing."""
 
+import base64
+import http.server
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -123,6 +127,55 @@ def test_sixteen_bit_file_by_path(processor_class, tmp_path):
     for path in (tmp_path / "deep.png", str(tmp_path / "deep.png")):
         pixels = as_it_is(processor_class)(path, return_tensors="np")["pixel_values"]
         np.testing.assert_array_equal(pixels[0, 0], np.arange(256).reshape(16, 16))
+
+
+@both
+@pytest.mark.parametrize("source", ["path", "url", "base64", "data URL"])
+def test_pictures_and_maps_of_every_source_are_read_alike(processor_class, source, tmp_path):
+    """Not through RGB, as Transformers' loader: deep grey, transparency and labels would be lost."""
+    files = {"deep": Image.fromarray(np.full((4, 4), 20000, np.uint16)), "labels": Image.new("L", (4, 4), 7)}
+    files["clear"] = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    for name, image in files.items():
+        image.save(tmp_path / f"{name}.png")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(QuietHandler, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+
+        def named(name: str) -> str:
+            path = tmp_path / f"{name}.png"
+            text = base64.encodebytes(path.read_bytes()).decode()
+            url = f"http://127.0.0.1:{server.server_port}/{name}.png"
+            return {"path": str(path), "url": url, "base64": text, "data URL": f"data:image/png;base64,{text}"}[source]
+
+        outputs = as_it_is(processor_class)(
+            [named("deep"), named("clear")], [named("labels")] * 2, return_tensors="np"
+        )
+        server.shutdown()
+    assert (outputs["pixel_values"][0] == 78).all(), "20000 / 257"
+    assert (outputs["pixel_values"][1] == 255).all(), "white"
+    assert (np.stack(outputs["labels"]) == 7).all()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@both
+def test_of_more_than_255_classes_none_is_void(processor_class):
+    label_map = np.array([[0, 1, 254], [255, 256, 300]])
+    image = np.zeros((2, 3, 3), np.uint8)
+    as_they_are = processor_class(do_resize=False)(image, label_map, return_tensors="np")["labels"][0]
+    np.testing.assert_array_equal(as_they_are, label_map)
+    for steps in (
+        {"do_reduce_labels": True},
+        {"do_pad": True, "pad_size": {"height": 4, "width": 4}},
+        {"do_center_crop": True, "crop_size": {"height": 2, "width": 4}},
+    ):
+        with pytest.raises(ValueError, match="has the label 300, and 255 would have to stand for void"):
+            processor_class(do_resize=False, **steps)(image, label_map, return_tensors="np")
+    inside = {"do_center_crop": True, "crop_size": {"height": 2, "width": 1}}
+    found = processor_class(do_resize=False, **inside)(image, label_map, return_tensors="np")["labels"][0]
+    np.testing.assert_array_equal(found, [[1], [256]])
 
 
 @both
@@ -377,6 +430,7 @@ def test_inputs_are_left_alone(processor_class, rgb, labels):
         (np.zeros((9, 6, 3), np.uint8), np.zeros((1, 1, 9, 6), int), ValueError, "a segmentation map"),
         (np.zeros((9, 6, 3), np.uint8), Image.new("RGB", (6, 9)), ValueError, "'RGB'"),
         (np.zeros((9, 6, 3), np.uint8), "no/such/file.png", ValueError, "no/such/file.png"),
+        ("nosuchfile12", None, ValueError, "'nosuchfile12' is no picture: expected the path of a file"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
