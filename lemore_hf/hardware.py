@@ -1,6 +1,7 @@
 # Copyright 2026 The LeMoRe-HF contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""The hardware that a process runs on: its name, its cores, and whether several processes share a CPU."""
+"""The hardware that a process runs on: its name, its cores, whether several processes share a CPU, and in what precision
+it is to compute."""
 
 import contextlib
 import os
@@ -48,3 +49,18 @@ def shares_cpu() -> bool:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     # Apple's GPU is one for all processes.
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and (accelerator is None or accelerator.type == "mps")
+
+
+def mixed_precision(option: str | None) -> str:
+    """The precision of autocast: what a script's `--mixed_precision` says, else what `accelerate launch` or `accelerate
+    config` does, else `"no"`.
+
+    Raises:
+        ValueError: for one that this machine or these scripts do not have.
+    """
+    precision = option or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16", "fp16"):
+        raise ValueError(f"--mixed_precision must be no, bf16 or fp16, Accelerate is set to {precision}.")
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("--mixed_precision fp16 needs a GPU; on the CPU use bf16 or no.")
+    return precision

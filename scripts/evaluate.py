@@ -50,7 +50,7 @@ from lemore_hf.evaluation import (
     evaluate_segmentation,
     load_trained_model,
 )
-from lemore_hf.hardware import hardware_name, shares_cpu
+from lemore_hf.hardware import hardware_name, mixed_precision, shares_cpu
 from lemore_hf.inference import RUNTIME_PACKAGES, ExportedNetwork, is_export
 from lemore_hf.visualization import draw_segmentation, image_grid, plot_confusion_matrix
 
@@ -64,7 +64,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the scores")
     parser.add_argument("--streaming", action="store_true", help="read the data while evaluating, never all of it")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that load data for each process")
-    parser.add_argument("--mixed_precision", choices=["no", "bf16", "fp16"], default="no")
+    parser.add_argument(
+        "--mixed_precision",
+        choices=["no", "bf16", "fp16"],
+        help="autocast; fp16 on a GPU only (default: what `accelerate launch` is told, else no)",
+    )
     parser.add_argument("--runs", type=Path, help="keep the scores, with the run's run.json, as a line of this file")
     views = parser.add_argument_group("segmentation")
     views.add_argument("--scales", type=float, nargs="+", default=[1.0], help="average over the image at these scales")
@@ -80,7 +84,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     views.add_argument("--worst_images", type=int, help="images in the grid of the worst (default: 8); 0 for no grid")
     add_recipe_arguments(parser, EVALUATION_FIELDS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    try:
+        args.mixed_precision = mixed_precision(args.mixed_precision)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
 def main() -> None:

@@ -5,6 +5,7 @@
 import os
 
 import pytest
+import torch
 
 from lemore_hf import hardware
 
@@ -19,3 +20,15 @@ def test_cores_are_those_that_affinity_and_a_container_leave(limit, cores, monke
         hardware.CPU_LIMIT.write_text(f"{limit}\n")
     assert hardware.usable_cores() == cores
     assert hardware.hardware_name("cpu").endswith(f", {cores} core{'s' if cores > 1 else ''}")
+
+
+def test_precision_is_the_option_s_or_else_the_launcher_s(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    assert hardware.mixed_precision(None) == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert (hardware.mixed_precision(None), hardware.mixed_precision("no")) == ("bf16", "no")
+    for precision, message in (("fp16", "fp16 needs a GPU"), ("fp8", "no, bf16 or fp16, Accelerate is set to fp8")):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+        with pytest.raises(ValueError, match=message):
+            hardware.mixed_precision(None)
