@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -69,7 +70,7 @@ from lemore_hf.data.recipes import (
 )
 from lemore_hf.distillation import DistillationLoss, load_teacher
 from lemore_hf.evaluation import evaluate
-from lemore_hf.hardware import hardware_name, shares_cpu
+from lemore_hf.hardware import hardware_name, mixed_precision, shares_cpu
 from lemore_hf.hub import PublishingError, push_folder, signed_in_user
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 from lemore_hf.losses import SegmentationCriterion, count_for_median_frequency, median_frequency_weights
@@ -118,8 +119,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--mixed_precision",
         choices=["no", "bf16", "fp16"],
-        default="no",
-        help="autocast; fp16 on a GPU only (default: no)",
+        help="autocast; fp16 on a GPU only (default: what `accelerate launch` is told, else no)",
     )
     parser.add_argument(
         "--gradient_accumulation_steps",
@@ -148,8 +148,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--push_to_hub", metavar="REPO_ID", help="publish the final model as this Hub repository")
     add_recipe_arguments(parser)
     args = parser.parse_args()
-    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
-        parser.error("--mixed_precision fp16 needs a GPU; on the CPU use bf16 or no.")
+    try:
+        args.mixed_precision = mixed_precision(args.mixed_precision)
+    except ValueError as error:
+        parser.error(str(error))
     if args.cache == "device" and args.num_workers:
         parser.error("--cache device augments where the images are, on the GPU: it needs --num_workers 0.")
     if args.cuda_graph and not torch.cuda.is_available():
@@ -749,3 +751,6 @@ if __name__ == "__main__":
         ValueError,
     ) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
+    except KeyboardInterrupt:
+        print("\nInterrupted: the same command with --resume goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)  # as a shell has it: 128 and the signal's number

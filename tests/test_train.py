@@ -670,6 +670,35 @@ def test_options_without_effect_are_refused(options, message, monkeypatch, capsy
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_what_accelerate_is_told_of_the_precision_counts(script, monkeypatch, capsys):
+    path = str(ROOT / "scripts" / script)
+    words = {"train.py": ["--output_dir", "out"], "evaluate.py": ["--model", "model", "--output", "scores.json"]}[
+        script
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [path, "--recipe", "camvid", *words])
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert runpy.run_path(path)["parse_arguments"]().mixed_precision == "bf16"
+    monkeypatch.setattr(sys, "argv", [path, "--recipe", "camvid", *words, "--mixed_precision", "fp16"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(path)["parse_arguments"]()
+    assert "--mixed_precision fp16 needs a GPU" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_says_how_it_goes_on(monkeypatch, capsys):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    script = str(ROOT / "scripts" / "train.py")
+    monkeypatch.setattr("lemore_hf.data.recipes.load_recipe", interrupt)
+    monkeypatch.setattr(sys, "argv", [script, "--recipe", "camvid", "--output_dir", "out"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    assert ended.value.code == 130
+    assert "the same command with --resume goes on from the last checkpoint" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("has_gpu", "options", "message"),
     [
