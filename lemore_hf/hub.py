@@ -205,8 +205,8 @@ def write_card(
             none. `mean_iou` and the other scores are in 0…1, `per_class_iou` is by name or in the labels' order.
         recipe: the recipe of the training, for the data's name, terms and citation.
         license: Hub licence identifier of the weights. Default: `apache-2.0` where the recipe's data is, `other` with
-            the data's terms where they are others, `unknown` without recipe. `other` needs a file with the terms: one
-            in the folder stays.
+            the data's terms where they are others or where the training began with other weights, whose terms hold too,
+            `unknown` without recipe. `other` needs a file with the terms: one in the folder stays.
         training_notes: Markdown on how the weights came about, instead of what the results tell of the run.
         template: Jinja template of the card.
 
@@ -243,6 +243,7 @@ def write_card(
         per_class=_per_class(results, config),
         recipe=recipe,
         training_notes=training_notes,
+        initial_weights=_initial_weights(results),
         pictures=_pictures(folder),
     )
     # Rendered in full before the old card goes.
@@ -251,7 +252,7 @@ def write_card(
     if not licence.is_file() or licence.read_text(encoding="utf-8").startswith(_CODE_TERMS):  # not a text of one's own
         licence.unlink(missing_ok=True)
         if card.data.license == "other":
-            licence.write_text(_terms(recipe), encoding="utf-8")
+            licence.write_text(_terms(recipe, bool(_initial_weights(results))), encoding="utf-8")
     return folder / CARD
 
 
@@ -298,7 +299,8 @@ def _card_data(
     name = (recipe.title or recipe.name) if recipe else results.get("dataset") or "custom"
     terms = recipe.license if recipe else ""
     if license is None:
-        license = "unknown" if not terms else "apache-2.0" if terms.lower() == "apache-2.0" else "other"
+        is_free = terms.lower() == "apache-2.0" and not _initial_weights(results)
+        license = "unknown" if not terms else "apache-2.0" if is_free else "other"
     # What the Hub asks for where the licence is not one of its list.
     other = {"license_name": "terms-of-the-training-data", "license_link": LICENSE} if license == "other" else {}
     return ModelCardData(
@@ -329,13 +331,22 @@ def _card_data(
 _CODE_TERMS = "# Licence\n\nThe code in this folder is licensed under the Apache License, version 2.0"
 
 
-def _terms(recipe: Recipe | None) -> str:
+def _initial_weights(results: Mapping[str, Any]) -> list[str]:
+    """The folders or Hub ids whose weights a training began with; none where these were random."""
+    start = ((results.get("run") or {}).get("settings") or {}).get("init_from") or []
+    folders = [start] if isinstance(start, str) else start
+    folders = [re.sub(r"[/\\](final|best)$", "", folder) for folder in folders]
+    # A path from the root says nothing to others.
+    return [Path(folder).name if Path(folder).is_absolute() else folder for folder in folders]
+
+
+def _terms(recipe: Recipe | None, began_with_others: bool) -> str:
     """The licence file of weights whose licence is not one of the Hub's list."""
     terms = f"{recipe.title or recipe.name}: {recipe.license}" if recipe and recipe.license else "not recorded here"
     return (
         f"{_CODE_TERMS} (https://www.apache.org/licenses/LICENSE-2.0).\n\n"
         "The weights carry the terms of the data that they were trained "
-        f"on ({terms}).\n"
+        f"on ({terms}){', and of the weights that the training began with' if began_with_others else ''}.\n"
     )
 
 

@@ -17,6 +17,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 import lemore_hf
 from lemore_hf.checkpointing import atomic_folder
 from lemore_hf.data.recipes import load_recipe
@@ -44,6 +47,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="write the files to this folder, upload nothing")
     parser.add_argument("--dry_run", action="store_true", help="render and check, list the files, upload nothing")
     args = parser.parse_args(argv)
+    try:
+        validate_repo_id(args.repo_id)
+    except HFValidationError as error:
+        parser.error(f"--repo_id: {error}")
     if args.output and args.private:
         parser.error("--private is of a repository on the Hub, --output writes a folder: leave one of them out")
     return args

@@ -222,6 +222,29 @@ def test_the_licence_goes_with_the_card(folder):
     assert not (folder / "LICENSE.md").exists(), "apache-2.0 needs none"
 
 
+def test_terms_of_initial_weights_hold_for_what_is_trained_from_them(folder):
+    recipe = load_recipe("scenes")
+    assert recipe.license == "Apache-2.0"
+    run = {"steps": 3, "epochs": 1.0, "train_on": "train", "seed": 0, "hours": 0.1, "hardware": "a CPU"}
+    run |= {"versions": {"torch": "2.14.1"}, "settings": {"init_from": None}}
+    write_card(folder, "someone/lemore-test", {**RESULTS, "run": run}, recipe)
+    assert ModelCard.load(folder / "README.md").data.license == "apache-2.0"
+    run["settings"]["init_from"] = "/home/someone/lemore-camvid/final"
+    text = write_card(folder, "someone/lemore-test", {**RESULTS, "run": run}, recipe).read_text()
+    assert ModelCard.load(folder / "README.md").data.license == "other"
+    assert "began with other weights (lemore-camvid), whose terms hold for these too." in text
+    assert ", and of the weights that the training began with." in (folder / "LICENSE.md").read_text()
+    assert "/home/someone" not in text
+
+
+def test_a_repository_needs_a_valid_name(folder, capsys):
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(REPOSITORY / "scripts" / "push_to_hub.py"))["main"](
+            ["--model", str(folder), "--repo_id", "a/b/c", "--dry_run"]
+        )
+    assert "--repo_id: Repo id must be in the form" in capsys.readouterr().err
+
+
 def test_card_tells_of_the_run_that_the_weights_come_from(folder):
     run = {"steps": 300, "epochs": 5.1, "train_on": "train+validation", "seed": 3, "hours": 1.25, "hardware": "a CPU"}
     run |= {"versions": {"torch": "2.14.1"}, "settings": {"init_from": None}}
