@@ -274,7 +274,7 @@ def load_trained_model(name_or_path: str | Path, task: str = "semantic-segmentat
 
 
 def check_classes(model: nn.Module, recipe: Recipe) -> None:
-    """Refuse a model with another number of classes than a recipe, or with the same ones in another order.
+    """Refuse a model with another number of classes than a recipe, or with some of the same in other places.
 
     Raises:
         ValueError: which names both.
@@ -288,10 +288,12 @@ def check_classes(model: nn.Module, recipe: Recipe) -> None:
             "the recipe that the model was trained with."
         )
     names = [str(config.id2label[index]) for index in range(config.num_labels)]
-    if set(names) == set(recipe.class_names) and tuple(names) != recipe.class_names:
+    places = {name: index for index, name in enumerate(recipe.class_names)}
+    moved = [name for index, name in enumerate(names) if places.get(name, index) != index]
+    if moved and not is_binary:
         raise ValueError(
-            f"The model has the classes of the recipe {recipe.name} in another order ({', '.join(names[:5])}, ...): "
-            "override class_names or label_map."
+            f"The model has classes of the recipe {recipe.name} in another order ({', '.join(moved[:5])}"
+            f"{', ...' if len(moved) > 5 else ''}): override class_names or label_map."
         )
 
 

@@ -392,6 +392,10 @@ def test_models_of_other_classes_are_refused(dataset, recipe):
     model.config.id2label = {0: "sky", 1: "road", 2: "tree"}
     with pytest.raises(ValueError, match="in another order"):
         counts(model, dataset, recipe)
+    first, second, _ = recipe.class_names
+    model.config.id2label = {0: second, 1: first, 2: "a class of its own"}
+    with pytest.raises(ValueError, match=rf"in another order \({second}, {first}\)"):
+        counts(model, dataset, recipe)
 
 
 def test_nan_logits_are_refused(dataset, recipe):
