@@ -51,7 +51,12 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.streaming and args.num_workers is not None:
         parser.error("--streaming reads in one process: leave --num_workers out.")
+    if args.num_pictures and args.picture.suffix.lower() not in Image.registered_extensions():
+        parser.error(f"--picture must be the name of a picture, such as dataset_check.png, got {args.picture}")
     args.num_workers = 2 if args.num_workers is None else args.num_workers
+    for option in ("num_workers", "num_pictures"):
+        if getattr(args, option) < 0:
+            parser.error(f"--{option} must be at least 0, got {getattr(args, option)}")
     return args
 
 

@@ -27,6 +27,7 @@ import lemore_hf  # noqa: F401 (registers LeMoRe with the Auto classes)
 from lemore_hf.checkpointing import CheckpointError
 from lemore_hf.hardware import usable_cores
 from lemore_hf.inference import Segmenter
+from lemore_hf.pictures import files_below
 from lemore_hf.prediction import (
     TARGETS,
     UnreadableInputError,
@@ -68,6 +69,11 @@ def main() -> None:
     arguments = parse_arguments()
     kinds = TARGETS if arguments.write == "both" else (arguments.write,)
     targets = target_files(find_inputs(arguments.input, arguments.output), arguments.output, kinds)
+    unread = [
+        file for path in map(Path, arguments.input) if path.is_dir() for file in files_below(path, {".heic", ".heif"})
+    ]
+    if unread:
+        print(f"{len(unread)} HEIC pictures are left out, such as {unread[0]}: make JPEGs of them.", file=sys.stderr)
     jobs = []
     for source, files in targets.items():
         if missing := {kind: file for kind, file in files.items() if arguments.overwrite or not file.is_file()}:

@@ -38,6 +38,7 @@ from lemore_hf.visualization import draw_segmentation, image_grid
 RELEASED = Path(__file__).resolve().parents[1] / "model_cards" / "lemore-camvid"
 STREET = 103  # the drawn street that the first look shows
 NUM_SHOWN = 4
+FEW_STEPS = 200
 LARGEST_SIDE = 480
 
 
@@ -77,6 +78,12 @@ def main() -> None:
         print(f"Reusing the checkpoint in {folder}; delete it to train again.")
     else:
         settings_file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        steps = args.epochs * max(1, len(train) // args.batch_size)
+        if steps < FEW_STEPS:
+            print(
+                f"{steps} steps from random weights teach little: raise --epochs, or start from trained weights "
+                "(scripts/train.py --init_from)."
+            )
         fine_tune(recipe, train, held_out, folder, args)
 
     # From here on, only what a user of the checkpoint has.
@@ -128,7 +135,14 @@ def describe_data(args: argparse.Namespace) -> Recipe:
                 f"the masks in {args.dataset} hold {sorted(found)}, where {IGNORE_INDEX} is void: there are no two classes "
                 "to tell apart. Store them as the numbers 0, 1, ..., such as 0 and 1 for background and foreground."
             )
-        recipe = recipe.replace(num_classes=max(found - {IGNORE_INDEX}) + 1)
+        classes = sorted(found - {IGNORE_INDEX})
+        if len(classes) < max(classes) / 2:
+            raise ValueError(
+                f"the masks in {args.dataset} hold the numbers {', '.join(map(str, classes[:8]))}"
+                f"{', ...' if len(classes) > 8 else ''}, with more gaps than classes: store them as 0, 1, 2, ..., or name the "
+                f"classes in {args.dataset}/classes.txt, one a line."
+            )
+        recipe = recipe.replace(num_classes=max(classes) + 1)
     if args.recipe is None and args.dataset is not None:
         width, height = load_split(recipe, "train", args.dataset)[0]["image"].size
         scale = min(1.0, LARGEST_SIDE / max(width, height))

@@ -415,6 +415,15 @@ def test_too_few_samples_to_hold_one_out(tmp_path):
         load_split(folder_recipe(), "validation", tmp_path)
 
 
+def test_label_maps_with_an_ending_of_their_own_get_a_hint(tmp_path):
+    write_pairs(tmp_path, ["a", "b", "ab"])
+    for path in (tmp_path / "masks").iterdir():
+        path.rename(path.with_stem(f"{path.stem}_mask"))
+    with pytest.raises(ValueError, match=r"3 label maps in .* They end in '_mask': give label_suffix='_mask'\.$"):
+        load_split(folder_recipe(), "train", tmp_path)
+    assert len(load_split(folder_recipe(label_suffix="_mask", validation_fraction=0.4), "train", tmp_path)) == 2
+
+
 def test_label_maps_without_image_and_the_reverse_are_listed(tmp_path):
     write_pairs(tmp_path, ["a", "b", "c"])
     (tmp_path / "images" / "b.jpg").unlink()

@@ -281,6 +281,22 @@ def test_masks_of_one_class_are_explained(tmp_path, monkeypatch):
         script.main()
 
 
+def test_masks_whose_numbers_have_gaps_are_explained(tmp_path, monkeypatch):
+    """Such as those that were made bright, so that people see them."""
+    for part, mode in (("images", "RGB"), ("masks", "L")):
+        (tmp_path / "own" / part).mkdir(parents=True)
+        for index in range(20):
+            PIL.Image.new(mode, (64, 64), index % 5 * 50 if mode == "L" else "red").save(
+                tmp_path / "own" / part / f"{index}.png"
+            )
+    script = quickstart_script(monkeypatch)
+    args = SimpleNamespace(recipe=None, dataset=tmp_path / "own")
+    with pytest.raises(ValueError, match=r"hold the numbers 0, 50, 100, 150, 200, with more gaps than classes"):
+        script.describe_data(args)
+    (tmp_path / "own" / "classes.txt").write_text("\n".join(f"class {number}" for number in range(201)))
+    assert script.describe_data(args).num_classes == 201
+
+
 def quickstart_script(monkeypatch):
     """As a module, which worker processes find that are not forked."""
     spec = importlib.util.spec_from_file_location("quickstart_script", SCRIPTS / "quickstart.py")

@@ -235,6 +235,14 @@ def _renumbered(labels: list[int], classes: list[int]) -> dict[str, list[int]]:
     return {"label": [classes[label] for label in labels]}
 
 
+def _label_ending(images: set[str], labels: set[str]) -> str:
+    """A hint for label maps whose names are those of the images and an ending, such as `street_mask` for `street`."""
+    shortest = min(images, key=len, default="")
+    endings = {label[len(shortest) :] for label in labels if label.startswith(shortest) and len(label) > len(shortest)}
+    fitting = [ending for ending in sorted(endings) if {image + ending for image in images} == labels]
+    return f" They end in {fitting[0]!r}: give label_suffix={fitting[0]!r}." if fitting else ""
+
+
 def _load_folders(
     recipe: Recipe, split: str, folder: Path, streaming: bool
 ) -> datasets.Dataset | datasets.IterableDataset:
@@ -247,7 +255,8 @@ def _load_folders(
         if missing := sorted(wanted - set(images) - set(labels)):
             raise ValueError(f"{folder} lacks {len(missing)} samples of the {split} split: {_listed(missing)}.")
     if without := sorted(set(labels) - set(images)):
-        raise ValueError(f"{len(without)} label maps in {label_folder} have no image: {_listed(without)}.")
+        hint = _label_ending(set(images), set(labels))
+        raise ValueError(f"{len(without)} label maps in {label_folder} have no image: {_listed(without)}.{hint}")
     if without := sorted(set(images) - set(labels)):
         raise ValueError(f"{len(without)} images in {image_folder} have no label map: {_listed(without)}.")
     if not images:
@@ -347,7 +356,10 @@ def _refuse_unknown_splits(folder: Path, paths: Iterable[Path], way_out: str) ->
 def _hold_out(samples, recipe: Recipe, split: str, folder: Path):
     """Train or validation part of what is not split: a fraction, spread evenly over the order of names, is held out."""
     if split == "test":
-        raise FileNotFoundError(f"{folder} is not split, so there is no test split; give it as sub-folders or files.")
+        raise FileNotFoundError(
+            f"{folder} is not split, so there is no test split: give it as sub-folders or files, or use the validation "
+            "split, the part of it that is held out."
+        )
     samples = without_decoding(samples)
     fraction = recipe.validation_fraction
 
@@ -573,7 +585,9 @@ def _open_labels(value: Any) -> np.ndarray:
     if stored is None:
         image = _open(value)
         if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;"):
-            raise ValueError(f"its label map has mode {image.mode}, not one integer class id a pixel")
+            raise ValueError(
+                f"its label map has mode {image.mode}, not one integer class id a pixel: turn colours into class ids first"
+            )
         stored = np.asarray(image)
     if stored.ndim != 2 or stored.dtype.kind not in "bui":
         raise ValueError(f"its label map has shape {stored.shape} and type {stored.dtype}, not integers in (H, W)")
