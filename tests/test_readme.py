@@ -149,12 +149,12 @@ def table_rows(text: str) -> dict[str, list[str]]:
             "camvid_100_epochs.md",
             {
                 "LeMoRe": "LeMoRe",
+                "LeMoRe, by Muon": "LeMoRe, by Muon",
                 "LeMoRe, then enlarged": "then enlarged",
                 "LeMoRe, then mixed": "then mixed",
                 "LeMoRe, then larger": "then larger",
             },
             {
-                "LeMoRe, by Muon": "LeMoRe, by Muon",
                 "LeMoRe, transverse view alone, no attention": "transverse view alone, no attention",
                 "LR-ASPP MobileNetV3-Large": "LR-ASPP MobileNetV3-Large",
             },
