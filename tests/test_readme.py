@@ -151,6 +151,7 @@ def table_rows(text: str) -> dict[str, list[str]]:
                 "LeMoRe": "LeMoRe",
                 "LeMoRe, by Muon": "LeMoRe, by Muon",
                 "LeMoRe, then enlarged": "then enlarged",
+                "LeMoRe, then enlarged, by Muon": "then enlarged, by Muon",
                 "LeMoRe, then mixed": "then mixed",
                 "LeMoRe, then larger": "then larger",
             },
@@ -296,3 +297,23 @@ def test_the_counts_are_what_the_script_prints():
         assert complexity["render"](complexity[table](), markdown=True) in README, (
             "run scripts/complexity.py --markdown"
         )
+
+
+def test_figures_of_litert_are_those_that_were_measured():
+    results = json.loads((ROOT / "model_cards" / "benchmark_litert.json").read_text())["results"]
+    seconds = {
+        (result["model"], result["runtime"]): result["median"]
+        for result in results
+        if result["kind"] == "inference" and result["threads"] == 2
+    }
+    text = " ".join(README.split("There, in LiteRT", 1)[1].split("(two rounds", 1)[0].split())
+    said = {
+        "segformer-b0": r"SegFormer-B0 took (\S+) times as long as LeMoRe's \S+ ms in float32 and (\S+) times",
+        "lraspp-mobilenet-v3-large": r"LR-ASPP with logits at stride 8 (\S+) and (\S+) times",
+        "mobilenetv2-deeplabv3": r"MobileNetV2-DeepLabV3 (\S+) and (\S+) times",
+    }
+    for model, pattern in said.items():
+        ratios = [seconds[model, runtime] / seconds["lemore", runtime] for runtime in ("litert", "litert-int8")]
+        assert list(map(float, re.search(pattern, text).groups())) == pytest.approx(ratios, abs=0.051)
+    own = [1e3 * seconds["lemore", runtime] for runtime in ("litert", "litert-int8")]
+    assert list(map(float, re.findall(r"(\S+) ms in", text))) == pytest.approx(own, abs=0.051)
