@@ -9,6 +9,7 @@ import platform
 from pathlib import Path
 
 import torch
+from accelerate.utils import parse_choice_from_env
 
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time in a period of so many
 
@@ -58,7 +59,7 @@ def mixed_precision(option: str | None) -> str:
     Raises:
         ValueError: for one that this machine or these scripts do not have.
     """
-    precision = option or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = option or parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16", "fp16"):
         raise ValueError(f"--mixed_precision must be no, bf16 or fp16, Accelerate is set to {precision}.")
     if precision == "fp16" and not torch.cuda.is_available():

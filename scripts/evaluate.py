@@ -85,6 +85,8 @@ def parse_arguments() -> argparse.Namespace:
     views.add_argument("--worst_images", type=int, help="images in the grid of the worst (default: 8); 0 for no grid")
     add_recipe_arguments(parser, EVALUATION_FIELDS)
     args = parser.parse_args()
+    if args.mixed_precision is None and is_export(args.model):
+        args.mixed_precision = "no"  # what a launcher is told is not for exports
     try:
         args.mixed_precision = mixed_precision(args.mixed_precision)
     except ValueError as error:

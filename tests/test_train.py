@@ -686,6 +686,15 @@ def test_what_accelerate_is_told_of_the_precision_counts(script, monkeypatch, ca
     assert "--mixed_precision fp16 needs a GPU" in capsys.readouterr().err
 
 
+def test_what_accelerate_is_told_of_the_precision_is_not_for_exports(tmp_path, monkeypatch):
+    (tmp_path / "lemore_export.json").write_text("{}")
+    path = str(ROOT / "scripts" / "evaluate.py")
+    words = ["--recipe", "camvid", "--model", str(tmp_path), "--output", "scores.json"]
+    monkeypatch.setattr(sys, "argv", [path, *words])
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert runpy.run_path(path)["parse_arguments"]().mixed_precision == "no"
+
+
 def test_an_interrupted_run_says_how_it_goes_on(monkeypatch, capsys):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
