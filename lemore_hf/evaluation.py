@@ -318,7 +318,7 @@ def check_normalization(name_or_path: str | Path, recipe: Recipe) -> dict[str, A
             )
     expected = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "do_flip_channel_order": False}
     for field, value in expected.items():
-        if not math.isclose(processor.get(field, value), value):
+        if not math.isclose(processor.get(field, value) or 0, value):  # null is off
             raise ValueError(
                 f"{field} is {processor[field]} in {path}: a recipe's images are rescaled to [0, 1] and normalized, and "
                 "their channels stay red, green, blue. Give a model that was trained so."

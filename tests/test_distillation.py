@@ -144,6 +144,7 @@ def processor_of(folder: Path, **fields) -> None:
         ({"do_normalize": False}, "do_normalize is False"),
         ({"do_flip_channel_order": True}, "do_flip_channel_order is True"),
         ({"do_rescale": False}, "do_rescale is False"),
+        ({"do_normalize": None}, "do_normalize is None"),
         ({"rescale_factor": 1 / 127.5}, "rescale_factor is 0.0078.*rescaled to"),
         ({"image_mean": 0.5}, "image_mean is .*0.5, 0.5, 0.5.* in the recipe scenes"),
     ],
