@@ -136,8 +136,8 @@ def draw_segmentation(
         made taller only where the legend needs it.
 
     Raises:
-        ValueError: The sizes differ; floats of the image lie outside of [0, 1]; the segmentation is not two-dimensional or holds numbers without a name or a colour;
-            `alpha` is outside [0, 1]; a segment has a label that `id2label` lacks.
+        ValueError: The sizes differ; floats of the image lie outside of [0, 1]; the segmentation is not two-dimensional
+            or holds numbers without a name or a colour; `alpha` is outside [0, 1]; a segment has a label that `id2label` lacks.
         TypeError: The segmentation is not of integers.
     """
     if not 0 <= alpha <= 1:

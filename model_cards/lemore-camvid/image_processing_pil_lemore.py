@@ -386,9 +386,8 @@ def _open(source: str | os.PathLike) -> Image.Image:
 
 
 def _download(url: str) -> bytes:
-    with urlopen(
-        Request(url, headers={"User-Agent": "lemore-hf"})
-    ) as response:  # many servers refuse Python's own name
+    # Many servers refuse the name that Python gives itself.
+    with urlopen(Request(url, headers={"User-Agent": "lemore-hf"})) as response:
         return response.read()
 
 
