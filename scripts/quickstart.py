@@ -28,7 +28,7 @@ from transformers import AutoModelForSemanticSegmentation, Trainer, TrainingArgu
 from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation, LeMoReImageProcessor
 from lemore_hf.checkpointing import atomic_folder
 from lemore_hf.data.augmentation import normalize
-from lemore_hf.data.loading import RecipeDataset, collate, inheriting_workers, load_split
+from lemore_hf.data.loading import RecipeDataset, collate, inheriting_workers, load_split, read_label_map
 from lemore_hf.data.recipes import IGNORE_INDEX, Recipe, load_recipe
 from lemore_hf.data.scenes import draw_scene
 from lemore_hf.hardware import usable_cores
@@ -129,7 +129,7 @@ def describe_data(args: argparse.Namespace) -> Recipe:
         found = set()
         for split in ("train", recipe.validate_on):
             for sample in tqdm(load_split(recipe, split, args.dataset), f"Counting classes in {split}"):
-                found.update(np.unique(np.asarray(sample["label"])).tolist())
+                found.update(np.unique(read_label_map(sample["label"])).tolist())
         if found <= {0, IGNORE_INDEX}:
             raise ValueError(
                 f"the masks in {args.dataset} hold {sorted(found)}, where {IGNORE_INDEX} is void: there are no two classes "

@@ -579,6 +579,96 @@ def test_bad_samples_are_named(case):
     assert caught.value.sample == "frame-7"
 
 
+COLORS = {"a": (128, 0, 0), "b": (0, 128, 255)}
+BLACK = (0, 0, 0)
+
+
+def color_map(*colours: tuple[int, int, int]) -> Image.Image:
+    """A map with stripes of the colours given."""
+    stripes = np.array(colours, dtype=np.uint8)[np.arange(SIZE[1]) % len(colours)]
+    return Image.fromarray(np.broadcast_to(stripes, (*SIZE, 3)).copy())
+
+
+def color_recipe(**overrides):
+    return folder_recipe(**{"label_colors": list(COLORS.values()), "void_colors": [BLACK]} | overrides)
+
+
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "P", "parquet", "array"])
+def test_label_maps_in_colours(kind, tmp_path):
+    """The same labels, however a picture of these colours is stored: the numbers in a table of colours mean nothing."""
+    coloured = color_map(COLORS["b"], COLORS["a"], BLACK)
+    if kind == "array":
+        coloured = np.asarray(coloured)
+    elif kind == "parquet":
+        write_parquet(tmp_path / "train.parquet", *image_columns([coloured]))
+        coloured = load_split(color_recipe(splits={"train": "train"}), "train", tmp_path)[0]["label"]
+    elif kind == "P":
+        coloured = coloured.quantize(3)
+    else:
+        coloured = coloured.convert(kind)
+    sample = SampleDecoder(color_recipe())({"image": picture(0), "label": coloured})
+    np.testing.assert_array_equal(sample.labels.numpy(), np.asarray(label_map(1, 0, VOID)))
+
+
+def test_grey_label_maps_have_colours_too():
+    """Two classes as black and white, which tools store as a mask of 0 and 255."""
+    recipe = folder_recipe(label_colors=[BLACK, (255, 255, 255)])
+    for mode in ("L", "1"):
+        sample = SampleDecoder(recipe)({"image": picture(0), "label": label_map(255, 0).convert(mode)})
+        np.testing.assert_array_equal(sample.labels.numpy(), np.asarray(label_map(1, 0)))
+
+
+def test_colours_are_stored_labels_for_the_other_mappings():
+    colours = [BLACK, COLORS["a"], COLORS["b"]]
+    coloured = {"image": picture(0), "label": color_map(*colours)}
+    reduced = SampleDecoder(folder_recipe(label_colors=colours, reduce_labels=True))(coloured)
+    np.testing.assert_array_equal(reduced.labels.numpy(), np.asarray(label_map(VOID, 0, 1)))
+    mapped = SampleDecoder(folder_recipe(label_colors=colours, label_map={0: 1, 1: 1}))(coloured)
+    np.testing.assert_array_equal(mapped.labels.numpy(), np.asarray(label_map(1, 1, VOID)))
+
+
+def jpeg_of_colours() -> dict:
+    return encoded(color_map(*[COLORS["a"]] * 7, *[COLORS["b"]] * 6), "JPEG")
+
+
+BAD_COLORS = {
+    "unknown": (
+        color_map(COLORS["a"], (1, 2, 3)),
+        {},
+        r"960 of its pixels have colours that are none .*: \(1, 2, 3\)",
+    ),
+    "void not named": (color_map(COLORS["a"], BLACK), {"void_colors": ()}, r"none of label_colors .*: \(0, 0, 0\)"),
+    "JPEG": (jpeg_of_colours(), {}, "as JPEG and smooth resizing blend them: store label maps as PNG"),
+    "numbers": (label_map(0, 1), {"void_colors": ()}, r"\(0, 0, 0\), \(1, 1, 1\)"),
+    "transparent": (color_map(COLORS["a"]).convert("RGBA"), {}, "transparent in places"),
+    "depth": (label_map(0, 1, mode="I;16"), {}, "mode I;16, not the 8-bit RGB colours that label_colors names"),
+    "all void": (color_map(BLACK), {}, "all its pixels are void"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_COLORS)
+def test_bad_label_maps_in_colours_are_named(case):
+    labels, overrides, reason = BAD_COLORS[case]
+    if case == "transparent":
+        labels = labels.copy()
+        labels.putpixel((3, 4), (*COLORS["a"], 0))
+    with pytest.raises(BadSampleError, match=reason):
+        SampleDecoder(color_recipe(**overrides))({"image": picture(0), "label": labels})
+
+
+def test_a_folder_as_cvat_exports_it(tmp_path):
+    """`labelmap.txt` gives names and colours; the folders are those of PASCAL VOC."""
+    for index in range(4):
+        write(tmp_path / f"JPEGImages/{index}.jpg", picture(index))
+        write(tmp_path / f"SegmentationClass/{index}.png", color_map(BLACK, COLORS["b"]))
+    (tmp_path / "labelmap.txt").write_text("# label:color_rgb:parts:actions\nbackground:0,0,0::\nb:0,128,255::\n")
+    overrides = {"image_folder": "JPEGImages", "label_folder": "SegmentationClass", "validation_fraction": 0.25}
+    recipe = load_recipe("folder", overrides, tmp_path)
+    dataset = RecipeDataset(load_split(recipe, "train", tmp_path), recipe)
+    assert len(dataset) == 3
+    np.testing.assert_array_equal(dataset[0]["labels"].numpy(), np.asarray(label_map(0, 1)))
+
+
 def test_reduced_labels_have_their_own_range():
     decode = SampleDecoder(load_recipe("ade20k"))
     with pytest.raises(BadSampleError, match="151 are out of range: there are 150 classes, reduced by one"):

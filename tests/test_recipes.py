@@ -185,6 +185,28 @@ def test_numbers_of_segmentation_are_refused_in_classification(field, value):
         ({"class_names": ["crack"], "palette": None}, ValueError, "num_classes is 1, .* name the background"),
         ({"class_names": ["a", "b", "a"]}, ValueError, r"class_names must differ.*\['a'\]"),
         ({"palette": [[0, 0, 0]]}, ValueError, "palette has 1 colours for 11 classes"),
+        ({"label_colors": [[0, 0, 0]]}, ValueError, "label_colors has 1 colours for 11 classes"),
+        ({"void_colors": [[0, 0, 0]]}, ValueError, "void_colors has no effect without label_colors"),
+        (
+            {"class_names": ["a", "b"], "label_colors": [[0, 0, 0], [9, 0, 0]], "void_colors": [[9, 0, 0]]},
+            ValueError,
+            r"must differ from each other, but \[\(9, 0, 0\)\] occur twice",
+        ),
+        (
+            {"class_names": ["a", "b"], "label_colors": [[0, 0, 0], [9, 0, 0]], "reduce_labels": True},
+            ValueError,
+            "label_colors has 2 colours for 2 classes and void, which reduce_labels puts first",
+        ),
+        (
+            {"class_names": ["a", "b"], "label_colors": [[0, 0, 0], [9, 0, 0]], "label_map": {1: 0, 2: 1}},
+            ValueError,
+            r"label_map has the stored labels \[2\], label_colors 2 colours",
+        ),
+        (
+            {"class_names": ["a", "b"], "label_colors": [[0, 0, 0], [9, 0, 256]]},
+            ValueError,
+            "label_colors must hold RGB",
+        ),
         ({"crop_size": [360, 480, 3]}, TypeError, "crop_size must be 2 values of int"),
         ({"crop_size": [16, 480]}, ValueError, "crop_size must be at least 32"),
         ({"max_steps": "many"}, TypeError, "max_steps must be int, got 'many'"),
@@ -287,6 +309,40 @@ def test_classes_of_a_local_folder(tmp_path):
         (tmp_path / "id2label.json").write_text(text)
         with pytest.raises(ValueError, match=r"id2label\.json must be .* from 0 without gaps"):
             load_recipe("folder", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("classes.txt", "sky 128 128 128\n\nlane 2\t0 128 255\n"),
+        ("labelmap.txt", "# label:color_rgb:parts:actions\nsky:128,128,128::\nlane 2:0,128,255::\n"),
+    ],
+)
+def test_classes_of_a_local_folder_with_colours(tmp_path, file, text):
+    (tmp_path / file).write_text(text)
+    recipe = load_recipe("folder", data_dir=tmp_path)
+    assert recipe.class_names == ("sky", "lane 2")
+    assert recipe.label_colors == recipe.palette == ((128, 128, 128), (0, 128, 255))
+    assert load_recipe("folder", {"palette": [[1, 1, 1], [2, 2, 2]]}, tmp_path).palette == ((1, 1, 1), (2, 2, 2))
+    assert load_recipe("folder", {"class_names": ["x", "y", "z"]}, tmp_path).label_colors is None
+    assert recipe.replace(class_names=["x", "y", "z"]).label_colors is None
+    assert recipe.replace(void_colors=[[0, 0, 0]]).label_colors == recipe.label_colors
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "line"),
+    [("classes.txt", "sky 1 2 3\nroad\n", "'road'"), ("labelmap.txt", "sky:1,2,3::\nroad\n", "'road'")],
+)
+def test_a_class_without_its_colour_is_named(tmp_path, file, text, line):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=rf"{file}: the line {line} has no colour, where others have one"):
+        load_recipe("folder", data_dir=tmp_path)
+
+
+def test_numbers_in_class_names_are_no_colours(tmp_path):
+    (tmp_path / "classes.txt").write_text("lane 1\nlane  2\n")
+    recipe = load_recipe("folder", data_dir=tmp_path)
+    assert (recipe.class_names, recipe.label_colors) == (("lane 1", "lane  2"), None)
 
 
 def test_class_names_as_windows_saves_them_and_at_home(tmp_path, monkeypatch):

@@ -469,6 +469,7 @@ class SampleDecoder:
             raise ValueError(f"center_crop must be a height and a width of at least 1, got {center_crop}.")
         self.recipe, self.center_crop = recipe, center_crop
         self._class_of, self._is_known = _label_table(recipe)
+        self._colors, self._label_of_color = _color_table(recipe)
 
     def __call__(self, sample: dict[str, Any], index: int | None = None) -> Sample:
         name = sample_name(sample, index)
@@ -513,7 +514,7 @@ class SampleDecoder:
             )
 
     def _decode_labels(self, value: Any) -> torch.Tensor:
-        stored = _open_labels(value)
+        stored = read_label_map(value) if self._colors is None else self._labels_of_colors(_open_colors(value))
         lowest, highest = int(stored.min()), int(stored.max())
         if lowest < 0 or highest > _LARGEST_STORED_LABEL:
             raise ValueError(f"its labels span {lowest}…{highest}, outside 0…{_LARGEST_STORED_LABEL}")
@@ -526,6 +527,20 @@ class SampleDecoder:
         if not self.recipe.allow_all_void and (self._class_of[present] == IGNORE_INDEX).all():
             raise ValueError("all its pixels are void (allow_all_void accepts that)")
         return torch.from_numpy(self._class_of[stored])
+
+    def _labels_of_colors(self, pixels: np.ndarray) -> np.ndarray:
+        """Stored labels (H, W) of colours (H, W, 3)."""
+        colours = pixels.astype(np.int32) @ _COLOR_DIGITS
+        nearest = np.searchsorted(self._colors, colours).clip(max=len(self._colors) - 1)
+        if (strange := self._colors[nearest] != colours).any():
+            found, counts = np.unique(pixels[strange], axis=0, return_counts=True)
+            shown = [tuple(map(int, colour)) for colour in found[(-counts).argsort(kind="stable")]]
+            blended = " (as JPEG and smooth resizing blend them: store label maps as PNG)" if len(found) > 10 else ""
+            raise ValueError(
+                f"{strange.sum()} of its pixels have colours that are none of label_colors or void_colors: "
+                f"{_listed(shown)}{blended}"
+            )
+        return self._label_of_color[nearest]
 
     def _class_id(self, value: Any) -> int:
         if isinstance(value, str):
@@ -562,6 +577,19 @@ def _label_table(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     return class_of, known
 
 
+_COLOR_DIGITS = np.array([256**2, 256, 1], dtype=np.int32)
+
+
+def _color_table(recipe: Recipe) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The colours of label maps as numbers in ascending order, and the stored label of each; `None` if they hold labels."""
+    if recipe.label_colors is None:
+        return None, None
+    colours = np.array(recipe.label_colors + recipe.void_colors, dtype=np.int32) @ _COLOR_DIGITS
+    labels = np.array([*range(len(recipe.label_colors)), *[IGNORE_INDEX] * len(recipe.void_colors)], dtype=np.uint16)
+    order = colours.argsort()
+    return colours[order], labels[order]
+
+
 def _open(value: Any) -> Image.Image:
     if isinstance(value, dict):
         source = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"]
@@ -579,19 +607,34 @@ def _decode_image(value: Any) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)  # (H, W, 3) → (3, H, W)
 
 
-def _open_labels(value: Any) -> np.ndarray:
-    """A label map of any integer kind as an array (H, W)."""
+def read_label_map(value: Any) -> np.ndarray:
+    """A label map of any integer kind, encoded or not, as an array (H, W) of the labels that it stores.
+
+    Raises:
+        ValueError: for pictures in colours and for arrays that are not integers in (H, W).
+    """
     stored = np.asarray(value) if isinstance(value, (list, np.ndarray)) else None
     if stored is None:
         image = _open(value)
         if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;"):
             raise ValueError(
-                f"its label map has mode {image.mode}, not one integer class id a pixel: turn colours into class ids first"
+                f"its label map has mode {image.mode}, not one integer class id a pixel: turn colours into class ids, or "
+                "give each class its colour, in label_colors or in lines of classes.txt such as 'road 128 64 128'"
             )
         stored = np.asarray(image)
     if stored.ndim != 2 or stored.dtype.kind not in "bui":
         raise ValueError(f"its label map has shape {stored.shape} and type {stored.dtype}, not integers in (H, W)")
     return stored.astype(np.uint8) if stored.dtype.kind == "b" else stored
+
+
+def _open_colors(value: Any) -> np.ndarray:
+    """A label map in colours as an array (H, W, 3); grey ones and those with a table of colours are pictures too."""
+    image = _open(np.asarray(value, dtype=np.uint8) if isinstance(value, list) else value)
+    if image.mode not in ("1", "L", "P", "RGB", "RGBA", "LA", "PA"):
+        raise ValueError(f"its label map has mode {image.mode}, not the 8-bit RGB colours that label_colors names")
+    if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+        raise ValueError("its label map is transparent in places: save it without transparency")
+    return np.asarray(image.convert("RGB"))
 
 
 # -------------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import inspect
 import itertools
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -117,6 +118,11 @@ class Recipe:
     """Stored label 0 is void, and label i is class i - 1."""
     label_map: dict[int, int] | None = None
     """Class of each stored label, such as {7: 0, 8: 1}; every other one becomes void."""
+    label_colors: tuple[tuple[int, int, int], ...] | None = None
+    """Label maps are pictures in which stored label i has the i-th of these RGB colours; drawings take them too, where
+    there is no `palette`."""
+    void_colors: tuple[tuple[int, int, int], ...] = ()
+    """RGB colours that mean void in such label maps."""
     allow_all_void: bool = False
     """Accept samples without a single labelled pixel, which are refused otherwise."""
 
@@ -251,11 +257,11 @@ class Recipe:
                 f"num_classes must be at most {IGNORE_INDEX} for segmentation, since {IGNORE_INDEX} is void; "
                 f"got {count}."
             )
-        if self.palette is not None:
-            if len(self.palette) != (count or 0):
-                raise ValueError(f"palette has {len(self.palette)} colours for {count or 0} classes.")
-            if any(not 0 <= value <= 255 for colour in self.palette for value in colour):
-                raise ValueError("palette must hold RGB values in 0…255.")
+        if self.palette is not None and len(self.palette) != (count or 0):
+            raise ValueError(f"palette has {len(self.palette)} colours for {count or 0} classes.")
+        for field in ("palette", "label_colors", "void_colors"):
+            if any(not 0 <= value <= 255 for colour in getattr(self, field) or () for value in colour):
+                raise ValueError(f"{field} must hold RGB values in 0…255.")
         if self.reduce_labels and self.label_map is not None:
             raise ValueError("reduce_labels and label_map exclude each other: write the reduction into label_map.")
         for raw, train in (self.label_map or {}).items():
@@ -263,11 +269,38 @@ class Recipe:
                 raise ValueError(f"label_map: stored label {raw} is outside 0…65535.")
             if train != IGNORE_INDEX and not 0 <= train < (count or 0):
                 raise ValueError(f"label_map sends {raw} to {train}, which is none of the {count or 0} classes.")
+        self._validate_colors()
         if isinstance(self.class_weights, tuple):
             if len(self.class_weights) != (count or 0):
                 raise ValueError(f"class_weights has {len(self.class_weights)} weights for {count or 0} classes.")
             if min(self.class_weights) < 0:
                 raise ValueError("class_weights must not be negative.")
+
+    def _validate_colors(self):
+        colours, count = self.label_colors, self.num_classes or 0
+        if colours is None:
+            if self.void_colors:
+                raise ValueError(
+                    "void_colors has no effect without label_colors: give the colours of the classes too."
+                )
+            return
+        twice = {colour for colour in colours if (colours + self.void_colors).count(colour) > 1}
+        if twice:
+            raise ValueError(
+                f"label_colors and void_colors must differ from each other, but {sorted(twice)} occur twice."
+            )
+        expected = count + int(self.reduce_labels)
+        if self.label_map is None and len(colours) != expected:
+            raise ValueError(
+                f"label_colors has {len(colours)} colours for {count} classes"
+                f"{' and void, which reduce_labels puts first' if self.reduce_labels else ''}."
+            )
+        if unknown := sorted(label for label in self.label_map or {} if label >= len(colours)):
+            raise ValueError(
+                f"label_map has the stored labels {unknown}, label_colors {len(colours)} colours, from 0 on."
+            )
+        if self.palette is None and self.label_map is None:
+            object.__setattr__(self, "palette", colours[int(self.reduce_labels) :])
 
     def _validate_source(self):
         for field in ("splits", "data_files"):
@@ -290,7 +323,7 @@ class Recipe:
         for field in self.model_config:
             if field not in own:
                 raise ValueError(
-                    f"model_config has the field {field!r}{_nearest(str(field), sorted(own))}, which is none of those "
+                    f"model_config has the field {field!r}{nearest(str(field), sorted(own))}, which is none of those "
                     f"that it can set: {', '.join(sorted(own))}."
                 )
 
@@ -415,7 +448,7 @@ _FIELDS_OF_THE_OTHER_TASK = {
     "image-classification": (
         *("class_weights", "class_weight_power", "ohem_threshold", "ohem_min_kept", "max_class_share"),
         *("dice_weight", "lovasz_weight", "lovasz_stride", "loss_stride"),
-        *("classmix", "label_map", "reduce_labels", "allow_all_void"),
+        *("classmix", "label_map", "reduce_labels", "allow_all_void", "label_colors", "void_colors"),
     ),
 }
 # (fields, smallest, largest) of the plain numbers.
@@ -466,7 +499,8 @@ def load_recipe(
         name_or_path: name of one of the package's recipes (`recipe_names()`), or path of a YAML file.
         overrides: fields to change: a mapping, whose values may be text as on a command line, or "field=value" strings.
         data_dir: local folder of the data. Where neither recipe nor overrides name classes, they come from its
-            `classes.txt` (a name a line) or `id2label.json`.
+            `classes.txt` (a name a line, or a name and its colour in the label maps: `road 128 64 128`),
+            `id2label.json`, or the `labelmap.txt` of CVAT's segmentation masks.
 
     Raises:
         FileNotFoundError: if there is no such recipe; names the nearest ones.
@@ -484,7 +518,8 @@ def load_recipe(
     changes = _as_mapping(overrides)
     values = {"name": Path(str(name_or_path)).stem, **values, **_with_dependents(changes)}
     if data_dir is not None and not values.get("class_names"):
-        values["class_names"] = _classes_of_folder(Path(data_dir))
+        found = _classes_of_folder(Path(data_dir).expanduser())
+        values |= {field: value for field, value in found.items() if not values.get(field)}
     recipe = _build(values, origin)
     # A recipe may keep the setting of a part that an override switches off, but to ask for both is a mistake.
     for field in changes:
@@ -541,7 +576,7 @@ def _recipe_text(name_or_path: str | Path) -> tuple[str, str]:
         return path.read_text(encoding="utf-8"), str(path)
     if str(name_or_path) not in recipe_names():
         raise FileNotFoundError(
-            f"There is no recipe {str(name_or_path)!r}{_nearest(str(name_or_path), recipe_names())}: the recipes are "
+            f"There is no recipe {str(name_or_path)!r}{nearest(str(name_or_path), recipe_names())}: the recipes are "
             f"{', '.join(recipe_names())}; your own is given by the path of its YAML file."
         )
     return (resources.files("lemore_hf") / "recipes" / f"{name_or_path}.yaml").read_text(
@@ -566,7 +601,8 @@ def _with_dependents(changes: dict[str, Any]) -> dict[str, Any]:
     count and leaves colours and mapping behind, a new size its limit, classification torchvision's range of scales."""
     result = dict(changes)
     if "class_names" in changes:
-        result = {"num_classes": None, "palette": None, "label_map": None, "reduce_labels": False, **result}
+        others = {"palette": None, "label_map": None, "label_colors": None, "void_colors": ()}
+        result = {"num_classes": None, "reduce_labels": False, **others, **result}
     if changes.get("task") == "image-classification":
         result = {"scale_range": (0.08, 1.0), **result}  # there it is a share of the area
     if "resize" in changes:
@@ -574,15 +610,39 @@ def _with_dependents(changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _classes_of_folder(folder: Path) -> list[str]:
-    """Class names from `classes.txt` or `id2label.json`; an empty list where there is neither."""
-    folder = folder.expanduser()
-    if (folder / "classes.txt").is_file():
-        lines = (folder / "classes.txt").read_text(encoding="utf-8-sig").splitlines()
-        return [line.strip() for line in lines if line.strip()]
-    path = folder / "id2label.json"
-    if not path.is_file():
-        return []
+def _classes_of_folder(folder: Path) -> dict[str, Any]:
+    """The fields that `classes.txt`, `id2label.json` or CVAT's `labelmap.txt` give; none where there is no such file."""
+    if (path := folder / "classes.txt").is_file():
+        lines = _lines(path)
+        if not any(_COLORED_CLASS.fullmatch(line) for line in lines):
+            return {"class_names": lines}
+        form, example = _COLORED_CLASS, "road 128 64 128"
+    elif (path := folder / "id2label.json").is_file():
+        return {"class_names": _names_by_number(path)}
+    elif (path := folder / "labelmap.txt").is_file():
+        lines = [line for line in _lines(path) if not line.startswith("#")]
+        form, example = _CVAT_CLASS, "road:128,64,128::"
+    else:
+        return {}
+    matches = [form.fullmatch(line) for line in lines]
+    if None in matches:
+        raise ValueError(
+            f"{path}: the line {lines[matches.index(None)]!r} has no colour, where others have one: write all as {example!r}."
+        )
+    colours = [[int(number) for number in match.groups()[1:]] for match in matches]
+    return {"class_names": [match[1] for match in matches], "label_colors": colours}
+
+
+_COLORED_CLASS = re.compile(r"(.*\S)\s+(\d{1,3})\s+(\d{1,3})\s+(\d{1,3})")
+_CVAT_CLASS = re.compile(r"([^:]+):(\d{1,3}),(\d{1,3}),(\d{1,3})(?::.*)?")  # label:color_rgb:parts:actions
+
+
+def _lines(path: Path) -> list[str]:
+    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+
+
+def _names_by_number(path: Path) -> list[str]:
+    """The class names of an `id2label.json`."""
     expected = f'{path} must be a mapping that numbers the classes from 0 without gaps, as {{"0": "sky", "1": "road"}}'
     try:
         id2label = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -598,14 +658,15 @@ def _build(values: Mapping[str, Any], origin: str) -> Recipe:
     known = _field_types()
     for key in values:
         if key not in known:
-            raise ValueError(f"{origin} has the unknown field {key!r}{_nearest(str(key), list(known))}.")
+            raise ValueError(f"{origin} has the unknown field {key!r}{nearest(str(key), list(known))}.")
     try:
         return Recipe(**values)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{origin}: {error}") from error
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
+    """A hint at the known name that an unknown one may be meant for, to go on with after it; "" where none is like it."""
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
