@@ -36,6 +36,7 @@ from .checkpointing import CheckpointError, require_safetensors
 from .data.augmentation import normalize
 from .data.loading import BadSampleError, RecipeDataset, StreamedRecipeDataset, collate, raise_together
 from .data.recipes import IGNORE_INDEX, Recipe
+from .interruption import shield_worker
 from .metrics import BoundaryIoU, ConfusionMatrix, label_maps
 
 Size = tuple[int, int]
@@ -382,6 +383,7 @@ def _batches(
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=accelerator is not None and accelerator.device.type == "cuda",
+        worker_init_fn=shield_worker,
         # A generator of its own, so that evaluating in the middle of a training leaves the one of dropout alone.
         generator=torch.Generator(),
         **shares,

@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -73,6 +74,7 @@ from lemore_hf.evaluation import evaluate
 from lemore_hf.hardware import hardware_name, mixed_precision, shares_cpu
 from lemore_hf.hub import PublishingError, push_folder, signed_in_user
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
+from lemore_hf.interruption import Interrupted, InterruptionRequest, shield_worker
 from lemore_hf.losses import SegmentationCriterion, count_for_median_frequency, median_frequency_weights
 from lemore_hf.optimization import (
     ExponentialMovingAverage,
@@ -86,7 +88,7 @@ from lemore_hf.training_state import TrainingState
 from lemore_hf.visualization import plot_training_curve
 
 
-def parse_arguments() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", required=True, help=f"{', '.join(recipe_names())}, or the path of a YAML file")
     parser.add_argument("--data_dir", type=Path, help="local folder of the data set; without it, from the Hub")
@@ -147,6 +149,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--log_every", type=at_least(1), default=50, help="steps between log entries (default: 50)")
     parser.add_argument("--push_to_hub", metavar="REPO_ID", help="publish the final model as this Hub repository")
     add_recipe_arguments(parser)
+    return parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = build_parser()
     args = parser.parse_args()
     try:
         args.mixed_precision = mixed_precision(args.mixed_precision)
@@ -350,13 +357,15 @@ def main() -> None:
                 validate()
             if evaluates and saves:
                 save(state, args)
-    except BadSampleError:  # Raised on all processes, between two steps.
+    except (BadSampleError, Interrupted):  # Raised on all processes, between two steps.
+        progress.close()
         if pending:
             state.losses += check_losses(pending)
         if state.step:  # else there is nothing to keep, and the folder stays free for other settings
             save(state, args)
         raise
     progress.close()
+    steps.close()  # From here on Ctrl-C ends the program at once again.
 
     # Results
     if accelerator.is_main_process:
@@ -571,6 +580,7 @@ def training_batches(
         # Enough for a whole step, whose batches are asked for at once.
         prefetch_factor=max(2, args.gradient_accumulation_steps) if num_workers else None,
         pin_memory=accelerator.device.type == "cuda" and args.cache != "device",
+        worker_init_fn=shield_worker,
         multiprocessing_context=inheriting_workers(num_workers),
         # A generator of its own, so that making the loader leaves the one of dropout alone.
         generator=torch.Generator(),
@@ -581,28 +591,32 @@ def training_batches(
 def batches_of_steps(
     batches: Iterator[dict[str, Any]], number: int, accelerator: Accelerator
 ) -> Iterator[list[dict[str, Any]]]:
-    """The `number` batches of each optimizer step in this process.
+    """The `number` batches of each optimizer step in this process, which heeds Ctrl-C and SIGTERM between two of them.
 
     Raises:
-        BadSampleError: on all processes, where one of them meets a bad sample; nothing of the step has been computed
-            then, so that they can save the same state.
+        BadSampleError, Interrupted: on all processes, where one of them meets a bad sample or is asked to stop; nothing
+            of the step has been computed then, so that they can save the same state.
     """
     # A group of its own on the CPU, so that asking the others never waits for a GPU.
     group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-    while True:
-        error, step = None, []
-        try:
-            step = list(islice(batches, number))
-        except BadSampleError as bad_sample:
-            error = bad_sample
-        num_errors = torch.tensor(int(error is not None))
-        if group is not None:
-            torch.distributed.all_reduce(num_errors, group=group)
-        if num_errors:
-            raise_together(error)
-        if len(step) < number:
-            raise ValueError("The stream has no sample for one of the processes: start fewer of them.")
-        yield step
+    with InterruptionRequest() as request:
+        while True:
+            error, step = None, []
+            try:
+                step = list(islice(batches, number))
+            except BadSampleError as bad_sample:
+                error = bad_sample
+            stop = torch.tensor([int(error is not None), request.number])
+            if group is not None:
+                torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX, group=group)
+            is_bad, signal_number = stop.tolist()
+            if is_bad:
+                raise_together(error)
+            if signal_number:
+                raise Interrupted(signal_number)
+            if len(step) < number:
+                raise ValueError("The stream has no sample for one of the processes: start fewer of them.")
+            yield step
 
 
 def fingerprint(args: argparse.Namespace, recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
@@ -751,6 +765,6 @@ if __name__ == "__main__":
         ValueError,
     ) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
-    except KeyboardInterrupt:
+    except (Interrupted, KeyboardInterrupt) as error:
         print("\nInterrupted: the same command with --resume goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)  # as a shell has it: 128 and the signal's number
+        sys.exit(128 + getattr(error, "number", signal.SIGINT))  # as a shell has it

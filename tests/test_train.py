@@ -9,6 +9,7 @@ import os
 import random
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ from lemore_hf.data.recipes import load_recipe
 from lemore_hf.data.scenes import load_scenes
 from lemore_hf.distillation import DistillationLoss
 from lemore_hf.evaluation import evaluate, load_trained_model
+from lemore_hf.interruption import InterruptionRequest
 from lemore_hf.peers import build_peer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -237,6 +239,57 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_weights(tmp_
     assert weights_of(tmp_path) == weights_of(uninterrupted)
     losses = [log_of(folder) for folder in (tmp_path, uninterrupted)]
     assert losses[0] == losses[1]
+
+
+def interrupt(arguments: list[str], output_dir: Path, number: signal.Signals) -> tuple[int, str]:
+    """Send a signal to a run that has made its first steps: its status, and what it wrote to standard error."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    log = output_dir / "log.jsonl"
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        while process.poll() is None and not (log.is_file() and log.read_text()):
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=200)
+    return process.returncode, errors
+
+
+def test_an_interrupted_run_loses_no_step(tmp_path, recipe, data_dir, uninterrupted):
+    arguments = command(recipe, data_dir, tmp_path, "--resume", "--save_every", "0")
+    status, errors = interrupt(arguments, tmp_path, signal.SIGTERM)
+    assert status == 128 + signal.SIGTERM, errors
+    assert "Interrupted: the same command with --resume goes on" in errors
+    assert "Traceback" not in errors
+    (checkpoint,) = list_checkpoints(tmp_path)
+    assert 2 <= load_checkpoint(checkpoint)[1]["step"] < 24
+    run(recipe, data_dir, tmp_path, "--resume")
+    assert weights_of(tmp_path) == weights_of(uninterrupted)
+    assert log_of(tmp_path) == log_of(uninterrupted)
+
+
+def test_two_processes_that_are_interrupted_save_the_same_step(tmp_path, recipe, data_dir):
+    """The launcher passes the signal on to its processes, which are in the midst of different things by then."""
+    options = ("--save_every", "0", "--eval_every", "0", "--max_steps", "2000")
+    arguments = command(recipe, data_dir, tmp_path, *options, processes=2)
+    status, errors = interrupt(arguments, tmp_path, signal.SIGTERM)
+    assert status != 0
+    assert errors.count("Interrupted: the same command with --resume") == 2, errors[-3000:]
+    tensors, state = load_checkpoint(list_checkpoints(tmp_path)[-1])
+    assert 2 <= state["step"] < 2000
+    assert not torch.equal(tensors["random.0.cpu"], tensors["random.1.cpu"]), "the states of both"
+
+
+def test_a_second_interruption_does_not_wait_for_a_step(monkeypatch):
+    with InterruptionRequest() as request:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # as a launcher passes on what the terminal has sent already
+        assert request.number == signal.SIGINT
+        later = time.monotonic() + 2
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 def weights_of(output_dir: Path) -> bytes:

@@ -1,0 +1,55 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Ctrl-C and SIGTERM, as a scheduler sends it, heeded where work can be saved."""
+
+import os
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+_SAME_KEYSTROKE = 1.0  # Seconds: a launcher passes on to its processes what the terminal has sent them already.
+
+
+def shield_worker(worker_id: int = 0) -> None:
+    """`worker_init_fn` of a `DataLoader`: what terminals and launchers send to a process and all that it has started does
+    not reach its workers, without which it could not end its step. They still end when it does."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
+class Interrupted(Exception):  # noqa: N818  Not an error.
+    """Asked to stop by the signal `number`."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+class InterruptionRequest:
+    """Within `with`, the first SIGINT or SIGTERM is only kept, in `number`; a second Ctrl-C ends the program as ever.
+
+    ```python
+    with InterruptionRequest() as request:
+        while not request.number:
+            step()
+    save()
+    ```
+    """
+
+    number: int = 0
+    """Of the signal, 0 while there was none."""
+
+    def __enter__(self) -> "InterruptionRequest":
+        self._before = {number: signal.signal(number, self._keep) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _keep(self, number: int, frame: FrameType | None) -> None:
+        if not self.number:
+            self.number, self._time = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._time > _SAME_KEYSTROKE:
+            raise KeyboardInterrupt
