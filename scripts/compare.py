@@ -12,7 +12,10 @@ probabilities it learns. Started again, it goes on where it was stopped; `--tabl
 
 import argparse
 import json
+import re
+import runpy
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -22,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from lemore_hf.data.recipes import DESCRIPTIVE_FIELDS, EVALUATION_FIELDS, Recipe, load_recipe, split_names
+from lemore_hf.data.recipes import DESCRIPTIVE_FIELDS, EVALUATION_FIELDS, Recipe, load_recipe, nearest, split_names
 
 SCRIPTS = Path(__file__).parent
 RECIPE_FIELDS = {field.name for field in fields(Recipe)}
@@ -61,6 +64,7 @@ def main() -> None:
         train(plan, name, folder, args)
         for split in plan["splits"]:
             evaluate(plan, name, folder, split, args)
+        args.table.write_text(tabulate(plan, args), encoding="utf-8")  # which a later variant may fail to reach
     text = tabulate(plan, args)
     args.table.write_text(text, encoding="utf-8")
     print(text)
@@ -87,11 +91,18 @@ def load_plan(path: Path, data_dir: Path | None) -> dict[str, Any]:
         split_names(split, f"In {path}, each of the splits")
     if (recipe := load_recipe(plan["recipe"])).task != "semantic-segmentation":
         raise ValueError(f"The table of a plan is of mean IoU: {path} has the recipe {recipe.name} for {recipe.task}.")
+    options_of_train = known_options("train.py")
     for number, name in enumerate(variants):
         for option, first in variants_needed(plan, name):
             if first in list(variants)[number:]:
                 raise ValueError(
                     f"{path}, variant {name!r}: {option} names {first!r}, which must be a variant before it."
+                )
+        for option in plan["options"] | settings(plan, name):
+            if option not in options_of_train:
+                raise ValueError(
+                    f"{path}, variant {name!r}: scripts/train.py has no option --{option}"
+                    f"{nearest(str(option), options_of_train)}."
                 )
         changes = {key: value for key, value in training_options(plan, name).items() if key in RECIPE_FIELDS}
         try:
@@ -99,6 +110,12 @@ def load_plan(path: Path, data_dir: Path | None) -> dict[str, Any]:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{path}, variant {name!r}: {error}") from error
     return plan
+
+
+def known_options(script: str) -> list[str]:
+    """The names of a script's options."""
+    parser = runpy.run_path(str(SCRIPTS / script))["build_parser"]()
+    return re.findall(r"--(\w+)", parser.format_usage())
 
 
 def run_name(plan: Path, variant: str) -> str:
@@ -195,7 +212,18 @@ def evaluate(plan: dict[str, Any], name: str, folder: Path, split: str, args: ar
 
 def run(script: str, *words: str) -> None:
     command = [sys.executable, str(SCRIPTS / script), *words]
-    if status := subprocess.run(command).returncode:
+    with subprocess.Popen(command) as process:
+        # Which saves what it has done. Ctrl-C has reached it from the terminal; SIGTERM it is sent.
+        before = {
+            signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
+            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+        }
+        try:
+            status = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if status:
         raise SystemExit(f"{script} ended with status {status}: {shlex.join(command)}")
 
 

@@ -6,11 +6,14 @@ import argparse
 import importlib.util
 import json
 import shlex
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from lemore_hf.checkpointing import list_checkpoints
 from lemore_hf.data.scenes import load_scenes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,6 +189,36 @@ def test_a_failing_variant_stops_with_its_command(compare):
         compare({**PLAN, "options": {**PLAN["options"], "num_workers": -1}})
 
 
+def test_a_failing_variant_leaves_the_table_of_those_before(compare, tmp_path):
+    with pytest.raises(SystemExit, match=r"train\.py ended with status"):
+        compare({**PLAN, "variants": {"first": None, "second": {"log_every": 0}}})
+    assert cells((tmp_path / "table.md").read_text(), "first")[-1] != "–"
+
+
+def test_a_stopped_comparison_lets_the_training_save_what_it_has(tmp_path):
+    """SIGTERM to this process alone, as a scheduler sends it; the one that trains is told, and waited for."""
+    for split, samples in load_scenes(4, 2, 2, size=(64, 96)).items():
+        samples.to_parquet(tmp_path / f"{split}.parquet")
+    (tmp_path / "recipe.yaml").write_text(json.dumps(RECIPE))
+    options = PLAN["options"] | {"max_steps": 5000, "log_every": 1}
+    plan = {"title": "One", "recipe": str(tmp_path / "recipe.yaml"), "options": options, "variants": {"first": None}}
+    (tmp_path / "plan.yaml").write_text(json.dumps(plan))
+    places = {"plan": "plan.yaml", "data_dir": "", "output_dir": "out", "runs": "runs.jsonl", "table": "table.md"}
+    words = [word for name, place in places.items() for word in (f"--{name}", str(tmp_path / place))]
+    with subprocess.Popen(
+        [sys.executable, ROOT / "scripts" / "compare.py", *words], stderr=subprocess.PIPE
+    ) as process:
+        folder = tmp_path / "out" / "plan-first"
+        while process.poll() is None and not ((folder / "log.jsonl").is_file() and (folder / "log.jsonl").read_text()):
+            time.sleep(0.05)
+        process.terminate()
+        _, errors = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert b"train.py ended with status 143" in errors
+    assert b"Traceback" not in errors
+    assert len(list_checkpoints(folder)) == 1
+
+
 def test_mistakes_in_a_plan_are_named(compare):
     with pytest.raises(ValueError, match=r"the variants of .* are first, no residual"):
         compare(PLAN, "--only", "third")
@@ -208,6 +241,10 @@ def test_mistakes_in_a_plan_are_named(compare):
     # Before the first variant is trained.
     with pytest.raises(ValueError, match=r"variant 'second': .*model_config has the field 'use_residul'"):
         compare({**PLAN, "variants": {"first": None, "second": {"model_config": {"use_residul": False}}}})
+    with pytest.raises(ValueError, match=r"'second': scripts/train.py has no option --lr"):
+        compare({**PLAN, "variants": {"first": None, "second": {"lr": 1}}})
+    with pytest.raises(ValueError, match=r"'first': .* no option --cutmix \(did you mean 'cutmix_alpha'\?\)"):
+        compare({**PLAN, "options": {**PLAN["options"], "cutmix": 1}}, "--table_only")
     with pytest.raises(SystemExit):
         compare(PLAN, "--only", "first", "--table_only")
 
