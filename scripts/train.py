@@ -13,6 +13,7 @@ beyond its end, with more `--max_steps`. The trained model lands in `OUT/final`,
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -479,7 +480,9 @@ def load_initial(
                 f"--init_from {checkpoint} does not hold all weights of this network, such as {drawn[0]}, which would be "
                 "random: with several checkpoints, or without a step, they must be of its own classes and shape."
             )
-        return model
+        # Into memory of its own, which is aligned. In the mapped file it is as it happens, and some processors' matrix
+        # products round by it: a resumed run would end with other last bits.
+        return copy.deepcopy(model)
     except SafetensorError as error:
         raise CheckpointError(
             f"The weights in {checkpoint} are truncated or damaged ({error}): download or copy them again."
