@@ -314,8 +314,8 @@ def test_classes_of_a_local_folder(tmp_path):
 @pytest.mark.parametrize(
     ("file", "text"),
     [
-        ("classes.txt", "sky 128 128 128\n\nlane 2\t0 128 255\n"),
-        ("labelmap.txt", "# label:color_rgb:parts:actions\nsky:128,128,128::\nlane 2:0,128,255::\n"),
+        ("classes.txt", "void 0 0 0\nsky 128 128 128\n\nlane 2\t0 128 255\n"),
+        ("labelmap.txt", "# label:color_rgb:parts:actions\nsky:128,128,128::\nlane 2:0,128,255::\nVoid:0,0,0::\n"),
     ],
 )
 def test_classes_of_a_local_folder_with_colours(tmp_path, file, text):
@@ -323,10 +323,11 @@ def test_classes_of_a_local_folder_with_colours(tmp_path, file, text):
     recipe = load_recipe("folder", data_dir=tmp_path)
     assert recipe.class_names == ("sky", "lane 2")
     assert recipe.label_colors == recipe.palette == ((128, 128, 128), (0, 128, 255))
+    assert recipe.void_colors == ((0, 0, 0),)
     assert load_recipe("folder", {"palette": [[1, 1, 1], [2, 2, 2]]}, tmp_path).palette == ((1, 1, 1), (2, 2, 2))
     assert load_recipe("folder", {"class_names": ["x", "y", "z"]}, tmp_path).label_colors is None
     assert recipe.replace(class_names=["x", "y", "z"]).label_colors is None
-    assert recipe.replace(void_colors=[[0, 0, 0]]).label_colors == recipe.label_colors
+    assert recipe.replace(void_colors=[[9, 9, 9]]).label_colors == recipe.label_colors
 
 
 @pytest.mark.parametrize(

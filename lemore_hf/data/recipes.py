@@ -499,8 +499,8 @@ def load_recipe(
         name_or_path: name of one of the package's recipes (`recipe_names()`), or path of a YAML file.
         overrides: fields to change: a mapping, whose values may be text as on a command line, or "field=value" strings.
         data_dir: local folder of the data. Where neither recipe nor overrides name classes, they come from its
-            `classes.txt` (a name a line, or a name and its colour in the label maps: `road 128 64 128`),
-            `id2label.json`, or the `labelmap.txt` of CVAT's segmentation masks.
+            `classes.txt` (a name a line, or a name and its colour in the label maps: `road 128 64 128`, and of
+            `void` too), `id2label.json`, or the `labelmap.txt` of CVAT's segmentation masks.
 
     Raises:
         FileNotFoundError: if there is no such recipe; names the nearest ones.
@@ -629,8 +629,12 @@ def _classes_of_folder(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: the line {lines[matches.index(None)]!r} has no colour, where others have one: write all as {example!r}."
         )
-    colours = [[int(number) for number in match.groups()[1:]] for match in matches]
-    return {"class_names": [match[1] for match in matches], "label_colors": colours}
+    found = [(match[1], [int(number) for number in match.groups()[1:]]) for match in matches]
+    return {
+        "class_names": [name for name, _ in found if name.lower() != "void"],
+        "label_colors": [colour for name, colour in found if name.lower() != "void"],
+        "void_colors": [colour for name, colour in found if name.lower() == "void"],
+    }
 
 
 _COLORED_CLASS = re.compile(r"(.*\S)\s+(\d{1,3})\s+(\d{1,3})\s+(\d{1,3})")
