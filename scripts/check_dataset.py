@@ -12,6 +12,7 @@ exits with status 1 if anything would fail. The fields of the recipe that descri
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from lemore_hf.data.recipes import (
 )
 from lemore_hf.visualization import draw_segmentation, image_grid
 
+SHOWN = 10  # samples that fail for one reason
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -47,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_workers", type=int, help="processes that decode (default: 2); not with --streaming")
     parser.add_argument("--picture", type=Path, default=Path("dataset_check.png"), help="where the grid is written")
     parser.add_argument("--num_pictures", type=int, default=4, help="samples of each split in the grid; 0 for none")
+    parser.add_argument("--all", action="store_true", help=f"list all samples of a reason, not the first {SHOWN}")
     add_recipe_arguments(parser, ALL_FIELDS - TRAINING_FIELDS)
     args = parser.parse_args()
     if args.streaming and args.num_workers is not None:
@@ -84,13 +88,14 @@ class Report:
     occurrences: Counter = field(default_factory=Counter)
     """Images in which each class occurs."""
     sizes: Counter = field(default_factory=Counter)
-    failures: list[str] = field(default_factory=list)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    """Name and reason of each sample that would fail."""
     pictures: list[Sample] = field(default_factory=list)
 
     def add(self, inspection: Inspection) -> None:
         self.num_samples += 1
         if inspection.reason is not None:
-            self.failures.append(f"{inspection.name}: {inspection.reason}")
+            self.failures.append((inspection.name, inspection.reason))
             return
         self.counts.update(inspection.counts)
         self.occurrences.update(inspection.counts.keys())
@@ -140,35 +145,37 @@ def main() -> int:
             samples = load_split(recipe, split, args.data_dir, args.streaming)
         except (FileNotFoundError, ValueError) as error:
             if args.split or not isinstance(error, FileNotFoundError) or split in split_names(recipe.train_on):
-                problems.append(f"{split}: {error}")
+                problems.append((split, str(error)))
             elif split in split_names(recipe.validate_on):
-                problems.append(f"{split}: {error} Or train without validation: --eval_every 0.")
+                problems.append((split, f"{error} Or train without validation: --eval_every 0."))
             else:
                 print(f"\n{split}: not there")
             continue
         recipe = with_classes_of(recipe, samples)
         report = check_split(samples, recipe, split, args)
         print_report(report, recipe, split)
-        problems += [f"{split}: {failure}" for failure in report.failures]
+        problems += [(f"{split}: {name}", reason) for name, reason in report.failures]
         if (
             recipe.task == "semantic-segmentation"
             and split == "train"
             and len(report.counts.keys() - {IGNORE_INDEX}) == 1
         ):
-            problems.append(
-                f"{split}: its masks hold a single class beside void ({IGNORE_INDEX}), so that there is nothing to tell "
-                "apart. Store two classes as 0 and 1, not as 0 and 255, or name the stored values in the recipe's label_map."
+            reason = (
+                f"its masks hold a single class beside void ({IGNORE_INDEX}), so that there is nothing to tell apart. Store "
+                "two classes as 0 and 1, not as 0 and 255, or name the stored values in the recipe's label_map."
             )
+            problems.append((split, reason))
         is_validated = recipe.task == "semantic-segmentation" and split in split_names(recipe.validate_on)
         if is_validated and min(len(report.sizes), recipe.eval_batch_size) > 1:
-            problems.append(
-                f"{split}: images of {len(report.sizes)} sizes cannot be validated {recipe.eval_batch_size} at a time: "
-                "give --eval_batch_size 1."
+            reason = (
+                f"images of {len(report.sizes)} sizes cannot be validated {recipe.eval_batch_size} at a time: give "
+                "--eval_batch_size 1."
             )
+            problems.append((split, reason))
         pictures += [(f"{split}: {sample.name}", sample) for sample in report.pictures]
     if problems:
         print(f"\nA training or an evaluation would fail ({len(problems)}):")
-        print("\n".join(f"  {problem}" for problem in problems))
+        print("\n".join(f"  {line}" for line in problem_lines(problems, None if args.all else SHOWN)))
     else:
         print("\nEvery sample can be trained on.")
     if pictures:
@@ -176,6 +183,18 @@ def main() -> int:
         draw_samples(pictures, recipe, args.num_pictures).save(args.picture)
         print(f"\n{len(pictures)} samples are drawn in {args.picture}.")
     return 1 if problems else 0
+
+
+def problem_lines(problems: list[tuple[str, str]], shown: int | None) -> Iterator[str]:
+    """A line for each problem, of one kind no more than `shown`: a hundred thousand samples may have the same."""
+    kinds: Counter = Counter()
+    for place, reason in problems:
+        kinds[reason] += 1
+        if shown is None or kinds[reason] <= shown:
+            yield f"{place}: {reason}"
+    for reason, number in kinds.items():
+        if shown is not None and number > shown:
+            yield f"... and {number - shown} more (--all lists them): {reason}"
 
 
 def check_split(samples: Dataset | IterableDataset, recipe: Recipe, split: str, args: argparse.Namespace) -> Report:
@@ -192,7 +211,7 @@ def check_split(samples: Dataset | IterableDataset, recipe: Recipe, split: str, 
     for inspection in tqdm(inspections, total=total, desc=f"Checking {split}", unit="image"):
         report.add(inspection)
     if report.num_samples == 0:
-        report.failures.append("there are no samples")
+        report.failures.append(("the set", "there are no samples"))
     return report
 
 

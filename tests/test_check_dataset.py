@@ -122,6 +122,21 @@ def test_every_sample_that_would_fail_is_named_with_its_reason(check, folder, tm
     assert not (tmp_path / "dataset_check.png").exists()
 
 
+def test_many_samples_of_one_reason_are_counted(check, folder):
+    for index in range(12):
+        for part, mode in (("images", "RGB"), ("masks", "L")):
+            Image.new(mode, (48, 40), 3).save(folder / "train" / part / f"more {index:02}.png")
+    options = ["--recipe", "folder", "--num_pictures", "0", "--split", "train"]
+    _, printed = check(folder, *options)
+    reason = "stored labels 3 are out of range: there are 3 classes and 255 for void. reduce_labels is for labels that count"
+    assert "A training or an evaluation would fail (12)" in printed
+    assert printed.count(f": {reason}") == 11
+    assert f"... and 2 more (--all lists them): {reason}" in printed
+    _, printed = check(folder, *options, "--all")
+    assert printed.count(f"train: more 11: {reason}") == 1
+    assert "more (--all" not in printed
+
+
 def test_sizes_that_cannot_be_validated_together_are_told(check, folder):
     for part, mode in (("images", "RGB"), ("masks", "L")):
         Image.new(mode, (64, 40)).save(folder / "validation" / part / "0.png")

@@ -564,6 +564,12 @@ BAD = {
     "negative": (picture(0), label_map(-1, 0, mode="I"), r"span -1…0, outside 0…65535"),
     "all void": (picture(0), label_map(VOID), "all its pixels are void"),
     "colours": (picture(0), picture(1), "mode RGB, not one integer class id"),
+    "few colours": (
+        picture(0),
+        Image.merge("RGB", [label_map(0, 0, 9)] * 3),
+        r"'road 128 64 128'; it has the colours \(0, 0, 0\), \(9, 9, 9\)",
+    ),
+    "JPEG": (picture(0), encoded(label_map(0, 1), "JPEG"), "a JPEG, which blends neighbouring labels into others"),
     "no integers": (picture(0), FLOATS, "mode F, not one integer class id"),
     "float array": (picture(0), np.full(SIZE, 0.5), "float64, not integers"),
 }
@@ -631,6 +637,10 @@ def jpeg_of_colours() -> dict:
     return encoded(color_map(*[COLORS["a"]] * 7, *[COLORS["b"]] * 6), "JPEG")
 
 
+def smooth_colours() -> Image.Image:
+    return color_map(*[COLORS["a"]] * 5, *[COLORS["b"]] * 7).resize((31, 33)).resize(SIZE[::-1])
+
+
 BAD_COLORS = {
     "unknown": (
         color_map(COLORS["a"], (1, 2, 3)),
@@ -638,7 +648,8 @@ BAD_COLORS = {
         r"960 of its pixels have colours that are none .*: \(1, 2, 3\)",
     ),
     "void not named": (color_map(COLORS["a"], BLACK), {"void_colors": ()}, r"none of label_colors .*: \(0, 0, 0\)"),
-    "JPEG": (jpeg_of_colours(), {}, "as JPEG and smooth resizing blend them: store label maps as PNG"),
+    "JPEG": (jpeg_of_colours(), {}, "a JPEG, which blends neighbouring labels into others: store it as PNG"),
+    "blended": (smooth_colours(), {}, "as smooth resizing blends them: resize label maps by nearest neighbour"),
     "numbers": (label_map(0, 1), {"void_colors": ()}, r"\(0, 0, 0\), \(1, 1, 1\)"),
     "transparent": (color_map(COLORS["a"]).convert("RGBA"), {}, "transparent in places"),
     "depth": (label_map(0, 1, mode="I;16"), {}, "mode I;16, not the 8-bit RGB colours that label_colors names"),
@@ -656,12 +667,37 @@ def test_bad_label_maps_in_colours_are_named(case):
         SampleDecoder(color_recipe(**overrides))({"image": picture(0), "label": labels})
 
 
+def test_a_folder_as_roboflow_exports_it(tmp_path):
+    """Pictures and masks side by side, the classes of the masks' numbers in a table."""
+    for split in ("train", "valid"):
+        for index in range(3):
+            write(tmp_path / split / f"{index}.jpg", picture(index))
+            write(tmp_path / split / f"{index}_mask.png", label_map(0, 2, 1))
+        (tmp_path / split / "_classes.csv").write_text("Pixel Value, Class\n0, background\n1, cone\n2, box\n")
+    with pytest.raises(
+        FileNotFoundError, match=r"Here: --image_folder '\{split\}' --label_folder '\{split\}' --label_suffix"
+    ):
+        load_split(load_recipe("folder", data_dir=tmp_path), "train", tmp_path)
+    options = {"image_folder": "{split}", "label_folder": "{split}"}
+    recipe = load_recipe("folder", options, tmp_path)
+    assert (recipe.class_names, recipe.label_map) == (("background", "cone", "box"), None)
+    with pytest.raises(ValueError, match=r"lie in one folder.* give label_suffix"):
+        load_split(recipe, "train", tmp_path)
+    recipe = recipe.replace(label_suffix="_mask")
+    for split in ("train", "validation"):
+        dataset = RecipeDataset(load_split(recipe, split, tmp_path), recipe)
+        assert len(dataset) == 3
+        np.testing.assert_array_equal(dataset[0]["labels"].numpy(), np.asarray(label_map(0, 2, 1)))
+
+
 def test_a_folder_as_cvat_exports_it(tmp_path):
     """`labelmap.txt` gives names and colours; the folders are those of PASCAL VOC."""
     for index in range(4):
         write(tmp_path / f"JPEGImages/{index}.jpg", picture(index))
         write(tmp_path / f"SegmentationClass/{index}.png", color_map(BLACK, COLORS["b"]))
     (tmp_path / "labelmap.txt").write_text("# label:color_rgb:parts:actions\nbackground:0,0,0::\nb:0,128,255::\n")
+    with pytest.raises(FileNotFoundError, match="Here: --image_folder JPEGImages --label_folder SegmentationClass"):
+        load_split(load_recipe("folder", data_dir=tmp_path), "train", tmp_path)
     overrides = {"image_folder": "JPEGImages", "label_folder": "SegmentationClass", "validation_fraction": 0.25}
     recipe = load_recipe("folder", overrides, tmp_path)
     dataset = RecipeDataset(load_split(recipe, "train", tmp_path), recipe)

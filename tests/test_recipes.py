@@ -330,6 +330,17 @@ def test_classes_of_a_local_folder_with_colours(tmp_path, file, text):
     assert recipe.replace(void_colors=[[9, 9, 9]]).label_colors == recipe.label_colors
 
 
+def test_classes_of_a_table_with_their_numbers(tmp_path):
+    (tmp_path / "train").mkdir()
+    table = tmp_path / "train" / "_classes.csv"
+    table.write_text("Pixel Value, Class\n1, cone\n5, box\n")
+    recipe = load_recipe("folder", data_dir=tmp_path)
+    assert (recipe.class_names, recipe.label_map) == (("cone", "box"), {1: 0, 5: 1})
+    table.write_text("Pixel Value, Class\ncone, 1\n")
+    with pytest.raises(ValueError, match=r"_classes\.csv must have the lines 'Pixel Value, Class', '0, background'"):
+        load_recipe("folder", data_dir=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("file", "text", "line"),
     [("classes.txt", "sky 1 2 3\nroad\n", "'road'"), ("labelmap.txt", "sky:1,2,3::\nroad\n", "'road'")],

@@ -249,6 +249,8 @@ def _load_folders(
     image_folder, label_folder, alias = _find_folders(recipe, split, folder)
     images = _files_by_name(image_folder, recipe.image_suffix)
     labels = _files_by_name(label_folder, recipe.label_suffix)
+    if image_folder == label_folder:
+        images, labels = _apart(images, labels, recipe, folder)
     if recipe.split_file is not None:
         wanted = _listed_names(recipe, split, folder)
         images, labels = ({k: v for k, v in files.items() if k in wanted} for files in (images, labels))
@@ -276,6 +278,20 @@ def _load_folders(
         _refuse_unknown_splits(folder, folders, "rename them, or set the recipe's image_folder and label_folder")
         samples = _hold_out(samples, recipe, split, folder)
     return samples.to_iterable_dataset(num_shards=min(64, len(samples))) if streaming else samples
+
+
+def _apart(
+    images: dict[str, Path], labels: dict[str, Path], recipe: Recipe, folder: Path
+) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Images and label maps that lie in one folder, where what has the longer ending is not of the other kind too."""
+    if recipe.image_suffix == recipe.label_suffix:
+        raise ValueError(
+            f"Images and label maps of {folder} lie in one folder, {recipe.image_folder}: give label_suffix, what the names "
+            "of the label maps have at their end, such as _mask."
+        )
+    if len(recipe.image_suffix) < len(recipe.label_suffix):
+        return {name: path for name, path in images.items() if path not in labels.values()}, labels
+    return images, {name: path for name, path in labels.items() if path not in images.values()}
 
 
 def _find_folders(recipe: Recipe, split: str, folder: Path) -> tuple[Path, Path, str | None]:
@@ -306,8 +322,18 @@ def _find_folders(recipe: Recipe, split: str, folder: Path) -> tuple[Path, Path,
     raise FileNotFoundError(
         f"{folder} does not have the {split} split: looked for parquet files and for the folders "
         f"{_listed(tried)}{'' if is_split else f', or {pair[0]} and {pair[1]}'}. The recipe's fields image_folder and "
-        "label_folder name them."
+        f"label_folder name them.{_known_layout(folder)}"
     )
+
+
+def _known_layout(folder: Path) -> str:
+    """The options for a folder as tools export it, to go on with after an error."""
+    for labels in ("SegmentationClass", "SegmentationClassPNG"):
+        if (folder / "JPEGImages").is_dir() and (folder / labels).is_dir():
+            return f" Here: --image_folder JPEGImages --label_folder {labels}."
+    if next(folder.glob("*/*_mask.png"), None):
+        return " Here: --image_folder '{split}' --label_folder '{split}' --label_suffix _mask."
+    return ""
 
 
 def _files_by_name(folder: Path, suffix: str) -> dict[str, Path]:
@@ -522,7 +548,8 @@ class SampleDecoder:
         if unknown := [int(label) for label in present if not self._is_known[label]]:
             raise ValueError(
                 f"stored labels {_listed(unknown)} are out of range: there are {self.recipe.num_classes} classes"
-                f"{', reduced by one,' if self.recipe.reduce_labels else ''} and {IGNORE_INDEX} for void"
+                f"{', reduced by one,' if self.recipe.reduce_labels else ''} and {IGNORE_INDEX} for void. "
+                "reduce_labels is for labels that count from 1, and label_map gives any others a class"
             )
         if not self.recipe.allow_all_void and (self._class_of[present] == IGNORE_INDEX).all():
             raise ValueError("all its pixels are void (allow_all_void accepts that)")
@@ -535,7 +562,9 @@ class SampleDecoder:
         if (strange := self._colors[nearest] != colours).any():
             found, counts = np.unique(pixels[strange], axis=0, return_counts=True)
             shown = [tuple(map(int, colour)) for colour in found[(-counts).argsort(kind="stable")]]
-            blended = " (as JPEG and smooth resizing blend them: store label maps as PNG)" if len(found) > 10 else ""
+            blended = (
+                " (as smooth resizing blends them: resize label maps by nearest neighbour)" if len(found) > 10 else ""
+            )
             raise ValueError(
                 f"{strange.sum()} of its pixels have colours that are none of label_colors or void_colors: "
                 f"{_listed(shown)}{blended}"
@@ -590,13 +619,15 @@ def _color_table(recipe: Recipe) -> tuple[np.ndarray | None, np.ndarray | None]:
     return colours[order], labels[order]
 
 
-def _open(value: Any) -> Image.Image:
+def _open(value: Any, is_label_map: bool = False) -> Image.Image:
     if isinstance(value, dict):
         source = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"]
         # A local file of a Dataset; of a stream, `xopen`-able addresses come with their bytes.
         value = Image.open(source)
     elif not isinstance(value, Image.Image):
         value = Image.fromarray(np.asarray(value))
+    if is_label_map and value.format in ("JPEG", "MPO"):
+        raise ValueError("its label map is a JPEG, which blends neighbouring labels into others: store it as PNG")
     # Reading the tag first spares the copy that exif_transpose makes of every upright picture.
     return ImageOps.exif_transpose(value) if value.getexif().get(0x0112, 1) != 1 else value
 
@@ -615,11 +646,12 @@ def read_label_map(value: Any) -> np.ndarray:
     """
     stored = np.asarray(value) if isinstance(value, (list, np.ndarray)) else None
     if stored is None:
-        image = _open(value)
+        image = _open(value, is_label_map=True)
         if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;"):
             raise ValueError(
                 f"its label map has mode {image.mode}, not one integer class id a pixel: turn colours into class ids, or "
                 "give each class its colour, in label_colors or in lines of classes.txt such as 'road 128 64 128'"
+                f"{_colors_of(image)}"
             )
         stored = np.asarray(image)
     if stored.ndim != 2 or stored.dtype.kind not in "bui":
@@ -627,9 +659,17 @@ def read_label_map(value: Any) -> np.ndarray:
     return stored.astype(np.uint8) if stored.dtype.kind == "b" else stored
 
 
+def _colors_of(image: Image.Image) -> str:
+    """A hint at the colours of a label map, the most frequent ones first; "" where they are too many to be classes."""
+    colours = image.convert("RGB").getcolors(maxcolors=256) if image.mode in ("RGB", "RGBA") else None
+    if not colours:
+        return ""
+    return f"; it has the colours {_listed([colour for _, colour in sorted(colours, reverse=True)])}"
+
+
 def _open_colors(value: Any) -> np.ndarray:
     """A label map in colours as an array (H, W, 3); grey ones and those with a table of colours are pictures too."""
-    image = _open(np.asarray(value, dtype=np.uint8) if isinstance(value, list) else value)
+    image = _open(np.asarray(value, dtype=np.uint8) if isinstance(value, list) else value, is_label_map=True)
     if image.mode not in ("1", "L", "P", "RGB", "RGBA", "LA", "PA"):
         raise ValueError(f"its label map has mode {image.mode}, not the 8-bit RGB colours that label_colors names")
     if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:

@@ -18,6 +18,7 @@ recipe = load_recipe("camvid", recipe_overrides(args))
 import argparse
 import ast
 import contextlib
+import csv
 import dataclasses
 import difflib
 import inspect
@@ -500,7 +501,7 @@ def load_recipe(
         overrides: fields to change: a mapping, whose values may be text as on a command line, or "field=value" strings.
         data_dir: local folder of the data. Where neither recipe nor overrides name classes, they come from its
             `classes.txt` (a name a line, or a name and its colour in the label maps: `road 128 64 128`, and of
-            `void` too), `id2label.json`, or the `labelmap.txt` of CVAT's segmentation masks.
+            `void` too), `id2label.json`, the `labelmap.txt` of CVAT or the `_classes.csv` of Roboflow.
 
     Raises:
         FileNotFoundError: if there is no such recipe; names the nearest ones.
@@ -611,7 +612,7 @@ def _with_dependents(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _classes_of_folder(folder: Path) -> dict[str, Any]:
-    """The fields that `classes.txt`, `id2label.json` or CVAT's `labelmap.txt` give; none where there is no such file."""
+    """The fields that the file of a folder's classes gives; none where there is no such file."""
     if (path := folder / "classes.txt").is_file():
         lines = _lines(path)
         if not any(_COLORED_CLASS.fullmatch(line) for line in lines):
@@ -622,6 +623,8 @@ def _classes_of_folder(folder: Path) -> dict[str, Any]:
     elif (path := folder / "labelmap.txt").is_file():
         lines = [line for line in _lines(path) if not line.startswith("#")]
         form, example = _CVAT_CLASS, "road:128,64,128::"
+    elif found := [path for path in (folder / "_classes.csv", folder / "train" / "_classes.csv") if path.is_file()]:
+        return _classes_of_csv(found[0])
     else:
         return {}
     matches = [form.fullmatch(line) for line in lines]
@@ -639,6 +642,18 @@ def _classes_of_folder(folder: Path) -> dict[str, Any]:
 
 _COLORED_CLASS = re.compile(r"(.*\S)\s+(\d{1,3})\s+(\d{1,3})\s+(\d{1,3})")
 _CVAT_CLASS = re.compile(r"([^:]+):(\d{1,3}),(\d{1,3}),(\d{1,3})(?::.*)?")  # label:color_rgb:parts:actions
+
+
+def _classes_of_csv(path: Path) -> dict[str, Any]:
+    """Names and stored labels as Roboflow lists them, under a line of titles: `Pixel Value, Class`."""
+    _, *rows = csv.reader(_lines(path), skipinitialspace=True)
+    if not rows or any(len(row) != 2 or not row[0].strip().isdecimal() for row in rows):
+        raise ValueError(f"{path} must have the lines 'Pixel Value, Class', '0, background', '1, road' and so on.")
+    stored = [int(number) for number, _ in rows]
+    label_map = (
+        {} if stored == list(range(len(rows))) else {"label_map": dict(zip(stored, range(len(rows)), strict=True))}
+    )
+    return {"class_names": [name.strip() for _, name in rows], **label_map}
 
 
 def _lines(path: Path) -> list[str]:
