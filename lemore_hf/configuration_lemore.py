@@ -143,7 +143,7 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
     axis_initialization: str = "zeros"
     is_fused: bool = False
     semantic_loss_ignore_index: int = 255
-    palette: list[list[int]] | None = None
+    palette: list[list[int] | tuple[int, ...]] | None = None
 
     def __post_init__(self, **kwargs):
         self.stem_sizes = list(self.stem_sizes)
@@ -272,12 +272,18 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"`batch_norm_momentum` must be in (0, 1], got {self.batch_norm_momentum}.")
         if not 0 < self.batch_norm_eps < math.inf:
             raise ValueError(f"`batch_norm_eps` must be positive and finite, got {self.batch_norm_eps}.")
-        if not self.initializer_range >= 0:
-            raise ValueError(f"`initializer_range` must not be negative, got {self.initializer_range}.")
+        if not 0 <= self.initializer_range < math.inf:
+            raise ValueError(f"`initializer_range` must be finite and not negative, got {self.initializer_range}.")
 
     def _check_labels(self):
         if self.num_labels < 1:
             raise ValueError(f"`num_labels` must be at least 1 (a binary task), got {self.num_labels}.")
+        if (keys := {int(key) for key in self.id2label}) != set(range(self.num_labels)):
+            raise ValueError(
+                f"`id2label` must number its {self.num_labels} labels from 0 to {self.num_labels - 1}, got {sorted(keys)[:8]}: "
+                "count from 0, and where a data set counts its classes from 1, set `do_reduce_labels=True` in the image "
+                "processor."
+            )
         if self.palette is not None and any(
             len(colour) != 3 or not all(0 <= value <= 255 for value in colour) for colour in self.palette
         ):

@@ -242,6 +242,7 @@ class LeMoReImageProcessorMixin:
         Args:
             outputs: has `logits` of shape `(batch, num_labels, height, width)`, on any device.
             target_sizes: a `(height, width)` for each item, of the upright image; by default the size of the logits.
+                What the processor pads (`do_pad`) is cut off again, which needs the sizes of the whole batch.
             return_segmentation_scores: also return the raw scores at the target size, which takes
                 `num_labels * height * width * 4` bytes an item.
 
@@ -251,8 +252,9 @@ class LeMoReImageProcessorMixin:
             `(num_labels, height, width)`.
 
         Raises:
-            ValueError: for logits that are not four-dimensional or not finite, and for target sizes that are not one
-                pair of positive integers an item.
+            ValueError: for logits that are not four-dimensional or not finite, for target sizes that are not one
+                pair of positive integers an item, and for those of pictures that the processor has cropped
+                (`do_center_crop`): most of what lies around the middle was never seen.
         """
         requires_backends(self, ["torch"])
         logits = torch.as_tensor(outputs.logits).detach()
@@ -261,14 +263,46 @@ class LeMoReImageProcessorMixin:
                 f"Expected logits of shape (batch, num_labels, height, width), got {tuple(logits.shape)}."
             )
         sizes = _check_target_sizes(target_sizes, len(logits), tuple(logits.shape[-2:]))
-        label_maps = segment_logits(logits, sizes)
+        padded = sizes if target_sizes is None else self._with_padding(sizes)
+        label_maps = [
+            label_map[:height, :width]
+            for label_map, (height, width) in zip(segment_logits(logits, padded), sizes, strict=True)
+        ]
         if not return_segmentation_scores:
             return label_maps
         return [
             SemanticSegmentationPostProcessorOutput(
-                data={"segmentation": label_map, "segmentation_scores": resize_scores(item, size)}
+                data={"segmentation": label_map, "segmentation_scores": resize_scores(item, size)[:, :height, :width]}
             )
-            for label_map, item, size in zip(label_maps, logits, sizes, strict=True)
+            for label_map, item, size, (height, width) in zip(label_maps, logits, padded, sizes, strict=True)
+        ]
+
+    def _with_padding(self, sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """For pictures of these sizes, the sizes of what the network has seen of them, at their own scale."""
+        seen = [
+            target_size(size, self.size) if self.do_resize else SizeDict(height=size[0], width=size[1])
+            for size in sizes
+        ]
+        seen = [(size.height, size.width) for size in seen]
+        if self.do_center_crop:
+            crop = (self.crop_size.height, self.crop_size.width)
+            for size, before in zip(sizes, seen, strict=True):
+                if crop not in (size, before):
+                    raise ValueError(
+                        f"A label map of (height, width) {size} is asked for, but do_center_crop has left {crop} of "
+                        f"{before}, which does not lie over the whole picture. Set do_center_crop=False, or give the "
+                        "size of what is left as target size."
+                    )
+            seen = [crop] * len(sizes)
+        if not self.do_pad:
+            return sizes
+        if self.pad_size is not None:
+            padded = (self.pad_size.height, self.pad_size.width)
+        else:
+            padded = tuple(max(lengths) for lengths in zip(*seen, strict=True))
+        return [
+            tuple(round(length * whole / part) for length, whole, part in zip(size, padded, before, strict=True))
+            for size, before in zip(sizes, seen, strict=True)
         ]
 
 
@@ -521,7 +555,12 @@ def _check_size(name: str, size: SizeDict | None, allowed: tuple[set[str], ...])
 
 def _check_pairs(images: list, maps: list[np.ndarray]) -> None:
     if len(images) != len(maps):
-        raise ValueError(f"Got {len(images)} images and {len(maps)} segmentation maps: each image needs one map.")
+        # An array of (height, width, 1) is read as so many maps of one column.
+        is_column = bool(maps) and maps[0].shape[1] == 1
+        hint = " A map has the shape (height, width): leave a last dimension of 1 out." if is_column else ""
+        raise ValueError(
+            f"Got {len(images)} images and {len(maps)} segmentation maps: each image needs one map.{hint}"
+        )
     for index, (image, label_map) in enumerate(zip(images, maps, strict=True)):
         if tuple(image.shape[-2:]) != label_map.shape:
             raise ValueError(

@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from .evaluation import load_trained_model
 from .export import MANIFEST, ExportManifest, network_input, require_packages
 from .hardware import usable_cores
 from .pictures import files_below, in_levels
+from .post_processing_lemore import segment_logits
 
 Run = Callable[[np.ndarray], np.ndarray]
 """A network in its runtime: what [`ExportManifest`] says that it takes → what it says that it gives."""
@@ -51,6 +51,10 @@ class Segmenter:
         if exported:
             require_packages(self.manifest.format, RUNTIME_PACKAGES[self.manifest.format])
         if num_threads is not None:
+            if num_threads < 1:
+                raise ValueError(
+                    f"`num_threads` must be at least 1, or `None` for as many as the runtime likes, got {num_threads}."
+                )
             torch.set_num_threads(num_threads)
         graph = folder / self.manifest.file
         try:
@@ -80,19 +84,23 @@ class Segmenter:
         self.manifest.check_shape(len(network_input), *network_input.shape[rows : rows + 2])
         return self._run(network_input)
 
-    def __call__(self, image: Image.Image | np.ndarray) -> np.ndarray:
+    def __call__(self, image: Image.Image | np.ndarray | str | os.PathLike) -> np.ndarray:
         """
         Segment a picture. Several threads may do so at once.
 
         Args:
-            image (`PIL.Image.Image` or `np.ndarray` of shape `(height, width, 3)`): A picture of any mode and size, whose
-                EXIF orientation is applied; or 8-bit values in RGB.
+            image (`PIL.Image.Image`, `np.ndarray` or `str` or `os.PathLike`): A picture of any mode and size, whose EXIF
+                orientation is applied; 8-bit values of shape `(height, width, 3)` in RGB, or `(height, width)` or
+                `(height, width, 1)` of a grey one; or the path of a file.
 
         Returns:
             `np.ndarray` of int64 and shape `(height, width)`: the label of each pixel of the upright picture.
+
+        Raises:
+            `TypeError`: for what is no picture, such as a list of them, or an array of other shapes or of floats.
+            `ValueError`: for a size that the network, or this export of it, does not take.
         """
-        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-        image = ImageOps.exif_transpose(image)
+        image = _picture_of(image)
         result = self.run(network_input(image, self.image_processor, self.manifest.with_postprocessing))
         if self.manifest.with_postprocessing:
             return np.array(Image.fromarray(result[0]).resize(image.size, Image.Resampling.NEAREST), dtype=np.int64)
@@ -109,9 +117,7 @@ class Segmenter:
         return result if self.manifest.with_postprocessing else np.stack(self._upsampled_labels(result, size))
 
     def _upsampled_labels(self, logits: np.ndarray, size: tuple[int, int]) -> list[np.ndarray]:
-        outputs = SimpleNamespace(logits=torch.from_numpy(logits))
-        label_maps = self.image_processor.post_process_semantic_segmentation(outputs, [size] * len(logits))
-        return [label_map.numpy() for label_map in label_maps]
+        return [label_map.numpy() for label_map in segment_logits(torch.from_numpy(logits), [size] * len(logits))]
 
 
 class ExportedNetwork(torch.nn.Module):
@@ -208,6 +214,23 @@ def _can_be_read(path: Path) -> bool:
     except Exception:  # decoders raise errors of every kind on damaged data
         return False
     return True
+
+
+def _picture_of(image: Any) -> Image.Image:
+    """An upright picture of what `Segmenter` takes."""
+    if isinstance(image, (str, os.PathLike)):
+        return read_picture(Path(image))
+    if isinstance(image, np.ndarray):
+        pixels = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
+        is_grey, is_coloured = pixels.ndim == 2, pixels.ndim == 3 and pixels.shape[2] in (3, 4)
+        if not (is_grey or is_coloured) or pixels.dtype != np.uint8:
+            raise TypeError(
+                f"Expected a picture of 8-bit values (uint8) in (height, width, 3), got {image.dtype} in {image.shape}."
+            )
+        return Image.fromarray(pixels)
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"Expected one picture, an array or the path of a file, got {type(image).__name__}.")
+    return ImageOps.exif_transpose(image)
 
 
 def read_picture(path: Path) -> Image.Image:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .modeling_lemore import resize_bilinear, tent_filter, upsampled_cross_entropy
+from .modeling_lemore import check_label_values, resize_bilinear, tent_filter, upsampled_cross_entropy
 
 
 class SegmentationCriterion(nn.Module):
@@ -73,11 +73,16 @@ class SegmentationCriterion(nn.Module):
         Args:
             logits (`torch.Tensor` of shape `(batch_size, num_labels, height, width)`):
                 Scores at any stride. A single label is binary: labels 0 and 1, and two class weights.
-            labels (`torch.LongTensor` of shape `(batch_size, label_height, label_width)`): Ground truth.
+            labels (`torch.Tensor` of shape `(batch_size, label_height, label_width)`): Ground truth, of any integer type.
 
         Returns:
             A scalar in single precision; 0, with gradients of 0, where all pixels are void.
+
+        Raises:
+            `ValueError`: for labels on the CPU that are neither void nor a class. On a GPU looking at them would stall
+                every step: check them before, with `lemore_hf.modeling_lemore.check_label_values`.
         """
+        labels = labels.long()
         if logits.shape[1] == 1:  # a single logit is the second class's, over 0 for the first
             logits = torch.cat([torch.zeros_like(logits), logits], 1)
         if self.class_weights is not None and len(self.class_weights) != logits.shape[1]:
@@ -86,6 +91,8 @@ class SegmentationCriterion(nn.Module):
             )
         if self.stride > 1:
             logits, labels = sample_pixels(logits, labels, self.stride, torch.randint(self.stride, (2,)).tolist())
+        if labels.device.type == "cpu":
+            check_label_values(labels, logits.shape[1], self.ignore_index)
         if self.ohem_threshold is not None or self.dice_weight or self.lovasz_weight:
             # Softmax works class by class: channels-last logits would be copied at full size, forth and back.
             logits = logits.to(torch.float32, memory_format=torch.contiguous_format)

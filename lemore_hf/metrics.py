@@ -422,6 +422,10 @@ def _class_names(num_classes: int, num_labels: int, id2label: Mapping[int, str] 
         raise ValueError(f"id2label names {len(id2label)} classes, num_labels is {num_labels}")
     if isinstance(id2label, Mapping):
         id2label = {int(index): name for index, name in id2label.items()}  # JSON has words for keys
+        if set(id2label) != set(range(num_labels)):
+            raise ValueError(
+                f"id2label must number the classes from 0 to {num_labels - 1}, got {sorted(id2label)[:8]}: count from 0"
+            )
     names = [str(id2label[index]) for index in range(num_labels)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(

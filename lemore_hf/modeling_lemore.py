@@ -844,7 +844,8 @@ class LeMoRePreTrainedModel(PreTrainedModel):
         super().__init__(config, *inputs, **kwargs)  # which refuses what is no configuration
         config = self.config
         config.validate_architecture()  # again: `from_pretrained(..., field=value)` sets fields of a finished config
-        if config.palette is not None and len(config.palette) < config.num_labels:
+        # Of a single label, the two that it tells apart may have a colour each.
+        if config.palette is not None and len(config.palette) not in {config.num_labels, max(config.num_labels, 2)}:
             logger.warning(
                 f"`palette` has {len(config.palette)} colours for {config.num_labels} classes, as of a checkpoint for "
                 "others: it is left out. Give `palette=` to choose colours."

@@ -60,12 +60,20 @@ class Muon(torch.optim.AdamW):
     Args:
         params: Parameters, groups of them, or pairs of a name and a parameter.
         lr (`float`): Rate of both.
-        momentum (`float`): Of the matrices' gradients, by Nesterov's rule.
+        momentum (`float`): Of the matrices' gradients, by Nesterov's rule; groups may have one of their own.
         **adamw: Options of `torch.optim.AdamW`, but `fused`; `weight_decay` is also that of the matrices.
+
+    Raises:
+        `ValueError`: for a momentum outside [0, 1).
+        `TypeError`: for `fused`.
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, momentum: float = 0.95, **adamw: Any):
-        self.momentum = momentum
+        if not 0 <= momentum < 1:
+            raise ValueError(f"`momentum` must be in [0, 1), got {momentum}.")
+        if "fused" in adamw:
+            raise TypeError("`Muon` has no fused kernel: leave `fused` out.")
+        self._momentum = momentum
         # What is fused scales gradients back in its own kernel, which would leave those of the matrices scaled.
         super().__init__(params, lr=lr, fused=False, **adamw)
 
@@ -74,7 +82,8 @@ class Muon(torch.optim.AdamW):
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         for orthogonal in (True, False):
             if part := [parameter for parameter in parameters if _is_matrix(parameter) == orthogonal]:
-                super().add_param_group({**param_group, "params": part, "orthogonal": orthogonal})
+                momentum = {"momentum": self._momentum} if orthogonal else {}
+                super().add_param_group({**momentum, **param_group, "params": part, "orthogonal": orthogonal})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -103,8 +112,8 @@ class Muon(torch.optim.AdamW):
                     state |= {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(parameter)}
                 state["step"] += 1
                 gradient = -parameter.grad if group["maximize"] else parameter.grad
-                state["momentum_buffer"].lerp_(gradient, 1 - self.momentum)
-                ahead.append(gradient.lerp(state["momentum_buffer"], self.momentum).flatten(1))
+                state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+                ahead.append(gradient.lerp(state["momentum_buffer"], group["momentum"]).flatten(1))
             size = 0.2 * max(shape) ** 0.5  # 0.2 is the root mean square of AdamW's steps (Liu et al.)
             for parameter, update in zip(parameters, orthogonalize(torch.stack(ahead)), strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])

@@ -229,6 +229,34 @@ def test_whole_picture_gets_the_same_labels_from_checkpoint_and_export(exported,
     assert (inside == labels).mean() > 0.9  # upsampled by the nearest label, not from the scores
 
 
+def test_pictures_as_programs_have_them(checkpoint, frames, tmp_path):
+    segmenter = Segmenter(checkpoint)
+    expected = segmenter(frames[0])
+    frames[0].save(tmp_path / "frame.png")
+    for picture in (np.asarray(frames[0]), tmp_path / "frame.png", str(tmp_path / "frame.png")):
+        np.testing.assert_array_equal(segmenter(picture), expected)
+    grey = frames[0].convert("L")
+    np.testing.assert_array_equal(segmenter(np.asarray(grey)[..., None]), segmenter(grey))
+    for picture, message in (
+        (np.asarray(frames[0]) / 255, r"8-bit values \(uint8\).*got float64"),
+        (np.asarray(frames[0]).transpose(2, 0, 1), r"in \(height, width, 3\), got uint8 in \(3, "),
+        (torch.zeros(3, 96, 128), "the path of a file, got Tensor"),
+        (frames[:2], "Expected one picture, .* got list"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            segmenter(picture)
+    with pytest.raises(ValueError, match=r"`num_threads` must be at least 1.* got 0"):
+        Segmenter(checkpoint, num_threads=0)
+
+
+def test_padding_and_cropping_are_left_out(checkpoint, frames, tmp_path):
+    """They are for training; whole pictures are segmented."""
+    padding = Path(shutil.copytree(checkpoint, tmp_path / "padding"))
+    processor = LeMoReImageProcessor.from_pretrained(checkpoint, do_pad=True, pad_size={"height": 256, "width": 256})
+    processor.save_pretrained(padding)
+    np.testing.assert_array_equal(Segmenter(padding)(frames[0]), Segmenter(checkpoint)(frames[0]))
+
+
 # What travels with the files
 
 

@@ -425,6 +425,7 @@ def test_inputs_are_left_alone(processor_class, rgb, labels):
         (np.zeros((9, 6, 3), np.uint8), np.zeros((2, 9, 6), int), ValueError, "1 images and 2 segmentation maps"),
         ([np.zeros((9, 6, 3), np.uint8)] * 2, [np.zeros((9, 6), int)], ValueError, "2 images and 1 segmentation maps"),
         (np.zeros((9, 6, 3), np.uint8), [], ValueError, "1 images and 0 segmentation maps"),
+        (np.zeros((9, 6, 3), np.uint8), np.zeros((9, 6, 1), int), ValueError, "leave a last dimension of 1 out"),
         (np.zeros((9, 6, 3), np.uint8), np.full((9, 6), 1.5), ValueError, "1.5"),
         (np.zeros((9, 6, 3), np.uint8), np.full((9, 6), np.nan), ValueError, "nan"),
         (np.zeros((9, 6, 3), np.uint8), np.zeros((1, 1, 9, 6), int), ValueError, "a segmentation map"),
@@ -666,6 +667,53 @@ def test_scores_on_request():
         assert torch.equal(output.segmentation, labels)
     binary = label_maps(logits[:, :1], sizes, return_segmentation_scores=True)
     assert binary[0].segmentation_scores.shape == (1, 300, 700)
+
+
+def brightness_logits(pixel_values: torch.Tensor) -> SimpleNamespace:
+    """As of a network with the classes dark and bright, at a stride of 4."""
+    brightness = F.avg_pool2d(pixel_values.mean(1, keepdim=True), 4, ceil_mode=True)
+    return SimpleNamespace(logits=torch.cat([0.5 - brightness, brightness - 0.5], dim=1))
+
+
+@both
+@pytest.mark.parametrize("pad_size", [None, {"height": 144, "width": 160}])
+@pytest.mark.parametrize("do_resize", [True, False])
+def test_padding_is_cut_off_the_labels(processor_class, pad_size, do_resize):
+    """A landscape and a portrait, in one batch that neither fills."""
+    landscape = np.zeros((96, 128, 3), np.uint8)
+    landscape[32:, 64:] = 255
+    pictures = [landscape, np.rot90(landscape).copy()]
+    sizes = [picture.shape[:2] for picture in pictures]
+    processor = processor_class(
+        do_normalize=False, size={"shortest_edge": 72}, do_resize=do_resize, do_pad=True, pad_size=pad_size
+    )
+    outputs = brightness_logits(processor(pictures, return_tensors="pt")["pixel_values"])
+    found = processor.post_process_semantic_segmentation(outputs, sizes, return_segmentation_scores=True)
+    for labels, one, picture in zip(
+        processor.post_process_semantic_segmentation(outputs, sizes), found, pictures, strict=True
+    ):
+        assert labels.shape == one.segmentation.shape == one.segmentation_scores.shape[1:] == picture.shape[:2]
+        assert torch.equal(labels, one.segmentation)
+        assert ((labels.numpy() == 1) == (picture[..., 0] == 255)).mean() > 0.97
+    whole = processor.post_process_semantic_segmentation(outputs)
+    assert whole[0].shape == outputs.logits.shape[2:]
+
+
+@both
+def test_labels_of_what_was_cropped_do_not_lie_over_the_picture(processor_class):
+    picture = np.zeros((96, 128, 3), np.uint8)
+    processor = processor_class(
+        do_normalize=False, size={"shortest_edge": 72}, do_center_crop=True, crop_size={"height": 64, "width": 64}
+    )
+    outputs = brightness_logits(processor(picture, return_tensors="pt")["pixel_values"])
+    message = r"\(96, 128\) is asked for, but do_center_crop has left \(64, 64\) of \(72, 96\)"
+    with pytest.raises(ValueError, match=message):
+        processor.post_process_semantic_segmentation(outputs, [(96, 128)])
+    assert processor.post_process_semantic_segmentation(outputs, [(64, 64)])[0].shape == (64, 64)
+    square = processor_class(
+        size={"height": 64, "width": 64}, do_center_crop=True, crop_size={"height": 64, "width": 64}
+    )
+    assert square.post_process_semantic_segmentation(outputs, [(96, 128)])[0].shape == (96, 128)
 
 
 def test_post_processing_errors():

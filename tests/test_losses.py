@@ -255,6 +255,18 @@ def test_losses_fall_along_their_gradient(batch):
     assert after < before
 
 
+@pytest.mark.parametrize("options", [{}, {"dice_weight": 1.0}, {"lovasz_weight": 1.0}, {"stride": 2}], ids=str)
+def test_labels_of_every_integer_type(batch, options):
+    logits, labels = batch
+    losses = []
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        torch.manual_seed(0)
+        losses.append(SegmentationCriterion(**options)(logits, labels.to(dtype)))
+    assert losses[0] == losses[1] == losses[2]
+    with pytest.raises(ValueError, match=r"values that are no class: 4\. Expected 0 to 3"):
+        SegmentationCriterion(**options)(logits, torch.full_like(labels, 4))
+
+
 def test_class_weights_must_fit(batch):
     with pytest.raises(ValueError, match="3 class weights for 4 classes"):
         SegmentationCriterion([1.0, 1.0, 1.0])(*batch)

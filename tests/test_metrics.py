@@ -187,6 +187,8 @@ def test_impossible_settings_are_refused():
         trainer_metrics(3, ignore_index=-100)
     with pytest.raises(ValueError, match="names 2 classes"):
         trainer_metrics(3, {0: "a", 1: "b"})
+    with pytest.raises(ValueError, match=r"must number the classes from 0 to 1, got \[1, 2\]"):
+        trainer_metrics(2, {1: "a", 2: "b"})
     with pytest.raises(ValueError, match="several classes of the name a:"):
         trainer_metrics(3, {0: "a", 1: "b", 2: "a"})
     trainer_metrics(2, {"0": "a", "1": "b"})  # as JSON has it

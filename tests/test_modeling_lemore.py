@@ -43,6 +43,7 @@ from lemore_hf.modeling_lemore import (
     segmentation_loss,
     tent_filter,
 )
+from lemore_hf.visualization import default_palette
 
 TINY = {
     "image_size": (64, 96),
@@ -686,6 +687,18 @@ def test_a_palette_for_fewer_classes_is_left_out():
     with CaptureLogger(logging.get_logger("transformers.models.lemore")) as captured:
         assert LeMoReForSemanticSegmentation(config).config.palette is None
     assert "`palette` has 5 colours for 6 classes" in captured.out
+
+
+def test_a_palette_for_more_classes_is_left_out():
+    """As of a checkpoint for eleven classes that is fine-tuned for two: its first colours mean others."""
+    config = LeMoReConfig(**TINY, palette=default_palette(5))
+    assert LeMoReForSemanticSegmentation(config).config.palette is not None
+    config.num_labels = 2
+    with CaptureLogger(logging.get_logger("transformers.models.lemore")) as captured:
+        assert LeMoReForSemanticSegmentation(config).config.palette is None
+    assert "`palette` has 5 colours for 2 classes" in captured.out
+    config.num_labels, config.palette = 1, default_palette(2)
+    assert LeMoReForSemanticSegmentation(config).config.palette is not None, "for background and foreground"
 
 
 def test_functional_transforms():

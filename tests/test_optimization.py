@@ -136,6 +136,9 @@ def test_muon_keeps_to_the_rates_and_decays_of_the_groups(model):
 def test_muon_goes_on_from_a_saved_state(tmp_path, model):
     restored = copy.deepcopy(model)
     optimizer = Muon(model.parameters(), **OPTIONS)
+    for group in optimizer.param_groups:
+        if group["orthogonal"]:
+            group["momentum"] = 0.5  # comes back with the state, as the rate does
     take_steps(model, optimizer)
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
     expected = take_steps(model, optimizer)
@@ -145,6 +148,14 @@ def test_muon_goes_on_from_a_saved_state(tmp_path, model):
     optimizer.load_state_dict(state["optimizer"])
     for name, moved in take_steps(restored, optimizer).items():
         assert torch.equal(moved, expected[name]), name
+
+
+def test_options_that_muon_does_not_have_are_refused(model):
+    for momentum in (-0.1, 1, 7.0):
+        with pytest.raises(ValueError, match=rf"`momentum` must be in \[0, 1\), got {momentum}"):
+            Muon(model.parameters(), momentum=momentum)
+    with pytest.raises(TypeError, match="`Muon` has no fused kernel"):
+        Muon(model.parameters(), fused=True)
 
 
 def test_what_has_no_gradient_stays(model):
