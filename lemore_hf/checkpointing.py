@@ -57,6 +57,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
+        _share(temporary.rglob("*"), temporary)
         _flush(temporary)
         if folder.exists():
             shutil.rmtree(replaced, ignore_errors=True)
@@ -82,9 +83,22 @@ def atomic_file(target: Path) -> Iterator[Path]:
     part = target.with_name(f".{os.getpid()}.{target.name}")
     try:
         yield part
+        _share([part], part.parent)
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _share(files: Iterable[Path], folder: Path) -> None:
+    """Let those read files whom new ones in this folder are readable to. Safetensors writes its own for the user alone,
+    who is another one where a container has trained."""
+    probe = folder / f".{os.getpid()}.mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for file in files:
+        if file.is_file() and file.stat().st_mode | mode != file.stat().st_mode:
+            file.chmod(file.stat().st_mode | mode)
 
 
 def recover_folders(parent: Path) -> None:

@@ -202,7 +202,7 @@ def write_card(
         folder: the model's; every picture in it and in its subfolder `figures/` is shown.
         repo_id: the repository that the card's example loads from.
         results: an evaluation's scores, the JSON of `scripts/evaluate.py`; without them the card says that there are
-            none. `mean_iou` and the other scores are in 0…1, `per_class_iou` is by name or in the labels' order.
+            none, and tells of the training by the `run.json` beside the folder, if there is one. `mean_iou` and the other scores are in 0…1, `per_class_iou` is by name or in the labels' order.
         recipe: the recipe of the training, for the data's name, terms and citation.
         license: Hub licence identifier of the weights. Default: `apache-2.0` where the recipe's data is, `other` with
             the data's terms where they are others or where the training began with other weights, whose terms hold too,
@@ -229,6 +229,7 @@ def write_card(
             f"the results are of other weights ({results.get('model')}) than those in {folder}: evaluate these"
         )
     scores = _scores(results)
+    results = {"run": _run_beside(folder), **results}
     card = ModelCard.from_template(
         _card_data(architecture, repo_id, results, scores, recipe, license),
         template_path=str(template),
@@ -329,6 +330,12 @@ def _card_data(
 
 
 _CODE_TERMS = "# Licence\n\nThe code in this folder is licensed under the Apache License, version 2.0"
+
+
+def _run_beside(folder: Path) -> dict[str, Any]:
+    """`run.json` of the training that a model comes from, which lies beside its folder; empty where there is none."""
+    path = folder.resolve().parent / "run.json"
+    return _read_json(path) if path.is_file() else {}
 
 
 def _initial_weights(results: Mapping[str, Any]) -> list[str]:

@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from lemore_hf.data.loading import load_split
 from lemore_hf.data.recipes import DESCRIPTIVE_FIELDS, EVALUATION_FIELDS, Recipe, load_recipe, nearest, split_names
 
 SCRIPTS = Path(__file__).parent
@@ -59,6 +60,9 @@ def main() -> None:
             if first not in names and not (args.output_dir / run_name(args.plan, first) / "run.json").is_file():
                 needs = "begins with" if option == "init_from" else "learns from"
                 raise ValueError(f"{name!r} {needs} {first!r}, which has not been run: name it after --only too.")
+    recipe = load_recipe(plan["recipe"], None, args.data_dir)
+    for split in plan["splits"] if names else []:
+        load_split(recipe, split, args.data_dir)  # which is not to be missed after hours of training
     for name in names:
         folder = args.output_dir / run_name(args.plan, name)
         train(plan, name, folder, args)

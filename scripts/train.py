@@ -139,10 +139,14 @@ def build_parser() -> argparse.ArgumentParser:
         "into starting hundreds of small kernels one by one",
     )
     parser.add_argument(
-        "--eval_every", type=at_least(0), default=1000, help="steps between validations; 0: none (default: 1000)"
+        "--eval_every",
+        type=at_least(0),
+        help="steps between validations; 0: none (default: a tenth of the run, from 100 to 1000)",
     )
     parser.add_argument(
-        "--save_every", type=at_least(0), default=1000, help="steps between checkpoints; 0: none (default: 1000)"
+        "--save_every",
+        type=at_least(0),
+        help="steps between checkpoints; 0: none (default: a tenth of the run, from 100 to 1000)",
     )
     parser.add_argument(
         "--keep_checkpoints", type=at_least(1), default=2, help="how many of the last to keep (default: 2)"
@@ -198,6 +202,7 @@ def positive(text: str) -> float:
 
 def main() -> None:
     args = parse_arguments()
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving, over within a second
     accelerator = Accelerator(
         cpu=shares_cpu(),
         mixed_precision=args.mixed_precision,
@@ -207,6 +212,9 @@ def main() -> None:
     )
     prepare_output_folder(args, accelerator)
     recipe = load_recipe(args.recipe, recipe_overrides(args), args.data_dir)
+    for option in ("eval_every", "save_every"):
+        if getattr(args, option) is None:
+            setattr(args, option, min(max(recipe.max_steps // 10, 100), 1000))
     if recipe.max_steps == 0 and not args.init_from:
         raise ValueError(
             "max_steps=0 saves the weights of --init_from, or their mean, untrained: name them, or train."
@@ -293,15 +301,18 @@ def main() -> None:
         """The scores of the weights as they are; a model that scores better than all before is kept in `OUT/best`."""
         # Batch-norm statistics differ between processes; those of the main one are saved.
         broadcast(list(averaged_model.buffers()))
-        scores = evaluate(averaged_model, validation, recipe, accelerator, num_workers=eval_workers, progress=False)
+        scores = evaluate(averaged_model, validation, recipe, accelerator, num_workers=eval_workers)
         set_training_mode(prepared_model, recipe)
         state.scores, state.scored_step = scores, state.step
         log.write(step=state.step, **scores)
-        score = next(iter(scores.values()))
+        name, score = next(iter(scores.items()))
         if state.best is None or score > state.best["score"]:
             state.best = {"step": state.step, "score": score}
             if accelerator.is_main_process:
                 export_model(averaged_model, recipe, args.output_dir / "best")
+        if accelerator.is_main_process:
+            best = f"best {state.best['score']:.4f} at step {state.best['step']}"
+            progress.write(f"Step {state.step}: {name.replace('_', ' ')} {score:.4f} ({best})", file=sys.stderr)
 
     try:
         if is_due(args.eval_every, state.step, recipe) and state.scored_step != state.step:
@@ -374,6 +385,8 @@ def main() -> None:
             export_model(averaged_model, recipe, args.output_dir / "final")
             log.plot()
             write_summary(args, recipe, accelerator, state, dataset)
+        best = f"; the one that validated best: {args.output_dir / 'best'}" if state.best else ""
+        print(f"The model: {args.output_dir / 'final'}{best}")
         if args.push_to_hub:
             summary = json.loads((args.output_dir / "run.json").read_text(encoding="utf-8"))
             # What a validation of these weights has found; without one the card says that there is no evaluation.

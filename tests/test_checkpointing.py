@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 
 from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation, checkpointing
 from lemore_hf.checkpointing import (
     CheckpointError,
+    atomic_file,
     atomic_folder,
     checkpoint_folder,
     clear_unfinished,
@@ -141,6 +143,22 @@ def test_an_error_inside_the_block_leaves_the_folder_as_it_was(tmp_path):
         interrupted()
     assert (folder / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no modes")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_others_may_read_what_they_may_by_default(tmp_path, umask, mode):
+    """Safetensors writes for the user alone, and a robot's programs run as another one."""
+    before = os.umask(umask)
+    try:
+        save_checkpoint(checkpoint_folder(tmp_path, 1), TENSORS, {"step": 1})
+        with atomic_file(tmp_path / "weights.safetensors") as part:
+            save_file(TENSORS, part)
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 3
+    assert {path.stat().st_mode & 0o777 for path in files} == {mode}
 
 
 def test_a_folder_behind_a_link_is_replaced_where_it_lies(tmp_path):

@@ -219,7 +219,7 @@ def test_a_stopped_comparison_lets_the_training_save_what_it_has(tmp_path):
     assert len(list_checkpoints(folder)) == 1
 
 
-def test_mistakes_in_a_plan_are_named(compare):
+def test_mistakes_in_a_plan_are_named(compare, tmp_path):
     with pytest.raises(ValueError, match=r"the variants of .* are first, no residual"):
         compare(PLAN, "--only", "third")
     with pytest.raises(ValueError, match="must be a mapping with title, recipe and variants"):
@@ -239,6 +239,9 @@ def test_mistakes_in_a_plan_are_named(compare):
     with pytest.raises(ValueError, match=r"the variants of .* are 8, 16"):  # which YAML reads as numbers
         compare({**PLAN, "variants": {8: None, 16: {"seed": 1}}}, "--only", "32")
     # Before the first variant is trained.
+    (tmp_path / "test.parquet").rename(tmp_path / "test.old")
+    with pytest.raises(FileNotFoundError, match="no parquet file of the test split"):
+        compare({**PLAN, "splits": ["validation", "test"]})
     with pytest.raises(ValueError, match=r"variant 'second': .*model_config has the field 'use_residul'"):
         compare({**PLAN, "variants": {"first": None, "second": {"model_config": {"use_residul": False}}}})
     with pytest.raises(ValueError, match=r"'second': scripts/train.py has no option --lr"):

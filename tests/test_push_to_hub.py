@@ -237,6 +237,26 @@ def test_terms_of_initial_weights_hold_for_what_is_trained_from_them(folder):
     assert "/home/someone" not in text
 
 
+def test_terms_of_initial_weights_hold_without_an_evaluation_too(folder):
+    """The run lies beside the model's folder, where training writes it."""
+    run = {"steps": 3, "epochs": 1.0, "train_on": "train", "seed": 0, "hours": 0.1, "hardware": "a CPU"}
+    run |= {"versions": {"torch": "2.14.1"}, "settings": {"init_from": "model_cards/lemore-camvid"}}
+    (folder.parent / "run.json").write_text(json.dumps(run))
+    text = write_card(folder, "someone/lemore-test", recipe=load_recipe("scenes")).read_text()
+    assert ModelCard.load(folder / "README.md").data.license == "other"
+    assert "These weights have not been evaluated." in text
+    assert "The scores above" not in text
+    assert "3 steps, 1.0 epochs over `train`, from the weights of an earlier run, `model_cards/lemore-camvid`" in text
+    assert "began with other weights (model_cards/lemore-camvid), whose terms hold for these too." in text
+    (folder / "README.md").unlink()
+    ensure_card(folder, "someone/lemore-test", license="cc-by-4.0")
+    assert "whose terms hold for these too." in (folder / "README.md").read_text()
+    (folder.parent / "run.json").unlink()
+    text = write_card(folder, "someone/lemore-test", RESULTS).read_text()
+    assert "began with other weights" not in text
+    assert "The scores above hold for pictures" in text
+
+
 def test_a_repository_needs_a_valid_name(folder, capsys):
     with pytest.raises(SystemExit):
         runpy.run_path(str(REPOSITORY / "scripts" / "push_to_hub.py"))["main"](

@@ -140,6 +140,38 @@ def test_a_run_leaves_what_its_user_needs(uninterrupted):
     assert steps == [21, 24], "the last two"
 
 
+def test_a_run_tells_how_it_goes_and_where_the_model_is(tmp_path, recipe, data_dir, run_here, capsys):
+    run_here(recipe, data_dir, tmp_path, "--max_steps", "4", "--eval_every", "2")
+    scores = {record["step"]: record["mean_iou"] for record in log_of(tmp_path) if "mean_iou" in record}
+    printed = capsys.readouterr()
+    best = {2: 2, 4: max(scores, key=scores.get)}
+    for step, score in scores.items():
+        line = f"Step {step}: mean iou {score:.4f} (best {scores[best[step]]:.4f} at step {best[step]})"
+        assert line in printed.err
+    assert printed.out.splitlines()[-1] == (
+        f"The model: {tmp_path / 'final'}; the one that validated best: {tmp_path / 'best'}"
+    )
+    assert "Writing model shards" not in printed.err
+
+
+@pytest.mark.parametrize(("max_steps", "every"), [(20, 100), (3000, 300), (80_000, 1000)])
+def test_long_runs_are_saved_and_validated_more_seldom(tmp_path, recipe, data_dir, monkeypatch, max_steps, every):
+    script = str(ROOT / "scripts" / "train.py")
+    places = ["--recipe", str(recipe), "--data_dir", str(data_dir), "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", [script, *places, "--max_steps", str(max_steps), "--num_workers", "0"])
+    found = {}
+
+    def stop(args, *others):
+        found.update(vars(args))
+        raise ValueError("far enough")
+
+    functions = runpy.run_path(script)
+    monkeypatch.setitem(functions["main"].__globals__, "build_model", stop)
+    with pytest.raises(ValueError, match="far enough"):
+        functions["main"]()
+    assert (found["eval_every"], found["save_every"]) == (every, every)
+
+
 def test_the_model_that_validated_best_is_kept(uninterrupted, recipe, data_dir):
     scores = {record["step"]: record["mean_iou"] for record in log_of(uninterrupted) if "mean_iou" in record}
     best = json.loads((uninterrupted / "run.json").read_text())["best_validation"]
