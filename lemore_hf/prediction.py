@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from filelock import FileLock
 from PIL import Image
+from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
@@ -223,7 +224,9 @@ def require_video_package() -> None:
         )
 
 
-def predict_file(segmenter: Segmenter, source: Path, targets: dict[str, Path], alpha: float = 0.5) -> None:
+def predict_file(
+    segmenter: Segmenter, source: Path, targets: dict[str, Path], alpha: float = 0.5, progress: bool = False
+) -> None:
     """
     Segment a picture or a video and write what `targets` names, each file whole or not at all.
 
@@ -232,6 +235,7 @@ def predict_file(segmenter: Segmenter, source: Path, targets: dict[str, Path], a
         source (`Path`): The input.
         targets (`dict[str, Path]`): The file for `"masks"`, `"overlays"` or both.
         alpha (`float`): Opacity of the overlays.
+        progress (`bool`): Show a progress bar over the frames of a video.
 
     Raises:
         `UnreadableInputError`: for an input that is damaged, is no picture or video, or that the network does not take,
@@ -240,7 +244,10 @@ def predict_file(segmenter: Segmenter, source: Path, targets: dict[str, Path], a
     """
     with contextlib.ExitStack() as stack:
         parts = {kind: stack.enter_context(atomic_file(target)) for kind, target in targets.items()}
-        (_predict_video if is_video(source) else _predict_picture)(segmenter, source, parts, alpha)
+        if is_video(source):
+            _predict_video(segmenter, source, parts, alpha, progress)
+        else:
+            _predict_picture(segmenter, source, parts, alpha)
 
 
 @contextlib.contextmanager
@@ -296,10 +303,12 @@ def _narrow(labels: np.ndarray, config: PreTrainedConfig) -> np.ndarray:
     return labels.astype(np.uint8 if config.num_labels <= 256 else np.uint16)
 
 
-def _predict_video(segmenter: Segmenter, source: Path, targets: dict[str, Path], alpha: float) -> None:
+def _predict_video(segmenter: Segmenter, source: Path, targets: dict[str, Path], alpha: float, progress: bool) -> None:
     writers: dict[str, _VideoWriter] = {}
-    with contextlib.ExitStack() as stack:
-        for image, moment, rate, aspect_ratio in _frames(source):
+    total = _length(source) if progress else None
+    frames = tqdm(_frames(source), source.name, total, unit="frame", leave=False, disable=not progress)
+    with contextlib.ExitStack() as stack, frames:
+        for image, moment, rate, aspect_ratio in frames:
             with _refusing(Exception):
                 labels = segmenter(image)
             pictures = {"masks": _narrow(labels, segmenter.config)}
@@ -311,6 +320,19 @@ def _predict_video(segmenter: Segmenter, source: Path, targets: dict[str, Path],
                 writers[kind].add(pictures[kind], moment)
     if not writers:
         raise UnreadableInputError("it has no frames")
+
+
+def _length(source: Path) -> int | None:
+    """How many frames a video says that it has, if it does."""
+    import av
+
+    with _refusing(Exception), av.open(str(source)) as container:
+        stream = container.streams.video[0]
+        if stream.frames:
+            return stream.frames
+        if stream.duration and stream.average_rate:
+            return round(stream.duration * stream.time_base * stream.average_rate)
+    return None
 
 
 def _frames(source: Path) -> Iterator[tuple[Image.Image, Fraction, Fraction, Fraction]]:

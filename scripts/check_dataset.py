@@ -10,6 +10,7 @@ exits with status 1 if anything would fail. The fields of the recipe that descri
 """
 
 import argparse
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ from lemore_hf.data.recipes import (
     recipe_overrides,
     split_names,
 )
+from lemore_hf.hardware import usable_cores
 from lemore_hf.visualization import draw_segmentation, image_grid
 
 SHOWN = 10  # samples that fail for one reason
@@ -47,7 +49,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data_dir", type=Path, help="local folder of the data set; without it, from the Hub")
     parser.add_argument("--split", help="only these splits, joined by '+'; by default all that are there")
     parser.add_argument("--streaming", action="store_true", help="read without keeping anything on disk")
-    parser.add_argument("--num_workers", type=int, help="processes that decode (default: 2); not with --streaming")
+    parser.add_argument(
+        "--num_workers", type=int, help="processes that decode (default: 2, or 1 on one core); not with --streaming"
+    )
     parser.add_argument("--picture", type=Path, default=Path("dataset_check.png"), help="where the grid is written")
     parser.add_argument("--num_pictures", type=int, default=4, help="samples of each split in the grid; 0 for none")
     parser.add_argument("--all", action="store_true", help=f"list all samples of a reason, not the first {SHOWN}")
@@ -57,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--streaming reads in one process: leave --num_workers out.")
     if args.num_pictures and args.picture.suffix.lower() not in Image.registered_extensions():
         parser.error(f"--picture must be the name of a picture, such as dataset_check.png, got {args.picture}")
-    args.num_workers = 2 if args.num_workers is None else args.num_workers
+    args.num_workers = min(2, usable_cores()) if args.num_workers is None else args.num_workers
     for option in ("num_workers", "num_pictures"):
         if getattr(args, option) < 0:
             parser.error(f"--{option} must be at least 0, got {getattr(args, option)}")
@@ -138,6 +142,10 @@ def inspect_sample(stored: dict[str, Any], decode: SampleDecoder, index: int, ke
 def main() -> int:
     args = parse_arguments()
     recipe = load_recipe(args.recipe, recipe_overrides(args), args.data_dir)
+    if args.data_dir is None and recipe.dataset is None:
+        raise ValueError(f"The recipe {recipe.name} needs a local folder: --data_dir. {recipe.notes}")
+    if args.data_dir is not None and not args.data_dir.expanduser().is_dir():
+        raise FileNotFoundError(f"The data folder {args.data_dir} does not exist.")
     print(f"{recipe.title or recipe.name}: {args.data_dir or recipe.dataset}")
     pictures, problems = [], []
     for split in split_names(args.split) if args.split else recipe.splits:
@@ -258,3 +266,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except (OSError, TypeError, ValueError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)  # as a shell has it

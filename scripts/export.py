@@ -11,6 +11,7 @@ and the labels are held against PyTorch's.
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -115,3 +116,5 @@ if __name__ == "__main__":
         main()
     except (CheckpointError, ImportError, OSError, TypeError, ValueError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)  # as a shell has it

@@ -13,11 +13,12 @@ listed at the end.
 
 import argparse
 import errno
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import transformers
@@ -131,7 +132,7 @@ def start_worker(model: Path, num_threads: int | None) -> None:
 def work(job: Job) -> tuple[Path, str | None]:
     source, targets, alpha = job
     try:
-        predict_file(segmenter, source, targets, alpha)
+        predict_file(segmenter, source, targets, alpha, progress=parent_process() is None)
     except UnreadableInputError as error:
         return source, str(error)
     except OSError as error:
@@ -146,3 +147,6 @@ if __name__ == "__main__":
         main()
     except (CheckpointError, ImportError, OSError, TypeError, ValueError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
+    except KeyboardInterrupt:
+        print("\nInterrupted: the same command goes on, a film begins anew.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)  # as a shell has it

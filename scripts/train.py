@@ -64,6 +64,7 @@ from lemore_hf.data.loading import (
 )
 from lemore_hf.data.recipes import (
     DESCRIPTIVE_FIELDS,
+    IGNORE_INDEX,
     Recipe,
     add_recipe_arguments,
     load_recipe,
@@ -244,6 +245,9 @@ def main() -> None:
             validation = StreamedRecipeDataset(validation_samples, recipe, **place)
         else:
             validation = RecipeDataset(validation_samples, recipe, cache="memory" if args.cache else None)
+
+    if dataset is not None and recipe.task == "semantic-segmentation" and accelerator.is_main_process:
+        warn_of_one_class(dataset)
 
     # Model, optimizer, schedule
     model = build_model(args, recipe)
@@ -430,6 +434,22 @@ def divide_batch(batch_size: int, num_processes: int, accumulation_steps: int) -
             f"accumulation steps: choose a multiple of {num_processes * accumulation_steps}."
         )
     return micro_batch_size
+
+
+def warn_of_one_class(dataset: RecipeDataset) -> None:
+    """Say so where label maps hold one class, which any network has learned after a few steps. Most often the first tells."""
+    found: set[int] = set()
+    with contextlib.suppress(BadSampleError):  # which training stops at, if it gets there
+        for index in tqdm(range(len(dataset)), "Classes", leave=False, delay=2):
+            found |= set(dataset.decoded(index).labels.unique().tolist()) - {IGNORE_INDEX}
+            if len(found) > 1:
+                return
+        print(
+            f"Warning: the label maps to train on hold a single class beside void ({IGNORE_INDEX}), so that there is nothing "
+            "to tell apart. Store two classes as 0 and 1, not as 0 and 255, or name the stored values in the recipe's "
+            "label_map.",
+            file=sys.stderr,
+        )
 
 
 def build_model(args: argparse.Namespace, recipe: Recipe) -> PreTrainedModel:

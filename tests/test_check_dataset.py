@@ -83,6 +83,9 @@ def test_problems_are_told_before_anything_else_can_fail(check, folder):
     assert "48×20 pixels of it, and needs at least 32" in output
     assert "a file" in code, "not a traceback"
     assert check(folder, "--recipe", "fodler")[0].startswith("FileNotFoundError: There is no recipe 'fodler'")
+    code, output = check(folder / "nowhere", "--recipe", "folder")
+    assert code.startswith("FileNotFoundError: The data folder")
+    assert not output
 
 
 def test_linked_folders_belong_to_the_set(check, folder):

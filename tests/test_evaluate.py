@@ -583,7 +583,9 @@ def test_another_size_than_the_processor_s_is_said(run_script, model_dir, data_d
     try:
         for size, said in ((("48", "64"), True), (("32", "64"), False)):
             run_script(*arguments(model_dir, data_dir, output, "--resize", *size))
-            assert ("the scores are those at the recipe's size" in capsys.readouterr().out) is said
+            printed = capsys.readouterr().out
+            assert ("the scores are those at the recipe's size" in printed) is said
+            assert ("As the processor does it: --resize 32 64." in printed) is said
             report = json.loads(output.read_text())
             assert report["inference"]["resize"] == report["image_size"] == list(map(int, size))
         run_script(*arguments(model_dir, data_dir, output, "--resize", "none"))

@@ -321,7 +321,7 @@ def test_the_second_view_in_a_photo_of_a_phone_goes_without_saying(segmenter, tm
     assert not caplog.text
 
 
-def test_video_gives_lossless_labels_and_an_overlay(segmenter, tmp_path):
+def test_video_gives_lossless_labels_and_an_overlay(segmenter, tmp_path, capsys):
     import av
 
     with av.open(str(tmp_path / "film.mp4"), "w") as film:
@@ -334,7 +334,10 @@ def test_video_gives_lossless_labels_and_an_overlay(segmenter, tmp_path):
             film.mux(stream.encode(av.VideoFrame.from_ndarray(picture.astype(np.uint8))))
         film.mux(stream.encode())
     targets = {"masks": tmp_path / "masks.mkv", "overlays": tmp_path / "overlays.mp4"}
+    predict_file(segmenter, tmp_path / "film.mp4", targets, progress=True)
+    assert "film.mp4:   0%|          | 0/3 [" in capsys.readouterr().err
     predict_file(segmenter, tmp_path / "film.mp4", targets)
+    assert not capsys.readouterr().err
     with av.open(str(tmp_path / "film.mp4")) as film, av.open(str(targets["masks"])) as masks:
         expected = [segmenter(frame.to_image()) for frame in film.decode(video=0)]
         labels = [frame.to_ndarray(format="gray") for frame in masks.decode(video=0)]

@@ -172,6 +172,21 @@ def test_long_runs_are_saved_and_validated_more_seldom(tmp_path, recipe, data_di
     assert (found["eval_every"], found["save_every"]) == (every, every)
 
 
+def test_label_maps_of_one_class_are_told_before_they_are_trained_on(tmp_path, recipe, data_dir, run_here, capsys):
+    """As a foreground of 255, which is void, leaves them."""
+    for split in ("train", "validation"):
+        for index in range(4):
+            for part, mode in (("images", "RGB"), ("masks", "L")):
+                (tmp_path / split / part).mkdir(parents=True, exist_ok=True)
+                image = Image.new(mode, (64, 64))
+                image.paste("white", (0, 0, 20, 30))
+                image.save(tmp_path / split / part / f"{index}.png")
+    options = ["--max_steps", "1", "--eval_every", "0", "--class_weights", "none"]
+    for folder, told in ((tmp_path, True), (data_dir, False)):
+        run_here(recipe, folder, tmp_path / f"out {told}", *options)
+        assert ("a single class beside void (255)" in capsys.readouterr().err) is told
+
+
 def test_the_model_that_validated_best_is_kept(uninterrupted, recipe, data_dir):
     scores = {record["step"]: record["mean_iou"] for record in log_of(uninterrupted) if "mean_iou" in record}
     best = json.loads((uninterrupted / "run.json").read_text())["best_validation"]

@@ -401,7 +401,7 @@ def _hold_out(samples, recipe: Recipe, split: str, folder: Path):
     if not indices:
         raise ValueError(
             f"Of the {len(samples)} samples in {folder} none is left for {split} with validation_fraction {fraction}: "
-            "add samples, change the fraction, or give the splits as sub-folders."
+            "add samples, change the fraction, give the splits as sub-folders, or train without validation (--eval_every 0)."
         )
     return samples.select(indices)
 
