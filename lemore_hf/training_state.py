@@ -130,7 +130,8 @@ class TrainingState:
         return tensor.to(parameter.device if self.optimizer.defaults["fused"] else "cpu", copy=True)
 
     def _check_fingerprint(self, saved: dict[str, Any], folder: Path) -> None:
-        saved = {name: value for name, value in self.defaults.items() if name in self.fingerprint} | saved
+        before = {"samples": self.fingerprint.get("samples")}  # which an earlier release did not keep
+        saved = {name: value for name, value in self.defaults.items() if name in self.fingerprint} | before | saved
         differing = [
             f"{name} was {saved.get(name)!r}, is {self.fingerprint.get(name)!r}"
             for name in sorted((saved.keys() | self.fingerprint.keys()) - _DECIDE_NOTHING)

@@ -20,6 +20,7 @@ import json
 import math
 import signal
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -265,7 +266,7 @@ def main() -> None:
         optimizer = Muon(groups, lr=recipe.learning_rate)
     else:
         optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=accelerator.device.type == "cuda")
-    settings = fingerprint(args, recipe, accelerator)
+    settings = fingerprint(args, recipe, accelerator, samples)
     state = TrainingState(accelerator, model, optimizer, ema, settings, defaults_of_fields())
     criterion = build_criterion(recipe, dataset).to(accelerator.device)
     distillation = build_distillation(args, recipe, accelerator) if args.teacher else None
@@ -655,8 +656,8 @@ def batches_of_steps(
             yield step
 
 
-def fingerprint(args: argparse.Namespace, recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
-    """Settings that decide what a run computes."""
+def fingerprint(args: argparse.Namespace, recipe: Recipe, accelerator: Accelerator, samples: Any) -> dict[str, Any]:
+    """Settings that decide what a run computes, and the samples, of which another one changes the order of all."""
     data = {f"recipe.{name}": value for name, value in recipe.to_dict().items() if name not in DESCRIPTIVE_FIELDS}
     if recipe.poly_power == 0 and recipe.mix_until == 1:  # nothing before the end depends on where it is
         del data["recipe.max_steps"]
@@ -668,6 +669,9 @@ def fingerprint(args: argparse.Namespace, recipe: Recipe, accelerator: Accelerat
         (run["init_from"],) = args.init_from
     if args.teacher:
         run |= {"teacher": args.teacher, "teacher_weight": args.teacher_weight}
+    if not args.streaming:
+        names = "\n".join(map(str, samples["name"])) if "name" in samples.column_names else ""
+        run["samples"] = f"{len(samples)}, names {zlib.crc32(names.encode()):08x}"
     return json.loads(json.dumps({**data, **run, "num_processes": accelerator.num_processes}))
 
 

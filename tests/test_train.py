@@ -425,6 +425,27 @@ def test_the_log_has_the_mean_loss_since_the_last_entry(tmp_path, recipe, data_d
     assert some == pytest.approx([np.mean(each[:3]), np.mean(each[3:])])
 
 
+def test_resuming_with_other_samples_is_refused(tmp_path, recipe, run_here):
+    """One more picture changes which are held out, so that the best model would be chosen from what was trained on."""
+    for index in range(11):
+        for part, mode in (("images", "RGB"), ("masks", "L")):
+            (tmp_path / part).mkdir(exist_ok=True)
+            Image.linear_gradient("L").resize((64, 64)).point(lambda level: level // 32).convert(mode).save(
+                tmp_path / part / f"{index:02}.png"
+            )
+    settings = json.dumps({**RECIPE, "class_weights": None, "validation_fraction": 0.2})
+    (tmp_path / "folder.yaml").write_text(settings)
+    places = (tmp_path / "folder.yaml", tmp_path, tmp_path / "out")
+    run_here(*places, "--max_steps", "3", "--eval_every", "0", "--poly_power", "0")
+    for part in ("images", "masks"):
+        shutil.copy(tmp_path / part / "00.png", tmp_path / part / "a new one.png")
+    more = ["--max_steps", "6", "--eval_every", "0", "--poly_power", "0", "--resume"]
+    run_here(*places, *more, expect="samples was '9, names [0-9a-f]{8}', is '10, names [0-9a-f]{8}'")
+    for part in ("images", "masks"):
+        (tmp_path / part / "a new one.png").unlink()
+    run_here(*places, *more)
+
+
 def test_resuming_with_other_settings_is_refused(recipe, data_dir, uninterrupted, run_here):
     changed = ["--resume", "--learning_rate", "1e-4"]
     run_here(recipe, data_dir, uninterrupted, *changed, expect=r"recipe\.learning_rate was 0\.002, is 0\.0001")
