@@ -317,7 +317,8 @@ def main() -> None:
                 export_model(averaged_model, recipe, args.output_dir / "best")
         if accelerator.is_main_process:
             best = f"best {state.best['score']:.4f} at step {state.best['step']}"
-            progress.write(f"Step {state.step}: {name.replace('_', ' ')} {score:.4f} ({best})", file=sys.stderr)
+            name = {"mean_iou": "mean IoU"}.get(name, name)
+            progress.write(f"Step {state.step}: {name} {score:.4f} ({best})", file=sys.stderr)
 
     try:
         if is_due(args.eval_every, state.step, recipe) and state.scored_step != state.step:

@@ -146,7 +146,7 @@ def test_a_run_tells_how_it_goes_and_where_the_model_is(tmp_path, recipe, data_d
     printed = capsys.readouterr()
     best = {2: 2, 4: max(scores, key=scores.get)}
     for step, score in scores.items():
-        line = f"Step {step}: mean iou {score:.4f} (best {scores[best[step]]:.4f} at step {best[step]})"
+        line = f"Step {step}: mean IoU {score:.4f} (best {scores[best[step]]:.4f} at step {best[step]})"
         assert line in printed.err
     assert printed.out.splitlines()[-1] == (
         f"The model: {tmp_path / 'final'}; the one that validated best: {tmp_path / 'best'}"
