@@ -289,9 +289,11 @@ def _apart(
             f"Images and label maps of {folder} lie in one folder, {recipe.image_folder}: give label_suffix, what the names "
             "of the label maps have at their end, such as _mask."
         )
-    if len(recipe.image_suffix) < len(recipe.label_suffix):
-        return {name: path for name, path in images.items() if path not in labels.values()}, labels
-    return images, {name: path for name, path in labels.items() if path not in images.values()}
+    are_images_the_rest = len(recipe.image_suffix) < len(recipe.label_suffix)
+    named, rest = (labels, images) if are_images_the_rest else (images, labels)
+    taken = set(named.values())
+    rest = {name: path for name, path in rest.items() if path not in taken}
+    return (rest, named) if are_images_the_rest else (named, rest)
 
 
 def _find_folders(recipe: Recipe, split: str, folder: Path) -> tuple[Path, Path, str | None]:
