@@ -41,7 +41,9 @@ class InterruptionRequest:
     """Of the signal, 0 while there was none."""
 
     def __enter__(self) -> "InterruptionRequest":
-        self._before = {number: signal.signal(number, self._keep) for number in (signal.SIGINT, signal.SIGTERM)}
+        # What is ignored stays so: a shell has its background jobs ignore Ctrl-C.
+        heeded = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._keep) for number in heeded}
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -376,11 +376,11 @@ def main() -> None:
             if evaluates and saves:
                 save(state, args)
     except (BadSampleError, Interrupted):  # Raised on all processes, between two steps.
-        progress.close()
         if pending:
             state.losses += check_losses(pending)
         if state.step:  # else there is nothing to keep, and the folder stays free for other settings
             save(state, args)
+        progress.close()
         raise
     progress.close()
     steps.close()  # From here on Ctrl-C ends the program at once again.

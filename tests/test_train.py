@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -325,7 +326,25 @@ def test_two_processes_that_are_interrupted_save_the_same_step(tmp_path, recipe,
     assert not torch.equal(tensors["random.0.cpu"], tensors["random.1.cpu"]), "the states of both"
 
 
-def test_a_second_interruption_does_not_wait_for_a_step(monkeypatch):
+@pytest.fixture
+def sigint() -> Iterator[None]:
+    """As in the foreground, where Ctrl-C is heeded, which the tests may not be started in."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_what_is_ignored_stays_ignored(sigint):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with InterruptionRequest() as request:
+        signal.raise_signal(signal.SIGINT)
+        assert not request.number
+        signal.raise_signal(signal.SIGTERM)
+        assert request.number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_a_second_interruption_does_not_wait_for_a_step(sigint, monkeypatch):
     with InterruptionRequest() as request:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # as a launcher passes on what the terminal has sent already
