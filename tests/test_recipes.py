@@ -315,6 +315,7 @@ def test_classes_of_a_local_folder(tmp_path):
     ("file", "text"),
     [
         ("classes.txt", "void 0 0 0\nsky 128 128 128\n\nlane 2\t0 128 255\n"),
+        ("classes.txt", "sky #808080\nlane 2 #0080ff\nvoid #000000\n"),
         ("labelmap.txt", "# label:color_rgb:parts:actions\nsky:128,128,128::\nlane 2:0,128,255::\nVoid:0,0,0::\n"),
     ],
 )

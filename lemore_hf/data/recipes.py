@@ -500,8 +500,8 @@ def load_recipe(
         name_or_path: name of one of the package's recipes (`recipe_names()`), or path of a YAML file.
         overrides: fields to change: a mapping, whose values may be text as on a command line, or "field=value" strings.
         data_dir: local folder of the data. Where neither recipe nor overrides name classes, they come from its
-            `classes.txt` (a name a line, or a name and its colour in the label maps: `road 128 64 128`, and of
-            `void` too), `id2label.json`, the `labelmap.txt` of CVAT or the `_classes.csv` of Roboflow.
+            `classes.txt` (a name a line, or a name and its colour in the label maps: `road 128 64 128` or `road #804080`,
+            and of `void` too), `id2label.json`, the `labelmap.txt` of CVAT or the `_classes.csv` of Roboflow.
 
     Raises:
         FileNotFoundError: if there is no such recipe; names the nearest ones.
@@ -632,7 +632,7 @@ def _classes_of_folder(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: the line {lines[matches.index(None)]!r} has no colour, where others have one: write all as {example!r}."
         )
-    found = [(match[1], [int(number) for number in match.groups()[1:]]) for match in matches]
+    found = [(match[1], _rgb([part for part in match.groups()[1:] if part])) for match in matches]
     return {
         "class_names": [name for name, _ in found if name.lower() != "void"],
         "label_colors": [colour for name, colour in found if name.lower() != "void"],
@@ -640,8 +640,13 @@ def _classes_of_folder(folder: Path) -> dict[str, Any]:
     }
 
 
-_COLORED_CLASS = re.compile(r"(.*\S)\s+(\d{1,3})\s+(\d{1,3})\s+(\d{1,3})")
+_COLORED_CLASS = re.compile(r"(.*\S)\s+(?:(\d{1,3})\s+(\d{1,3})\s+(\d{1,3})|#([0-9a-fA-F]{6}))")
 _CVAT_CLASS = re.compile(r"([^:]+):(\d{1,3}),(\d{1,3}),(\d{1,3})(?::.*)?")  # label:color_rgb:parts:actions
+
+
+def _rgb(parts: list[str]) -> list[int]:
+    """A colour of three numbers, or of six hexadecimal digits."""
+    return list(bytes.fromhex(parts[0])) if len(parts) == 1 else [int(part) for part in parts]
 
 
 def _classes_of_csv(path: Path) -> dict[str, Any]:
