@@ -150,6 +150,7 @@ def table_rows(text: str) -> dict[str, list[str]]:
             {
                 "LeMoRe": "LeMoRe",
                 "LeMoRe, by Muon": "LeMoRe, by Muon",
+                "LeMoRe, by Muon at twice the rate": "LeMoRe, by Muon at twice the rate",
                 "LeMoRe, then enlarged": "then enlarged",
                 "LeMoRe, then enlarged, by Muon": "then enlarged, by Muon",
                 "LeMoRe, then mixed": "then mixed",
