@@ -202,7 +202,8 @@ def write_card(
         folder: the model's; every picture in it and in its subfolder `figures/` is shown.
         repo_id: the repository that the card's example loads from.
         results: an evaluation's scores, the JSON of `scripts/evaluate.py`; without them the card says that there are
-            none, and tells of the training by the `run.json` beside the folder, if there is one. `mean_iou` and the other scores are in 0…1, `per_class_iou` is by name or in the labels' order.
+            none, and tells of the training by the `run.json` beside the folder, if there is one. `mean_iou` and the other
+            scores are in 0…1, `per_class_iou` is by name or in the labels' order.
         recipe: the recipe of the training, for the data's name, terms and citation.
         license: Hub licence identifier of the weights. Default: `apache-2.0` where the recipe's data is, `other` with
             the data's terms where they are others or where the training began with other weights, whose terms hold too,

@@ -60,9 +60,11 @@ def main() -> None:
             if first not in names and not (args.output_dir / run_name(args.plan, first) / "run.json").is_file():
                 needs = "begins with" if option == "init_from" else "learns from"
                 raise ValueError(f"{name!r} {needs} {first!r}, which has not been run: name it after --only too.")
-    recipe = load_recipe(plan["recipe"], None, args.data_dir)
-    for split in plan["splits"] if names else []:
-        load_split(recipe, split, args.data_dir)  # which is not to be missed after hours of training
+    for name in names:
+        if not (args.output_dir / run_name(args.plan, name) / "run.json").is_file():
+            for split in plan["splits"]:  # which are not to be missed after hours of training
+                load_split(variant_recipe(plan, name, args.data_dir), split, args.data_dir)
+            break
     for name in names:
         folder = args.output_dir / run_name(args.plan, name)
         train(plan, name, folder, args)
@@ -108,9 +110,8 @@ def load_plan(path: Path, data_dir: Path | None) -> dict[str, Any]:
                     f"{path}, variant {name!r}: scripts/train.py has no option --{option}"
                     f"{nearest(str(option), options_of_train)}."
                 )
-        changes = {key: value for key, value in training_options(plan, name).items() if key in RECIPE_FIELDS}
         try:
-            load_recipe(plan["recipe"], changes, data_dir)
+            variant_recipe(plan, name, data_dir)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{path}, variant {name!r}: {error}") from error
     return plan
@@ -120,6 +121,11 @@ def known_options(script: str) -> list[str]:
     """The names of a script's options."""
     parser = runpy.run_path(str(SCRIPTS / script))["build_parser"]()
     return re.findall(r"--(\w+)", parser.format_usage())
+
+
+def variant_recipe(plan: dict[str, Any], name: str, data_dir: Path | None) -> Recipe:
+    changes = {key: value for key, value in training_options(plan, name).items() if key in RECIPE_FIELDS}
+    return load_recipe(plan["recipe"], changes, data_dir)
 
 
 def run_name(plan: Path, variant: str) -> str:

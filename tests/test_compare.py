@@ -104,6 +104,22 @@ def test_a_plan_is_run_once_and_tabulated(compare, script, tmp_path, monkeypatch
     assert {"--max_steps", "--cache", "--resume"} <= set(started[0][1])
 
 
+def test_a_finished_plan_needs_its_data_no_more(compare, tmp_path):
+    finished = compare(PLAN, "--only", "first")
+    for path in tmp_path.glob("*.parquet"):
+        path.unlink()
+    assert compare(PLAN, "--only", "first") == finished
+    with pytest.raises(FileNotFoundError, match="validation"):
+        compare(PLAN)
+
+
+def test_the_splits_are_looked_for_where_the_plan_says(compare, script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "run", lambda name, *words: None)
+    files = {"train": "train.parquet", "validation": "elsewhere.parquet", "test": "test.parquet"}
+    (tmp_path / "validation.parquet").rename(tmp_path / "elsewhere.parquet")
+    compare({**PLAN, "options": {**PLAN["options"], "data_files": files}})
+
+
 def test_seeds_are_summed_up(script, tmp_path):
     plan = {"title": "Seeds", "recipe": "camvid", "notes": "", "splits": ["validation", "test"], "options": {}}
     plan["variants"] = {"one": None, "two": {"seed": 1}, "three": {"seed": 2}, "other": {"max_steps": 5}}
