@@ -91,13 +91,13 @@ class Segmenter:
         Args:
             image (`PIL.Image.Image`, `np.ndarray` or `str` or `os.PathLike`): A picture of any mode and size, whose EXIF
                 orientation is applied; 8-bit values of shape `(height, width, 3)` in RGB, or `(height, width)` or
-                `(height, width, 1)` of a grey one; or the path of a file.
+                `(height, width, 1)` of a grey one, which may have 16 bits; or the path of a file.
 
         Returns:
             `np.ndarray` of int64 and shape `(height, width)`: the label of each pixel of the upright picture.
 
         Raises:
-            `TypeError`: for what is no picture, such as a list of them, or an array of other shapes or of floats.
+            `TypeError`: for what is no picture, such as a list of them, or an array of another shape or type.
             `ValueError`: for a size that the network, or this export of it, does not take.
         """
         image = _picture_of(image)
@@ -222,12 +222,12 @@ def _picture_of(image: Any) -> Image.Image:
         return read_picture(Path(image))
     if isinstance(image, np.ndarray):
         pixels = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
-        is_grey, is_coloured = pixels.ndim == 2, pixels.ndim == 3 and pixels.shape[2] in (3, 4)
-        if not (is_grey or is_coloured) or pixels.dtype != np.uint8:
+        try:
+            return Image.fromarray(pixels)
+        except TypeError as error:
             raise TypeError(
                 f"Expected a picture of 8-bit values (uint8) in (height, width, 3), got {image.dtype} in {image.shape}."
-            )
-        return Image.fromarray(pixels)
+            ) from error
     if not isinstance(image, Image.Image):
         raise TypeError(f"Expected one picture, an array or the path of a file, got {type(image).__name__}.")
     return ImageOps.exif_transpose(image)

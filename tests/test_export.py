@@ -237,6 +237,8 @@ def test_pictures_as_programs_have_them(checkpoint, frames, tmp_path):
         np.testing.assert_array_equal(segmenter(picture), expected)
     grey = frames[0].convert("L")
     np.testing.assert_array_equal(segmenter(np.asarray(grey)[..., None]), segmenter(grey))
+    # As depth and thermal cameras have them: the README sends pictures of 16 bits here.
+    np.testing.assert_array_equal(segmenter(np.asarray(grey).astype(np.uint16) * 257), segmenter(grey))
     for picture, message in (
         (np.asarray(frames[0]) / 255, r"8-bit values \(uint8\).*got float64"),
         (np.asarray(frames[0]).transpose(2, 0, 1), r"in \(height, width, 3\), got uint8 in \(3, "),
