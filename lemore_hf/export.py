@@ -34,6 +34,7 @@ from torch import nn
 from transformers.exporters.utils import apply_patches, register_patch
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
+from .browser import PAGE, write_page
 from .checkpointing import CheckpointError, atomic_folder
 from .hardware import usable_cores
 from .modeling_lemore import (
@@ -174,6 +175,7 @@ def export_model(
     max_size: int | None = None,
     max_batch_size: int | None = None,
     image_size: tuple[int, int] | None = None,
+    browser_page: bool = False,
 ) -> ExportManifest:
     """
     Export a model into a folder that its runtime needs nothing else beside.
@@ -196,6 +198,8 @@ def export_model(
         image_size (`tuple[int, int]`, *optional*): Height and width of a LiteRT graph, which takes one image of one
             size; by default the height and width that the processor brings pictures to, or else the native size. The
             processor in the folder resizes to it.
+        browser_page (`bool`): Whether to write a page beside an ONNX graph with post-processing, which runs it in a
+            browser; see `lemore_hf.browser`.
 
     Returns:
         [`ExportManifest`].
@@ -203,12 +207,17 @@ def export_model(
     Raises:
         `TypeError`: for a model that is not [`LeMoReForSemanticSegmentation`].
         `ValueError`: for an unknown format or precision, one that the format does not have, int8 without calibration
-            images, limits below the smallest size or the processor's, limits or a size where they mean nothing, more
-            than 255 labels in a uint8 label map, or an output folder that holds anything but an export.
+            images, limits below the smallest size or the processor's, limits, a size or a page where they mean nothing,
+            more than 255 labels in a uint8 label map, or an output folder that holds anything but an export.
         `ImportError`: naming the extra to install where the format's packages are missing.
     """
     _check_options(model, export_format, with_postprocessing, precision, calibration_images, max_size, max_batch_size)
     _check_image_size(export_format, image_size, max_size, max_batch_size)
+    if browser_page and (export_format != "onnx" or not with_postprocessing):
+        raise ValueError(
+            "`browser_page` is for the format 'onnx' with post-processing, which a browser can run: ask for both, or "
+            "leave it out."
+        )
     needed = largest_side(image_processor)
     if max_size is not None and max_size < needed:
         raise ValueError(
@@ -250,6 +259,8 @@ def export_model(
         fused.config.save_pretrained(folder)
         image_processor.save_pretrained(folder)
         manifest.save(folder)
+        if browser_page:
+            write_page(folder, fused.config, image_processor, manifest)
     return manifest
 
 
@@ -370,7 +381,7 @@ def _check_output(output_dir: Path) -> None:
 
 def _is_of_export(path: Path) -> bool:
     """Whether a file has the name of one that an export consists of."""
-    own = {MANIFEST, CONFIG_NAME, IMAGE_PROCESSOR_NAME} | GRAPH_FILES
+    own = {MANIFEST, CONFIG_NAME, IMAGE_PROCESSOR_NAME, PAGE} | GRAPH_FILES
     return path.is_file() and (path.name in own or path.name.endswith("_lemore.py"))
 
 

@@ -48,6 +48,12 @@ def parse_arguments() -> argparse.Namespace:
         help="put normalisation, upsampling and argmax into the graph: uint8 image in, uint8 label map out",
     )
     parser.add_argument(
+        "--browser-page",
+        action="store_true",
+        help="write a page beside the graph that labels pictures, films and the camera in a browser "
+        "(--format onnx --with-postprocessing)",
+    )
+    parser.add_argument(
         "--max-size", type=int, help="largest height and width (default: none; ExecuTorch: 1024, or the native size)"
     )
     parser.add_argument("--max-batch-size", type=int, help="most images at once (default: any; ExecuTorch: 4)")
@@ -94,6 +100,7 @@ def main() -> None:
         max_size=arguments.max_size,
         max_batch_size=arguments.max_batch_size,
         image_size=tuple(arguments.image_size) if arguments.image_size else None,
+        browser_page=arguments.browser_page,
     )
     graph = arguments.output / manifest.file
     size = sum(file.stat().st_size for file in arguments.output.glob(f"{graph.stem}.*"))

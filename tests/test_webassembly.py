@@ -1,22 +1,35 @@
 # Copyright 2026 The LeMoRe-HF contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX exports in WebAssembly: onnxruntime-web, as browsers run it, labels pictures as ONNX Runtime does here."""
+"""ONNX exports in WebAssembly: onnxruntime-web labels pictures as ONNX Runtime does here, in Node.js by the README's lines,
+and in Chromium by the page that the export writes."""
 
+import base64
+import functools
+import http.server
+import json
+import platform
 import re
 import shutil
 import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
+from lemore_hf.browser import PAGE, page_server, write_page
+from lemore_hf.configuration_lemore import LeMoReConfig
 from lemore_hf.data.scenes import draw_scene
 from lemore_hf.evaluation import load_trained_model
-from lemore_hf.export import export_model
+from lemore_hf.export import ExportManifest, export_model
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 
-RELEASED = Path(__file__).parents[1] / "model_cards" / "lemore-camvid"
+ROOT = Path(__file__).parents[1]
+RELEASED = ROOT / "model_cards" / "lemore-camvid"
 RUNTIME = "onnxruntime-web@1.30.0"  # no other, so that a new release breaks nothing here
+CHROMIUM = ("@sparticuz/chromium@147.0.0", "puppeteer-core@24.43.1")
 HEIGHT, WIDTH = 190, 251
 # Stands in for what a browser has: a canvas of the picture's own size, and files.
 BROWSER = """
@@ -31,15 +44,91 @@ globalThis.OffscreenCanvas = class {
 """
 
 
+# What a reader does with the page, and what it then shows, as JSON.
+READER = """
+import { writeFileSync } from "node:fs";
+import chromium from "@sparticuz/chromium";
+import puppeteer from "puppeteer-core";
+
+const [address, photo, text, film, output] = process.argv.slice(2);
+const browser = await puppeteer.launch({
+  executablePath: await chromium.executablePath(),
+  headless: "shell",
+  args: ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"],
+});
+const page = await browser.newPage();
+page.setDefaultTimeout(90000);
+const status = pattern => page.waitForFunction(
+  pattern => document.querySelector("#status").textContent.match(pattern)?.input, {}, pattern,
+).then(found => found.jsonValue());
+const legend = () => page.$$eval("#legend li", entries => entries.map(entry => entry.textContent));
+await page.goto(address);
+const seen = { ready: await status("Choose|Could not") };
+const file = await page.$("#file");
+await page.select("#scale", "0.4");
+await file.uploadFile(photo);
+seen.photo = await status(" ms,");
+seen.isolated = await page.evaluate(() => crossOriginIsolated);
+seen.picture = await page.$eval("#picture", canvas => [canvas.width, canvas.height]);
+seen.overlay = await page.$eval("#overlay", canvas => [canvas.width, canvas.height]);
+seen.colours = await page.$eval("#overlay", canvas => btoa(Array.from(
+  canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data, byte => String.fromCharCode(byte),
+).join("")));
+seen.legend = await legend();
+const box = await (await page.$("#stage")).boundingBox();
+await page.mouse.move(box.x + box.width / 2, box.y + box.height - 2);
+seen.under_pointer = await page.$eval("#stage", stage => stage.title);
+await file.uploadFile(text);
+seen.no_picture = await status("is no picture");
+await page.select("#scale", "0.6");
+seen.larger = await status("^720");
+const plays = async width => {
+  await page.waitForFunction(width => document.querySelector("#picture").width === width, {}, width);
+  const first = await page.$eval("#picture", canvas => canvas.toDataURL());
+  await page.waitForFunction(first => document.querySelector("#picture").toDataURL() !== first, {}, first);
+  return legend();
+};
+await file.uploadFile(film);
+seen.film = await plays(192);
+await page.click("#camera");
+seen.camera = await plays(640);
+writeFileSync(output, JSON.stringify(seen));
+browser.process().kill("SIGKILL");
+process.exit(0);
+"""
+
+
+def npm_install(folder: Path, *packages: str) -> None:
+    command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", *packages]
+    installed = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert installed.returncode == 0, installed.stderr
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    """The released weights as the README has them for a browser."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="needs the extra lemore-hf[onnx]")
+    folder = tmp_path_factory.mktemp("exported") / "export"
+    export_model(
+        load_trained_model(RELEASED),
+        LeMoReImageProcessor.from_pretrained(RELEASED),
+        folder,
+        "onnx",
+        with_postprocessing=True,
+        precision="float16",
+        browser_page=True,
+    )
+    return folder
+
+
 @pytest.fixture(scope="module")
 def browser_runtime(tmp_path_factory) -> Path:
     """The README's lines beside onnxruntime-web."""
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("WebAssembly outside of a browser needs Node.js with npm")
     folder = tmp_path_factory.mktemp("browser")
-    command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", RUNTIME]
-    installed = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert installed.returncode == 0, installed.stderr
+    npm_install(folder, RUNTIME)
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     (lines,) = re.findall(r"```js\n(.*?)```", readme, flags=re.DOTALL)
     for there, here in (("[1200, 900]", f"[{WIDTH}, {HEIGHT}]"), ('"model.onnx"', "readFileSync(graph)")):
@@ -49,20 +138,10 @@ def browser_runtime(tmp_path_factory) -> Path:
     return folder
 
 
-def test_labels_in_webassembly_are_those_of_onnx_runtime(browser_runtime, tmp_path):
-    for package in ("onnx", "onnxscript"):
-        pytest.importorskip(package, reason="needs the extra lemore-hf[onnx]")
+def test_labels_in_webassembly_are_those_of_onnx_runtime(browser_runtime, exported, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra lemore-hf[onnx]")
     picture = draw_scene(1, (HEIGHT, WIDTH), daylight=True)[0]
-    export_model(
-        load_trained_model(RELEASED),
-        LeMoReImageProcessor.from_pretrained(RELEASED),
-        tmp_path / "export",
-        "onnx",
-        with_postprocessing=True,
-        precision="float16",
-    )
-    graph = tmp_path / "export" / "model.onnx"
+    graph = exported / "model.onnx"
     assert graph.stat().st_size < 3.3e6, "as the README says"
     (tmp_path / "canvas").write_bytes(picture.convert("RGBA").tobytes())
     command = ["node", "segment.mjs", graph, tmp_path / "canvas", tmp_path / "labels"]
@@ -73,3 +152,144 @@ def test_labels_in_webassembly_are_those_of_onnx_runtime(browser_runtime, tmp_pa
     labels = np.frombuffer((tmp_path / "labels").read_bytes(), np.uint8).reshape(expected.shape)
     assert len(np.unique(expected)) > 3
     assert (labels == expected).mean() > 0.999
+
+
+class _OtherServer(http.server.SimpleHTTPRequestHandler):
+    """Sends files as jsDelivr does: to pages of any address."""
+
+    def end_headers(self):
+        self.send_header("Access-Control-Allow-Origin", "*")
+        self.send_header("Cross-Origin-Resource-Policy", "cross-origin")
+        super().end_headers()
+
+    def log_message(self, *arguments):
+        """Nothing."""
+
+
+@pytest.fixture
+def other_server(browser_runtime):
+    """Address of a server of onnxruntime-web, since no test asks that of the page."""
+    handler = functools.partial(_OtherServer, directory=browser_runtime / "node_modules" / "onnxruntime-web")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def save_film(path: Path) -> None:
+    av = pytest.importorskip("av", reason="needs the extra lemore-hf[video]")
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libvpx", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 192, 128, "yuv420p"
+        for number in range(10):
+            picture = draw_scene(number, (128, 192), daylight=True)[0]
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode(None))
+
+
+def test_page_labels_a_photo_a_film_and_the_camera_in_chromium(browser_runtime, exported, other_server, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra lemore-hf[onnx]")
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        pytest.skip("npm has this build of Chromium for Linux on x86-64 alone")
+    npm_install(browser_runtime, *CHROMIUM)
+    (browser_runtime / "reader.mjs").write_text(READER, encoding="utf-8")
+    folder = shutil.copytree(exported, tmp_path / "export")
+    page = (folder / PAGE).read_text(encoding="utf-8")
+    public = f"https://cdn.jsdelivr.net/npm/{RUNTIME}/"
+    assert page.count(public) == 1
+    (folder / PAGE).write_text(page.replace(public, other_server), encoding="utf-8")
+    # As a phone held upright writes them: the pixels lie on their side, and a tag says so.
+    picture = draw_scene(1, (360, 480), daylight=True)[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photo.jpg", exif=exif, quality=100, subsampling=0)
+    (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
+    save_film(tmp_path / "film.webm")
+
+    command = [sys.executable, ROOT / "scripts" / "serve_page.py", folder, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            address = server.stdout.readline().split()[0]
+            files = [tmp_path / name for name in ("photo.jpg", "text.png", "film.webm", "seen")]
+            command = ["node", "reader.mjs", address, *files]
+            done = subprocess.run(command, cwd=browser_runtime, capture_output=True, text=True, timeout=400)
+        finally:
+            server.terminate()
+    if "error while loading shared libraries" in done.stderr:
+        pytest.skip(f"Chromium needs a library of the system: {done.stderr.strip().splitlines()[0]}")
+    assert done.returncode == 0, done.stderr
+    seen = json.loads((tmp_path / "seen").read_text(encoding="utf-8"))
+
+    assert "Choose a picture" in seen["ready"]
+    assert seen["isolated"], "or there is one thread, whatever the processor"
+    assert re.fullmatch(r"480×360 pixels in \d+ ms, \d threads?", seen["photo"])
+    assert (seen["picture"], seen["overlay"]) == ([480, 360], [480, 360]), "upright"
+    colours = np.frombuffer(base64.b64decode(seen["colours"]), np.uint8).reshape(360, 480, 4)[..., :3]
+    config = LeMoReConfig.from_pretrained(RELEASED)
+    distances = np.abs(colours[:, :, None].astype(int) - np.array(config.palette)).sum(-1)
+    assert (distances.min(-1) == 0).all(), "no colour but the classes'"
+    labels = distances.argmin(-1)
+    with Image.open(tmp_path / "photo.jpg") as photo:
+        upright = np.asarray(ImageOps.exif_transpose(photo))
+    (expected,) = onnxruntime.InferenceSession(folder / "model.onnx").run(None, {"image": upright[None]})
+    assert len(np.unique(expected)) > 3
+    assert (labels == expected[0]).mean() > 0.995
+    numbers, counts = np.unique(labels, return_counts=True)
+    entries = [f"{config.id2label[numbers[n]]} {100 * counts[n] / labels.size:.1f} %" for n in np.argsort(-counts)]
+    assert sorted(seen["legend"]) == sorted(entries)
+    assert seen["legend"][0] == entries[0], "the most frequent class first"
+    assert seen["under_pointer"] == config.id2label[labels[-2, 240]]
+    assert "text.png" in seen["no_picture"]
+    assert seen["larger"].startswith("720×540")
+    assert seen["film"], "the classes in its frames"
+    assert seen["camera"], "the classes in what the camera shows"
+
+
+def notes_of(page: str) -> dict:
+    """What the page knows of its graph."""
+    (notes,) = re.findall(r'<script id="export" type="application/json">(.*?)</script>', page, flags=re.DOTALL)
+    return json.loads(notes)
+
+
+@pytest.mark.parametrize("num_labels", [1, 3])
+def test_page_holds_names_and_colours_whatever_they_are(tmp_path, num_labels):
+    hostile = "</script><b>\"'&amp; \u2028 ж"
+    config = LeMoReConfig(num_labels=num_labels, id2label=dict(enumerate([hostile, "b", "c"][:num_labels])))
+    write_page(
+        tmp_path, config, LeMoReImageProcessor(size={"shortest_edge": 64}), ExportManifest("onnx", "model.onnx")
+    )
+    notes = notes_of((tmp_path / PAGE).read_text(encoding="utf-8"))
+    assert notes["names"] == (["background", hostile] if num_labels == 1 else [hostile, "b", "c"])
+    assert len({tuple(colour) for colour in notes["palette"]}) == len(notes["names"])
+    assert notes["processor"]["size"] == {"shortest_edge": 64}
+    assert notes["graph"]["file"] == "model.onnx"
+
+
+def test_page_has_the_colours_of_the_configuration(tmp_path):
+    config = LeMoReConfig.from_pretrained(RELEASED)
+    write_page(tmp_path, config, LeMoReImageProcessor(), ExportManifest("onnx", "model.onnx"))
+    assert notes_of((tmp_path / PAGE).read_text(encoding="utf-8"))["palette"] == [list(c) for c in config.palette]
+
+
+@pytest.mark.parametrize(("export_format", "with_postprocessing"), [("onnx", False), ("openvino", True)])
+def test_page_is_for_graphs_that_it_can_run(tmp_path, export_format, with_postprocessing):
+    with pytest.raises(ValueError, match="'onnx' with post-processing"):
+        export_model(
+            load_trained_model(RELEASED),
+            LeMoReImageProcessor.from_pretrained(RELEASED),
+            tmp_path / "export",
+            export_format,
+            with_postprocessing=with_postprocessing,
+            browser_page=True,
+        )
+    assert not (tmp_path / "export").exists()
+
+
+def test_server_says_what_it_lacks(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--browser-page"):
+        page_server(tmp_path)
+    (tmp_path / PAGE).write_text("page", encoding="utf-8")
+    with page_server(tmp_path, port=0) as server, pytest.raises(OSError, match=f"localhost:{server.server_port}"):
+        page_server(tmp_path, port=server.server_port)
+    with pytest.raises(OSError, match="from 1 to 65535"):
+        page_server(tmp_path, port=70000)
