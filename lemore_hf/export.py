@@ -44,9 +44,8 @@ from .modeling_lemore import (
     LeMoReDecodeHead,
     LeMoReForSemanticSegmentation,
     LeMoReTokenPyramid,
-    resize_bilinear,
-    tent_filter,
 )
+from .operations_lemore import resize_bilinear, tent_filter
 
 if TYPE_CHECKING:
     import onnx_ir

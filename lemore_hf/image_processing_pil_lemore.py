@@ -93,14 +93,16 @@ class LeMoReImageProcessorMixin:
         Args:
             images: one image or a (nested) list of them: PIL images of any mode, paths, URLs, and NumPy arrays or torch
                 tensors of shape `(height, width)`, `(channels, height, width)`, `(height, width, channels)` or a batch of
-                the latter two (grey images in one array need their channel: `(batch, 1, height, width)`). Unsigned 16-bit values are scaled from [0, 65535] to [0, 255]; floats are taken as they are, so
-                that values in [0, 1] want `do_rescale=False`. The EXIF orientation of PIL images and files is applied.
-                Transparency is laid over white.
+                the latter two (grey images in one array need their channel: `(batch, 1, height, width)`). Unsigned
+                16-bit values are scaled from [0, 65535] to [0, 255]; floats are taken as they are, so that values in
+                [0, 1] want `do_rescale=False`. The EXIF orientation of PIL images and files is applied. Transparency is
+                laid over white.
             segmentation_maps: for each image a map of its (upright) size with one integer label a pixel: PIL images of
                 mode 1, L, P (the indices), I or I;16, paths to such files, and arrays or tensors `(height, width)` or
                 `(batch, height, width)` of any dtype whose values are whole. Resized to the nearest label; padding
                 gets 255, the ignore index.
-            kwargs: override the processor's own settings for this call.
+            kwargs: override the processor's own settings for this call. Padding and cropping are better settings of the
+                processor, `from_pretrained(..., do_pad=True)`: post-processing knows of no others, and undoes those.
 
         Returns:
             `pixel_values`, `(batch, channels, height, width)` in float32 when normalised or rescaled, and with
@@ -242,7 +244,8 @@ class LeMoReImageProcessorMixin:
         Args:
             outputs: has `logits` of shape `(batch, num_labels, height, width)`, on any device.
             target_sizes: a `(height, width)` for each item, of the upright image; by default the size of the logits.
-                What the processor pads (`do_pad`) is cut off again, which needs the sizes of the whole batch.
+                What the processor pads (`do_pad`) is cut off again, which needs the sizes of the whole batch. What was
+                asked of one call alone (`do_pad=True`) is not known here.
             return_segmentation_scores: also return the raw scores at the target size, which takes
                 `num_labels * height * width * 4` bytes an item.
 
@@ -506,7 +509,7 @@ def channels_first(
                 "them). Pass input_data_format='channels_first' or 'channels_last', and do_convert_rgb=False for other "
                 "numbers of channels."
             ) from error
-    if input_data_format == ChannelDimension.FIRST:
+    if ChannelDimension(input_data_format) == ChannelDimension.FIRST:
         return image
     return image.swapaxes(0, 2).swapaxes(1, 2)  # (H, W, C) → (C, H, W)
 
@@ -556,8 +559,10 @@ def _check_size(name: str, size: SizeDict | None, allowed: tuple[set[str], ...])
 def _check_pairs(images: list, maps: list[np.ndarray]) -> None:
     if len(images) != len(maps):
         # An array of (height, width, 1) is read as so many maps of one column.
-        is_column = bool(maps) and maps[0].shape[1] == 1
-        hint = " A map has the shape (height, width): leave a last dimension of 1 out." if is_column else ""
+        columns = maps[0].shape[1] if maps else 0
+        hint = " A map has the shape (height, width): leave a last dimension of 1 out." if columns == 1 else ""
+        if columns in (3, 4):
+            hint = " A map has one label a pixel, of shape (height, width): map colours to labels first."
         raise ValueError(
             f"Got {len(images)} images and {len(maps)} segmentation maps: each image needs one map.{hint}"
         )

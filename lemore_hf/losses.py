@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .modeling_lemore import check_label_values, resize_bilinear, tent_filter, upsampled_cross_entropy
+from .loss_lemore import check_label_values, upsampled_cross_entropy
+from .operations_lemore import resize_bilinear, tent_filter
 
 
 class SegmentationCriterion(nn.Module):
@@ -80,7 +81,7 @@ class SegmentationCriterion(nn.Module):
 
         Raises:
             `ValueError`: for labels on the CPU that are neither void nor a class. On a GPU looking at them would stall
-                every step: check them before, with `lemore_hf.modeling_lemore.check_label_values`.
+                every step: check them before, with `lemore_hf.loss_lemore.check_label_values`.
         """
         labels = labels.long()
         if logits.shape[1] == 1:  # a single logit is the second class's, over 0 for the first

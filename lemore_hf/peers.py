@@ -26,7 +26,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
-from .modeling_lemore import segmentation_loss
+from .loss_lemore import segmentation_loss
 
 
 class LRASPPMobileNetV3Config(PreTrainedConfig):

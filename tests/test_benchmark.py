@@ -19,7 +19,7 @@ from torch import nn
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 from transformers.pipelines import image_segmentation
 
-from lemore_hf import modeling_lemore
+from lemore_hf import loss_lemore, modeling_lemore
 from lemore_hf.benchmarking import cell as cell_module
 from lemore_hf.benchmarking import models, preparation, rounds
 from lemore_hf.benchmarking.cell import Cell, measure, summary
@@ -279,13 +279,13 @@ def test_stages_from_file_to_label_map(runtime, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("loss", ["", "one-loss"])
 def test_training_step(loss, monkeypatch):
-    taken, segmentation_loss = [], modeling_lemore.segmentation_loss
+    taken, segmentation_loss = [], loss_lemore.segmentation_loss
 
     def watched(logits, labels):
         taken.append(labels)
         return segmentation_loss(logits, labels)
 
-    monkeypatch.setattr(modeling_lemore, "segmentation_loss", watched)
+    monkeypatch.setattr(loss_lemore, "segmentation_loss", watched)
     cell = Cell("training", "segformer-b0", loss, batch_size=2, height=64, width=64, seconds=0.01)
     assert measure(replace(cell, threads=torch.get_num_threads()))["median"] > 0
     assert bool(taken) is bool(loss), "SegFormer has a loss of its own"

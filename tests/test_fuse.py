@@ -14,6 +14,7 @@ import torch
 from test_modeling_lemore import MODEL_CLASSES, main_output, random_images, random_labels, tiny
 from torch import nn
 from torch.func import functional_call, vmap
+from torch.nn.utils import prune
 from transformers import AutoModel, AutoModelForSemanticSegmentation
 
 from lemore_hf import LeMoReBackbone, LeMoReConfig, LeMoReForSemanticSegmentation, LeMoReImageProcessor
@@ -172,6 +173,16 @@ def test_wrapped_and_offloaded_weights_are_refused():
     model.decode_head.classifier.base_layer = layer
     with pytest.raises(ValueError, match="merge_and_unload"):
         model.fuse()
+
+
+def test_masks_of_pruning_are_refused():
+    model = trained()
+    prune.l1_unstructured(model.decode_head.classifier, "weight", 0.5)
+    with pytest.raises(ValueError, match=r"decode_head\.classifier\.weight_orig.*prune\.remove"):
+        model.fuse()
+    prune.remove(model.decode_head.classifier, "weight")
+    images = random_images()
+    torch.testing.assert_close(model.fuse()(images).logits, model(images).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_fusing_again_gives_an_equal_copy():

@@ -426,6 +426,7 @@ def test_inputs_are_left_alone(processor_class, rgb, labels):
         ([np.zeros((9, 6, 3), np.uint8)] * 2, [np.zeros((9, 6), int)], ValueError, "2 images and 1 segmentation maps"),
         (np.zeros((9, 6, 3), np.uint8), [], ValueError, "1 images and 0 segmentation maps"),
         (np.zeros((9, 6, 3), np.uint8), np.zeros((9, 6, 1), int), ValueError, "leave a last dimension of 1 out"),
+        (np.zeros((9, 6, 3), np.uint8), np.zeros((9, 6, 3), int), ValueError, "map colours to labels first"),
         (np.zeros((9, 6, 3), np.uint8), np.full((9, 6), 1.5), ValueError, "1.5"),
         (np.zeros((9, 6, 3), np.uint8), np.full((9, 6), np.nan), ValueError, "nan"),
         (np.zeros((9, 6, 3), np.uint8), np.zeros((1, 1, 9, 6), int), ValueError, "a segmentation map"),
@@ -438,6 +439,12 @@ def test_inputs_are_left_alone(processor_class, rgb, labels):
 def test_bad_inputs(processor_class, images, maps, error, message):
     with pytest.raises(error, match=message):
         processor_class()(images, maps, return_tensors="pt")
+
+
+@both
+def test_a_misspelt_layout_is_refused(processor_class):
+    with pytest.raises(ValueError, match=r"channel_first is not .*'channels_first', 'channels_last'"):
+        processor_class()(np.zeros((3, 9, 3), np.uint8), input_data_format="channel_first")
 
 
 @both

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lemore_hf import modeling_lemore
+from lemore_hf import loss_lemore
+from lemore_hf.loss_lemore import segmentation_loss, upsampled_cross_entropy
 from lemore_hf.losses import (
     SegmentationCriterion,
     count_for_median_frequency,
@@ -19,7 +20,6 @@ from lemore_hf.losses import (
     median_frequency_weights,
     sample_pixels,
 )
-from lemore_hf.modeling_lemore import segmentation_loss, upsampled_cross_entropy
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_logits_are_upsampled_to_the_labels(batch):
 def test_cross_entropy_by_rows_is_that_of_resized_logits(
     monkeypatch, strip_bytes, weighted, label_smoothing, label_size
 ):
-    monkeypatch.setattr(modeling_lemore, "STRIP_BYTES", strip_bytes)
+    monkeypatch.setattr(loss_lemore, "STRIP_BYTES", strip_bytes)
     logits = (3 * torch.randn(2, 40, 6, 9, dtype=torch.double)).requires_grad_()
     labels = torch.randint(0, 40, (2, *label_size))
     labels[0, :2] = labels[:, :, -1] = 255

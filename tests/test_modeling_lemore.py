@@ -29,20 +29,18 @@ from lemore_hf import (
     LeMoReModel,
     configuration_lemore,
     modeling_lemore,
+    operations_lemore,
 )
+from lemore_hf.loss_lemore import check_label_values, segmentation_loss
 from lemore_hf.modeling_lemore import (
     LeMoReAxisView,
     LeMoReCartesianEncoder,
     LeMoReConvLayer,
     LeMoReDepthwiseConv2d,
     LeMoReNestedAttention,
-    _DepthwiseByShifts,
-    _EnlargeBilinear,
-    check_label_values,
     resample_axis_weight,
-    segmentation_loss,
-    tent_filter,
 )
+from lemore_hf.operations_lemore import DepthwiseByShifts, _EnlargeBilinear, tent_filter
 from lemore_hf.visualization import default_palette
 
 TINY = {
@@ -951,6 +949,16 @@ def test_bad_pixel_values(model_class, shape, message):
         tiny(model_class)(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+@pytest.mark.parametrize("training", [False, True])
+def test_pixel_values_that_are_no_tensor_of_floats(model_class, training):
+    model = tiny(model_class).train(training)
+    with pytest.raises(TypeError, match=r"got list: .* `return_tensors=\"pt\"`"):
+        model([torch.zeros(3, 64, 96)] * 2)
+    with pytest.raises(TypeError, match=r"uint8: .*rescale and normalise"):
+        model(torch.zeros(2, 3, 64, 96, dtype=torch.uint8))
+
+
 @pytest.mark.parametrize(
     ("labels", "error", "message"),
     [
@@ -973,6 +981,22 @@ def test_labels_that_are_no_class_are_named(training):
         labels[0, 40, :3] = torch.tensor([5, 17, -1])
         with pytest.raises(ValueError, match=r"-1, 5, 17.*Expected 0 to 4.*255"):
             model(random_images(), labels=labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32, torch.bfloat16])
+def test_masks_of_a_single_label_may_have_any_dtype(dtype):
+    model, labels = tiny(num_labels=1), random_labels() % 2
+    expected = model(random_images(), labels=labels).loss
+    assert torch.equal(model(random_images(), labels=labels.to(dtype)).loss, expected)
+
+
+@pytest.mark.parametrize("value", [0.5, math.nan, math.inf])
+def test_masks_of_a_single_label_are_of_whole_numbers(value):
+    labels = random_labels() % 2.0
+    labels[0, 3, 4] = value
+    with pytest.raises(ValueError, match=f"no class: {value}. Expected 0 to 1"):
+        tiny(num_labels=1)(random_images(), labels=labels)
+    assert segmentation_loss(torch.zeros(2, 1, 8, 12), labels).isnan(), "where nobody looks at the values"
 
 
 def test_binary_labels_are_zero_and_one():
@@ -1083,7 +1107,7 @@ def test_a_depthwise_convolution_by_shifts_is_the_convolution(kernel_size, dilat
     )
     padding = tuple(dilation * (side // 2) for side in kernel_size)
     expected = F.conv2d(hidden_state, weight, padding=padding, dilation=dilation, groups=5)
-    found = _DepthwiseByShifts.apply(hidden_state, weight, 2 if kernel_size == (3, 1) else 3, dilation)
+    found = DepthwiseByShifts.apply(hidden_state, weight, 2 if kernel_size == (3, 1) else 3, dilation)
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad(output, (hidden_state, weight), gradient) for output in (found, expected)]
     torch.testing.assert_close(*gradients)
@@ -1112,7 +1136,7 @@ def test_what_is_trained_on_a_gpu_is_the_same_network(monkeypatch):
         return [parameter.grad for parameter in model.parameters()]
 
     expected = gradients()
-    used = {_DepthwiseByShifts: 0, _EnlargeBilinear: 0}
+    used = {DepthwiseByShifts: 0, _EnlargeBilinear: 0}
 
     def count(function, apply, *inputs):
         used[function] += 1
@@ -1122,9 +1146,10 @@ def test_what_is_trained_on_a_gpu_is_the_same_network(monkeypatch):
         monkeypatch.setattr(function, "apply", functools.partial(count, function, function.apply))
     # Here there is no GPU, and single precision would not tell the two apart.
     monkeypatch.setattr(LeMoReDepthwiseConv2d, "_trains_in_half_precision", staticmethod(lambda hidden_state: True))
-    monkeypatch.setattr(modeling_lemore, "_trains_on_gpu", lambda hidden_state: True)
+    for module in (modeling_lemore, operations_lemore):
+        monkeypatch.setattr(module, "trains_on_gpu", lambda hidden_state: True)
     torch.testing.assert_close(gradients(), expected)
-    assert used[_DepthwiseByShifts] == 16, "four in each of four stages"
+    assert used[DepthwiseByShifts] == 16, "four in each of four stages"
     assert used[_EnlargeBilinear] >= 8, "gates and values"
 
 

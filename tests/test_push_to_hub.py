@@ -28,7 +28,9 @@ from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 REPOSITORY = Path(__file__).parents[1]
 CODE = {
     "configuration_lemore.py",
+    "loss_lemore.py",
     "modeling_lemore.py",
+    "operations_lemore.py",
     "image_processing_lemore.py",
     "image_processing_pil_lemore.py",
     "post_processing_lemore.py",

@@ -297,7 +297,7 @@ def _measure_training(cell: Cell) -> dict[str, Any]:
     import torch
 
     from lemore_hf.benchmarking.models import build_model
-    from lemore_hf.modeling_lemore import segmentation_loss
+    from lemore_hf.loss_lemore import segmentation_loss
 
     torch.set_num_threads(cell.threads)
     layout = memory_format(cell.layout)

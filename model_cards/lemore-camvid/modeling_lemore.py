@@ -12,7 +12,7 @@ import copy
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,18 +28,34 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput, SemanticSegmenterOutput
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
+)
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_lemore import STAGE_STRIDES, LeMoReConfig
+from .loss_lemore import check_label_values, name_no_class, refuse_no_class, segmentation_loss
+from .operations_lemore import (
+    STRIP_BYTES,
+    DepthwiseByShifts,
+    as_it_is,
+    hides_values,
+    is_channels_last,
+    is_same_tensor,
+    is_transformed,
+    multiply_axis,
+    resize_bilinear,
+    tent_filter,
+    trains_on_gpu,
+)
 
 # Below "transformers", so that its verbosity settings hold wherever this file is imported from.
 logger = logging.get_logger("transformers.models.lemore")
 
 MINIMUM_SIZE = STAGE_STRIDES[-1]
-# The largest intermediate tensors are made in strips of this size, which stay in the caches.
-STRIP_BYTES = 2**24
 # Training steps on a GPU from one look at what their labels were to the next.
 LABEL_CHECK_STEPS = 50
 
@@ -77,11 +93,11 @@ class LeMoReDepthwiseConv2d(nn.Conv2d):
     def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
         if not self._trains_in_half_precision(hidden_state):
             return super().forward(hidden_state)
-        if _trains_on_gpu(hidden_state):
+        if trains_on_gpu(hidden_state):
             kind = hidden_state.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_state.dtype
             axis = 2 if self.kernel_size[0] > 1 else 3
-            return _DepthwiseByShifts.apply(hidden_state.to(dtype), self.weight, axis, self.dilation[0])
+            return DepthwiseByShifts.apply(hidden_state.to(dtype), self.weight, axis, self.dilation[0])
         if hidden_state.device.type != "cpu" or self.dilation == (1, 1):
             return super().forward(hidden_state)
         dtype, compute_dtype = hidden_state.dtype, torch.promote_types(hidden_state.dtype, torch.float32)
@@ -95,51 +111,6 @@ class LeMoReDepthwiseConv2d(nn.Conv2d):
             return False
         half = (torch.bfloat16, torch.float16)
         return torch.is_autocast_enabled(hidden_state.device.type) or hidden_state.dtype in half
-
-
-def _trains_on_gpu(hidden_state: torch.Tensor) -> bool:
-    """Whether gradients will be asked for on a GPU, in channels-last, of what no compiler makes kernels of its own for."""
-    return (
-        hidden_state.is_cuda
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and _is_channels_last(hidden_state)
-    )
-
-
-class _DepthwiseByShifts(torch.autograd.Function):
-    """A depthwise convolution of three taps along one axis as three products with shifted inputs."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_state: torch.Tensor, weight: torch.Tensor, axis: int, dilation: int) -> torch.Tensor:
-        """Inputs (B, C, H, W), and weights (C, 1, 3, 1) or (C, 1, 1, 3) in any precision, without a bias."""
-        ctx.save_for_backward(hidden_state, weight)
-        ctx.place = axis, dilation
-        taps = weight.to(hidden_state.dtype).flatten(1)[..., None, None].unbind(1)
-        return _sum_of_products(_shifted(hidden_state, axis, dilation), taps)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        hidden_state, weight = ctx.saved_tensors
-        taps = weight.to(gradient.dtype).flatten(1)[..., None, None].unbind(1)
-        to_input = _sum_of_products(_shifted(gradient, *ctx.place), taps[::-1])
-        dtype = torch.promote_types(gradient.dtype, torch.float32)
-        to_taps = [(shifted * gradient).sum((0, 2, 3), dtype=dtype) for shifted in _shifted(hidden_state, *ctx.place)]
-        return to_input, torch.stack(to_taps, 1).view(weight.shape).to(weight.dtype), None, None
-
-
-def _shifted(hidden_state: torch.Tensor, axis: int, dilation: int) -> list[torch.Tensor]:
-    """The tensor (B, C, H, W) as the three taps see it, zeros beyond its border."""
-    padded = F.pad(hidden_state, (0, 0, dilation, dilation) if axis == 2 else (dilation, dilation))
-    return [padded.narrow(axis, tap * dilation, hidden_state.shape[axis]) for tap in range(3)]
-
-
-def _sum_of_products(tensors: Sequence[torch.Tensor], factors: Sequence[torch.Tensor]) -> torch.Tensor:
-    total = tensors[0] * factors[0]
-    for tensor, factor in zip(tensors[1:], factors[1:], strict=True):
-        total = total.addcmul_(tensor, factor)
-    return total
 
 
 class LeMoReConvLayer(nn.Module):
@@ -247,63 +218,6 @@ class LeMoReDropPath(nn.Module):
         return f"rate={self.rate}"
 
 
-def _is_channels_last(hidden_state: torch.Tensor) -> bool:
-    """Whether products along the axes can take the memory as it lies; graphs for other runtimes are all contiguous."""
-    if torch.compiler.is_exporting() or _is_transformed():
-        return False
-    return hidden_state.is_contiguous(memory_format=torch.channels_last) and not hidden_state.is_contiguous()
-
-
-def _is_same_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors, both alive, are the same memory."""
-    return (one.data_ptr(), one.dtype, one.device) == (other.data_ptr(), other.dtype, other.device)
-
-
-def _is_transformed() -> bool:
-    """Whether `torch.func` (`vmap`, `grad`, ...) looks on, under which tensors have no memory to ask about."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
-def resize_bilinear(hidden_state: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Bilinear interpolation of `(B, C, H, W)` at another size, with `align_corners=False`."""
-    # In this order: in an exported graph the sizes are symbols, which no branch may look at.
-    if _trains_on_gpu(hidden_state) and all(of <= to for of, to in zip(hidden_state.shape[-2:], size, strict=True)):
-        return _EnlargeBilinear.apply(hidden_state, tuple(size))
-    return F.interpolate(hidden_state, size=size, mode="bilinear", align_corners=False)
-
-
-class _EnlargeBilinear(torch.autograd.Function):
-    """`F.interpolate` to no smaller a size, with a gradient that takes two matrix products: PyTorch's own adds up pixel by
-    pixel on a GPU, and many pixels wait for one another where a small map was enlarged a lot."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_state: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        ctx.native = hidden_state.shape[-2:]
-        with _as_it_is(hidden_state):
-            return F.interpolate(hidden_state, size=size, mode="bilinear", align_corners=False)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        rows, columns = (
-            tent_filter(native, length, gradient).to(gradient.dtype).t()
-            for native, length in zip(ctx.native, gradient.shape[-2:], strict=True)
-        )
-        return _multiply_axis(columns, _multiply_axis(rows, gradient, 2), 3), None
-
-
-def _multiply_axis(weight: torch.Tensor, hidden_state: torch.Tensor, axis: int) -> torch.Tensor:
-    """The product of a matrix `(n, m)` and the axis 2 or 3, of `m` positions, of a channels-last tensor `(B, C, H, W)`."""
-    batch_size, _, height, width = hidden_state.shape
-    volume = hidden_state.permute(0, 2, 3, 1)  # (B, H, W, C) as it lies in memory
-    if axis == 2:
-        product = torch.bmm(weight.expand(batch_size, -1, -1), volume.flatten(2)).unflatten(2, (width, -1))
-    else:
-        product = torch.bmm(weight.expand(batch_size * height, -1, -1), volume.flatten(0, 1))
-        product = product.unflatten(0, (batch_size, height))
-    return product.permute(0, 3, 1, 2)
-
-
 # Axis weights at any size
 
 
@@ -325,32 +239,8 @@ def resample_axis_weight(weight: torch.Tensor, size: int) -> torch.Tensor:
     """
     native = weight.shape[0]
     tent = tent_filter(native, size, weight)
-    with _as_it_is(weight):
+    with as_it_is(weight):
         return (tent @ weight.to(tent.dtype) @ tent.t() * (native / size)).to(weight.dtype)
-
-
-def _as_it_is(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Products in the precision of their factors: under autocast the tents of a few positions would be rounded too."""
-    kind = tensor.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return contextlib.nullcontext()
-    return torch.autocast(kind, enabled=False)
-
-
-def tent_filter(native: int, size: int, like: torch.Tensor) -> torch.Tensor:
-    """
-    Linear interpolation of `native` positions at `size` of them as a `(size, native)` matrix, as `F.interpolate` does
-    it with `align_corners=False` and `antialias=True`; in single precision for half-precision weights.
-    """
-    # No branch on the sizes, which may be symbols of an exported graph. Half precision could not count positions.
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    # In units of 1 / (2 · size) of a native position the centres of both axes are whole numbers: no rounding yet.
-    centres = (2 * torch.arange(size, device=like.device, dtype=dtype) + 1)[:, None] * native
-    native_centres = (2 * torch.arange(native, device=like.device, dtype=dtype) + 1) * size
-    # They begin with `native` and `size`. A maximum of plain numbers would be frozen in ExecuTorch.
-    reach = 2 * torch.maximum(centres[0], native_centres[0])
-    weights = (reach - (centres - native_centres).abs()).clamp(min=0)
-    return weights / weights.sum(1, keepdim=True)
 
 
 class LeMoReAxisView(nn.Module):
@@ -393,11 +283,11 @@ class LeMoReAxisView(nn.Module):
             return (self.weight,)
         weight = self.weight
         needs_gradient = torch.is_grad_enabled() and weight.requires_grad
-        is_traced = torch.compiler.is_compiling() or _is_transformed()
+        is_traced = torch.compiler.is_compiling() or is_transformed()
         if not self.is_fused or is_traced or needs_gradient or weight.is_inference():
             return self._make_factors(size)
         known, version, factors = self._factors.get(size, (None, None, ()))
-        if known is None or version != weight._version or not _is_same_tensor(known, weight):
+        if known is None or version != weight._version or not is_same_tensor(known, weight):
             # What inference mode makes could not be used outside of it.
             with torch.inference_mode(False), torch.no_grad():
                 factors = self._make_factors(size)
@@ -417,16 +307,13 @@ class LeMoReAxisView(nn.Module):
         """The resampled weights in two steps: read down to the native size and mix, then interpolate back."""
         native = self.weight.shape[0]
         tent = tent_filter(native, size, self.weight).to(self.weight.dtype)
-        with _as_it_is(tent):
+        with as_it_is(tent):
             return self.weight @ tent.t() * (native / size), tent
 
     def _along_axis(self, weight: torch.Tensor, hidden_state: torch.Tensor) -> torch.Tensor:
-        if self.is_fused and _is_channels_last(hidden_state):
-            return _multiply_axis(weight, hidden_state, self.axis)
+        if self.is_fused and is_channels_last(hidden_state):
+            return multiply_axis(weight, hidden_state, self.axis)
         return torch.matmul(weight, hidden_state) if self.axis == 2 else F.linear(hidden_state, weight)
-
-    def fuse_(self) -> None:
-        """Remember the weights that were resampled to the sizes met last."""
 
 
 class ResampleAxisWeights(ConversionOps):
@@ -596,7 +483,6 @@ class LeMoReEncoder(nn.Module):
 
     def __init__(self, config: LeMoReConfig):
         super().__init__()
-        self.num_channels = config.num_channels
         channels = [config.num_channels, *config.stem_sizes]
         self.stem = nn.Sequential(
             *(
@@ -616,8 +502,7 @@ class LeMoReEncoder(nn.Module):
                 "This model is fused, for inference only: switch it to evaluation with `model.eval()`, or train the "
                 "model that it was made of and call its `fuse()` again."
             )
-        self.check_pixel_values(pixel_values)
-        if self.is_fused and not torch.compiler.is_exporting() and not _is_transformed():
+        if self.is_fused and not torch.compiler.is_exporting() and not is_transformed():
             # On CPUs and GPUs the faster layout of every convolution, interpolation and product along an axis.
             pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         hidden_state = self.stem(pixel_values)
@@ -627,25 +512,39 @@ class LeMoReEncoder(nn.Module):
             features.append(hidden_state)
         return tuple(features)
 
-    def fuse_(self) -> None:
-        """Nothing of its own; `is_fused` refuses to train it."""
 
-    def check_pixel_values(self, pixel_values: torch.Tensor) -> None:
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                "`pixel_values` must have shape (batch_size, num_channels, height, width), got "
-                f"{tuple(pixel_values.shape)}; add a batch dimension to a single image with `pixel_values[None]`."
-            )
-        if pixel_values.shape[1] != self.num_channels:
-            raise ValueError(
-                f"`pixel_values` has {pixel_values.shape[1]} channels, but `config.num_channels` is "
-                f"{self.num_channels}: channels are the second dimension of shape {tuple(pixel_values.shape)}."
-            )
-        if any(side < MINIMUM_SIZE for side in pixel_values.shape[2:]):
-            raise ValueError(
-                f"Images must be at least {MINIMUM_SIZE}×{MINIMUM_SIZE} pixels, the stride of the last stage, got "
-                f"{pixel_values.shape[2]}×{pixel_values.shape[3]}: resize or pad them."
-            )
+def check_pixel_values(pixel_values: torch.Tensor, num_channels: int) -> None:
+    """Refuse what is no batch of normalised images.
+
+    Raises:
+        `TypeError`: for what is no tensor, or not of floats.
+        `ValueError`: for another number of dimensions or channels, and for sides below 32 pixels.
+    """
+    if not isinstance(pixel_values, torch.Tensor):
+        raise TypeError(
+            f"`pixel_values` must be a tensor, got {type(pixel_values).__name__}: call the image processor with "
+            '`return_tensors="pt"`.'
+        )
+    if not pixel_values.is_floating_point():
+        raise TypeError(
+            f"`pixel_values` must hold floats, got {pixel_values.dtype}: let the image processor rescale and normalise "
+            "the images, or convert them with `pixel_values.float()`."
+        )
+    if pixel_values.ndim != 4:
+        raise ValueError(
+            "`pixel_values` must have shape (batch_size, num_channels, height, width), got "
+            f"{tuple(pixel_values.shape)}; add a batch dimension to a single image with `pixel_values[None]`."
+        )
+    if pixel_values.shape[1] != num_channels:
+        raise ValueError(
+            f"`pixel_values` has {pixel_values.shape[1]} channels, but `config.num_channels` is "
+            f"{num_channels}: channels are the second dimension of shape {tuple(pixel_values.shape)}."
+        )
+    if any(side < MINIMUM_SIZE for side in pixel_values.shape[2:]):
+        raise ValueError(
+            f"Images must be at least {MINIMUM_SIZE}×{MINIMUM_SIZE} pixels, the stride of the last stage, got "
+            f"{pixel_values.shape[2]}×{pixel_values.shape[3]}: resize or pad them."
+        )
 
 
 def _drop_path_rates(config: LeMoReConfig) -> list[float]:
@@ -853,7 +752,9 @@ class LeMoRePreTrainedModel(PreTrainedModel):
             config.palette = None
 
     def _check_batch(self, pixel_values: torch.Tensor, stride: int) -> None:
-        """Batch norms cannot be trained on one value a channel, which one image has where a position is of `stride`."""
+        """Refuse what is no batch of images, and in training one image of a single position of `stride`: batch norms cannot
+        be trained on one value a channel."""
+        check_pixel_values(pixel_values, self.config.num_channels)
         if not self.training or pixel_values.shape[0] != 1 or max(pixel_values.shape[2:], default=0) > stride:
             return
         if any(module.training for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)):
@@ -882,10 +783,16 @@ class LeMoRePreTrainedModel(PreTrainedModel):
             [`LeMoRePreTrainedModel`] of the same class; of a fused model an equal copy.
 
         Raises:
-            `ValueError`: while adapters wrap its layers, or weights are offloaded from memory.
+            `ValueError`: while adapters wrap its layers, masks prune its weights, or weights are offloaded from memory.
         """
         if any(hasattr(module, "base_layer") for module in self.modules()):
             raise ValueError("Layers are wrapped by adapters: merge these first, with peft's `merge_and_unload()`.")
+        pruned = [name for name, _ in self.named_parameters() if name.endswith("_orig")]
+        if pruned:
+            raise ValueError(
+                f"Weights are pruned by masks ({pruned[0]}): make the zeros permanent first, with "
+                "`torch.nn.utils.prune.remove`."
+            )
         if any(parameter.is_meta for parameter in self.parameters()):
             raise ValueError(
                 "Weights are on the meta device, as after offloading: load the model without `device_map`."
@@ -926,9 +833,11 @@ class LeMoRePreTrainedModel(PreTrainedModel):
         # From the inside out: what a part fuses are convolutions that already hold their norms. In a model within this
         # one the parts are fused already.
         for module in reversed(list(self.modules())):
-            if hasattr(module, "fuse_") and not module.is_fused:
+            if getattr(module, "is_fused", True):
+                continue
+            if hasattr(module, "fuse_"):  # others do the same with other steps
                 module.fuse_()
-                module.is_fused = True
+            module.is_fused = True
         self.eval()
         keep_freed_memory()
 
@@ -963,10 +872,7 @@ class LeMoRePreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         # Any class of the family loads what another one saved, also as remote code.
         self.config.auto_map = {
-            "AutoModel": "modeling_lemore.LeMoReModel",
-            "AutoModelForSemanticSegmentation": "modeling_lemore.LeMoReForSemanticSegmentation",
-            "AutoModelForImageClassification": "modeling_lemore.LeMoReForImageClassification",
-            "AutoBackbone": "modeling_lemore.LeMoReBackbone",
+            auto_class: f"modeling_lemore.{model_class.__name__}" for auto_class, model_class in AUTO_CLASSES.items()
         }
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -1017,6 +923,7 @@ class LeMoReModel(LeMoRePreTrainedModel):
         Raises:
             `ValueError`: for pixel values that are not 4-D, have another channel count, or are smaller than 32×32; in
             training also for a single image of a single token (of 32×32 pixels without `use_nested_attention`).
+            `TypeError`: for pixel values that are no tensor of floats.
         """
         self._check_batch(pixel_values, self.config.token_stride if self.config.use_nested_attention else MINIMUM_SIZE)
         _, *local_features = self.encoder(pixel_values)
@@ -1051,6 +958,7 @@ class LeMoReBackbone(BackboneMixin, LeMoRePreTrainedModel):
 
         Raises:
             `ValueError`: for pixel values that are not 4-D, have another channel count, or are smaller than 32×32.
+            `TypeError`: for pixel values that are no tensor of floats.
 
         Example:
 
@@ -1090,13 +998,13 @@ class LeMoReGatedFusion(nn.Module):
         self.value = LeMoReConvLayer(config, config.hidden_size, channels, activation=False)
 
     def forward(
-        self, local_feature: torch.Tensor, gate: torch.Tensor, value: torch.Tensor | None = None
+        self, local_feature: torch.Tensor, gates: torch.Tensor, values: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Local features, and what `gate` (after its sigmoid) and `value` make of the global ones, at their size."""
         fused = self.local(local_feature)
         size = fused.shape[-2:]
-        gate = resize_bilinear(gate, size)
-        return fused * gate if value is None else torch.addcmul(resize_bilinear(value, size), fused, gate)
+        gates = resize_bilinear(gates, size)
+        return fused * gates if values is None else torch.addcmul(resize_bilinear(values, size), fused, gates)
 
 
 class LeMoReDecodeHead(nn.Module):
@@ -1186,7 +1094,7 @@ class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
                 Normalized images, at least 32×32 pixels.
             labels (`torch.LongTensor` of shape `(batch_size, label_height, label_width)`, *optional*):
-                Ground truth in `[0, num_labels)` (`{0, 1}` where `num_labels` is 1) or
+                Ground truth in `[0, num_labels)` (`{0, 1}` where `num_labels` is 1, of any dtype) or
                 `config.semantic_loss_ignore_index`. The logits are upsampled to its size for the loss: cross-entropy,
                 or binary cross-entropy where `num_labels` is 1, averaged over the pixels that are not void; 0 where
                 all are.
@@ -1204,7 +1112,7 @@ class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
         Raises:
             `ValueError`: for pixel values that are not 4-D, have another channel count, or are smaller than 32×32; for
             labels that are not 3-D, have another batch size, or name a class that is not there.
-            `TypeError`: for labels that are no tensor of integers.
+            `TypeError`: for pixel values that are no tensor of floats, and labels that are none of integers.
 
         Example:
 
@@ -1217,9 +1125,9 @@ class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
         (1, 11, 45, 60)
         ```
         """
+        self._check_batch(pixel_values, self.config.token_stride)
         if labels is not None:
             self._check_labels(labels, pixel_values)
-        self._check_batch(pixel_values, self.config.token_stride)
         outputs = self.lemore(pixel_values, return_dict=True, **kwargs)
         logits = self.decode_head(outputs.local_features, outputs.last_hidden_state)
         return SemanticSegmenterOutput(
@@ -1240,9 +1148,11 @@ class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
                 "`labels` must have shape (batch_size, height, width) with the batch size of `pixel_values` "
                 f"({pixel_values.shape[0]}), got {tuple(labels.shape)}."
             )
-        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        # Masks of a single label are often booleans, or floats as binary cross-entropy takes them.
+        is_integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+        if not is_integer and (self.config.num_labels > 1 or labels.is_complex()):
             raise TypeError(f"`labels` must hold integers, got {labels.dtype}: convert them with `labels.long()`.")
-        if _hides_values(labels):
+        if hides_values(labels):
             return
         num_labels, ignore_index = self.config.num_labels, self.config.semantic_loss_ignore_index
         # Looking at values waits for the device. On a GPU that would stall every training step.
@@ -1250,7 +1160,7 @@ class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
             check_label_values(labels, num_labels, ignore_index)
             self._labels_were_checked = True
             return
-        found = _name_no_class(labels, num_labels, ignore_index).any()
+        found = name_no_class(labels, num_labels, ignore_index).any()
         self._found_invalid = found if self._found_invalid is None else self._found_invalid | found
         self._unread_steps += 1
         if self._unread_steps >= LABEL_CHECK_STEPS:
@@ -1262,206 +1172,6 @@ class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
                     f"weights NaN. Expected 0 to {max(num_labels, 2) - 1} or {ignore_index} for void: go on from a "
                     "checkpoint of before, once `check_label_values` has found the images in the data."
                 )
-
-
-def _hides_values(tensor: torch.Tensor) -> bool:
-    """Whether the values cannot be looked at: in graphs that are being made, and on the meta device."""
-    return torch.compiler.is_compiling() or _is_transformed() or tensor.is_meta
-
-
-def _name_no_class(labels: torch.Tensor, num_labels: int, ignore_index: int) -> torch.Tensor:
-    """Where labels are neither void nor a class; one label tells two apart."""
-    labels = labels.long()  # an ignore index of -100 or 255 is beyond some integer types
-    return (labels != ignore_index) & ((labels < 0) | (labels >= max(num_labels, 2)))
-
-
-def check_label_values(labels: torch.Tensor, num_labels: int, ignore_index: int = 255) -> None:
-    """
-    Refuse labels that name no class. Synchronizes with the device that holds them.
-
-    Args:
-        labels (`torch.Tensor` of any shape and integer type): Ground truth.
-        num_labels (`int`): Classes; 1 stands for a binary task with labels 0 and 1.
-        ignore_index (`int`): The void label.
-
-    Raises:
-        `ValueError`: naming the values outside of `[0, num_labels)` that are not `ignore_index`.
-    """
-    _refuse_no_class(
-        labels,
-        num_labels,
-        ignore_index,
-        "for void. If the data set counts its classes from 1, set `do_reduce_labels=True` in the image processor; else set "
-        "`num_labels` or `semantic_loss_ignore_index` of the configuration to what the data has.",
-    )
-
-
-def _refuse_no_class(labels: torch.Tensor, num_labels: int, ignore_index: int, way_out: str) -> None:
-    """Raise `ValueError` for labels that name no class: what the ignore index is for, and what to do, is the way out."""
-    invalid = _name_no_class(labels, num_labels, ignore_index)
-    if not invalid.any():
-        return
-    values = labels[invalid].unique().tolist()
-    shown = ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
-    raise ValueError(
-        f"`labels` holds values that are no class: {shown}. Expected 0 to {max(num_labels, 2) - 1} "
-        f"(`config.num_labels`={num_labels}) or {ignore_index} {way_out}"
-    )
-
-
-def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = 255) -> torch.Tensor:
-    """
-    Cross-entropy of the upsampled logits, averaged over the pixels that are not void; 0 where all are.
-
-    Args:
-        logits (`torch.Tensor` of shape `(batch_size, num_labels, height, width)`):
-            Scores at any stride. A single label is trained with binary cross-entropy.
-        labels (`torch.Tensor` of shape `(batch_size, label_height, label_width)`):
-            Ground truth. Values that are no class make the loss and its gradients NaN, never a device-side assertion.
-        ignore_index (`int`): The void label.
-
-    Returns:
-        A scalar tensor in single precision (double for double logits).
-    """
-    num_labels = logits.shape[1]
-    labels = labels.to(logits.device).long()  # a `device_map` may leave them elsewhere
-    valid = labels != ignore_index
-    invalid = _name_no_class(labels, num_labels, ignore_index)
-    labels = labels.masked_fill(~valid | invalid, ignore_index)
-    # A product, so that gradients are NaN too: filled in, NaN would give none, and the batch would go by unseen.
-    poison = torch.where(invalid.any(), torch.nan, 1.0)
-    logits = logits * poison
-    if num_labels == 1:
-        logits = resize_bilinear(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.shape[-2:])
-        targets = labels.masked_fill(labels == ignore_index, 0).to(logits.dtype)
-        losses = F.binary_cross_entropy_with_logits(logits.squeeze(1), targets, reduction="none")
-        total = (losses * valid).sum()
-    else:
-        total = upsampled_cross_entropy(logits, labels, ignore_index=ignore_index)
-    return total / valid.sum().clamp(min=1) * poison
-
-
-def upsampled_cross_entropy(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    weight: torch.Tensor | None = None,
-    ignore_index: int = 255,
-    label_smoothing: float = 0.0,
-) -> torch.Tensor:
-    """
-    `F.cross_entropy(..., reduction="sum")` of logits that are first resized bilinearly to the labels.
-
-    With many classes the resized logits are by far the largest tensor of a training step: 150 classes at 512×512 take
-    157 MB an image, several times over. On a CPU they are made a few rows at a time, with their gradient (our choice).
-
-    Args:
-        logits (`torch.Tensor` of shape `(batch_size, num_labels, height, width)`):
-            Scores at any stride, of at least two classes.
-        labels (`torch.LongTensor` of shape `(batch_size, label_height, label_width)`):
-            Ground truth: classes, or `ignore_index` for void.
-        weight (`torch.Tensor` of shape `(num_labels,)`, *optional*): Weight of each class.
-        ignore_index (`int`): The void label.
-        label_smoothing (`float`): Share of the target that all classes get evenly, in [0, 1).
-
-    Returns:
-        A scalar tensor in single precision (double for double logits).
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    sizes = list(zip(logits.shape[-2:], labels.shape[-2:], strict=True))
-    grows = all(of <= to for of, to in sizes) and any(of < to for of, to in sizes)
-    # With fewer classes the whole takes less time than its parts.
-    by_rows = logits.device.type == "cpu" and logits.shape[1] >= 32 and grows
-    if by_rows and not torch.compiler.is_compiling() and not _is_transformed():
-        return _CrossEntropyByRows.apply(logits, labels, weight, ignore_index, label_smoothing)
-    return _cross_entropy_at_once(logits, labels, weight, ignore_index, label_smoothing)
-
-
-def _cross_entropy_at_once(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    weight: torch.Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-) -> torch.Tensor:
-    # Cross-entropy works class by class: channels-last logits would be copied at full size, forth and back.
-    logits = logits.contiguous()
-    if logits.shape[-2:] != labels.shape[-2:]:
-        logits = resize_bilinear(logits, labels.shape[-2:])
-    return F.cross_entropy(
-        logits, labels, weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="sum"
-    )
-
-
-class _CrossEntropyByRows(torch.autograd.Function):
-    """`upsampled_cross_entropy` in strips. The gradient is made along with the loss, so that each strip is needed once."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        weight: torch.Tensor | None,
-        ignore_index: int,
-        label_smoothing: float,
-    ) -> torch.Tensor:
-        batch_size, num_labels, height, width = logits.shape
-        label_height, label_width = labels.shape[-2:]
-        num_rows = max(1, STRIP_BYTES // (num_labels * label_width * logits.element_size()))
-        weight = logits.new_ones(num_labels) if weight is None else weight.to(logits)
-        # Bilinear resizing, separably: rows by a matrix product, columns by `F.interpolate`, which is fast for classes
-        # that lie together.
-        tent = tent_filter(height, label_height, logits)
-        volume = logits.detach().permute(0, 2, 3, 1).reshape(batch_size, height, width * num_labels)
-        total, gradient = logits.new_zeros(()), torch.zeros_like(volume) if ctx.needs_input_grad[0] else None
-        with torch.autocast("cpu", enabled=False):
-            for image, image_labels in enumerate(labels):
-                for rows, row_labels in zip(tent.split(num_rows), image_labels.split(num_rows), strict=True):
-                    size = (len(rows), label_width)
-                    strip = (rows @ volume[image]).view(1, len(rows), width, num_labels).permute(0, 3, 1, 2)
-                    scores = resize_bilinear(strip, size).permute(0, 2, 3, 1).reshape(-1, num_labels)
-                    loss, difference = _cross_entropy_of_pixels(
-                        scores, row_labels.reshape(-1, 1), weight, ignore_index, label_smoothing
-                    )
-                    total += loss
-                    if gradient is not None:
-                        difference = difference.view(1, *size, num_labels).permute(0, 3, 1, 2)
-                        difference = torch.ops.aten.upsample_bilinear2d_backward(difference, size, strip.shape, False)
-                        gradient[image].addmm_(rows.t(), difference.permute(0, 2, 3, 1).reshape(len(rows), -1))
-        if gradient is not None:
-            gradient = gradient.view(batch_size, height, width, num_labels).permute(0, 3, 1, 2)
-            ctx.save_for_backward(gradient, logits, labels, weight)
-            ctx.options = ignore_index, label_smoothing
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient_of_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradient, logits, labels, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():  # `create_graph=True`: the gradient is to be differentiated again
-            total = _cross_entropy_at_once(logits, labels, weight, *ctx.options)
-            (gradient,) = torch.autograd.grad(total, logits, create_graph=True)
-        return gradient * gradient_of_total, None, None, None, None
-
-
-def _cross_entropy_of_pixels(
-    scores: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, ignore_index: int, label_smoothing: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed cross-entropy of scores `(pixels, num_labels)` against labels `(pixels, 1)`, and its gradient.
-
-    The target q is (1 - ε) w of the true class and ε / C of every class's w: the loss is -Σ q log p, its gradient
-    p Σ q - q.
-    """
-    valid = labels != ignore_index
-    labels = labels.masked_fill(~valid, 0)
-    certain = (1 - label_smoothing) * weight[labels] * valid
-    spread = label_smoothing / len(weight) * weight
-    scores = scores.log_softmax(1)
-    loss = -(certain * scores.gather(1, labels)).sum()
-    if label_smoothing:
-        loss -= (scores @ spread)[valid[:, 0]].sum()
-    gradient = scores.exp_().mul_(certain + spread.sum() * valid).scatter_add_(1, labels, -certain)
-    if label_smoothing:
-        gradient.addcmul_(valid.to(spread), spread, value=-1)
-    return loss, gradient
 
 
 # Classification
@@ -1499,6 +1209,7 @@ class LeMoReForImageClassification(LeMoRePreTrainedModel):
         Raises:
             `ValueError`: for pixel values that are not 4-D, have another channel count, or are smaller than 32×32; for
             labels that name a class that is not there.
+            `TypeError`: for pixel values that are no tensor of floats.
         """
         if labels is not None:
             self._check_classes(labels)
@@ -1516,20 +1227,30 @@ class LeMoReForImageClassification(LeMoRePreTrainedModel):
         """On a GPU what is no class would end the process in an assertion of the device."""
         num_labels, problem_type = self.config.num_labels, self.config.problem_type
         are_classes = problem_type in (None, "single_label_classification") and not labels.is_floating_point()
-        if num_labels > 1 and are_classes and not _hides_values(labels):
+        if num_labels > 1 and are_classes and not hides_values(labels):
             way_out = "for none. Count classes from 0, or set `num_labels` of the configuration to what the data has."
-            _refuse_no_class(labels, num_labels, -100, way_out)
+            refuse_no_class(labels, num_labels, -100, way_out)
 
+
+AUTO_CLASSES = {
+    "AutoModel": LeMoReModel,
+    "AutoModelForSemanticSegmentation": LeMoReForSemanticSegmentation,
+    "AutoModelForImageClassification": LeMoReForImageClassification,
+    "AutoBackbone": LeMoReBackbone,
+}
+"""The family's members by the name of the Auto class that makes them."""
+
+# Pipelines look here, not at what is registered, before they say that a model is not supported.
+MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[LeMoReConfig.model_type] = LeMoReForSemanticSegmentation.__name__
+MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[LeMoReConfig.model_type] = LeMoReForImageClassification.__name__
 
 __all__ = [
+    "AUTO_CLASSES",
     "LeMoReBackbone",
     "LeMoReForImageClassification",
     "LeMoReForSemanticSegmentation",
     "LeMoReModel",
     "LeMoReModelOutput",
     "LeMoRePreTrainedModel",
-    "check_label_values",
     "resample_axis_weight",
-    "segmentation_loss",
-    "upsampled_cross_entropy",
 ]
