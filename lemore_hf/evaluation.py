@@ -265,6 +265,12 @@ def load_trained_model(name_or_path: str | Path, task: str = "semantic-segmentat
         raise CheckpointError(
             f"The weights of {name_or_path} are truncated or damaged ({error}): copy or train them anew."
         ) from error
+    except OSError as error:
+        if folder.exists():
+            raise
+        raise OSError(
+            f"{name_or_path} is no folder here, and no model of the Hub could be loaded by that name: {error}"
+        ) from error
     if missing := sorted(report["missing_keys"]):
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise CheckpointError(

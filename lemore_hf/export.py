@@ -133,9 +133,10 @@ class ExportManifest:
         too_large = self.max_size is not None and max(height, width) > self.max_size
         if min(height, width) < self.min_size or too_large:
             upper = f" and at most {self.max_size}×{self.max_size}" if self.max_size is not None else ""
+            takes = "The network takes" if self.format == "pytorch" else "The graph was exported for"
             raise ValueError(
-                f"The graph was exported for images of at least {self.min_size}×{self.min_size} pixels{upper}, got "
-                f"{height}×{width}: resize them" + (", or export it anew with `--max-size`." if too_large else ".")
+                f"{takes} images of at least {self.min_size}×{self.min_size} pixels{upper}, got {height}×{width}: resize "
+                "them" + (", or export it anew with `--max-size`." if too_large else ".")
             )
         if self.max_batch_size is not None and batch_size > self.max_batch_size:
             raise ValueError(

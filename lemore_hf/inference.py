@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoImageProcessor
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from .checkpointing import CheckpointError
-from .evaluation import load_trained_model
 from .export import MANIFEST, ExportManifest, network_input, require_packages
 from .hardware import usable_cores
 from .pictures import files_below, in_levels
@@ -29,6 +28,9 @@ Run = Callable[[np.ndarray], np.ndarray]
 class Segmenter:
     """
     A trained network in one of its runtimes, from picture to label map. A checkpoint runs on the GPU where there is one.
+
+    The threads of the runtimes do not survive a fork: make one in each process. What is pickled is where the network lies,
+    so that one sent to a process that was spawned opens it there.
 
     Args:
         path (`str` or `os.PathLike`): A checkpoint folder, an export folder, or the graph inside an export folder.
@@ -43,6 +45,7 @@ class Segmenter:
     """
 
     def __init__(self, path: str | os.PathLike, num_threads: int | None = None):
+        self._arguments, self._process = (os.path.abspath(path), num_threads), os.getpid()
         folder = find_model(Path(path))
         exported = is_export(folder)
         self.manifest = ExportManifest.load(folder) if exported else ExportManifest("pytorch", "model.safetensors")
@@ -66,6 +69,9 @@ class Segmenter:
                 f"{graph} is damaged, or not for this version of its runtime ({error}): export the model again."
             ) from error
 
+    def __reduce__(self) -> tuple[type["Segmenter"], tuple[str, int | None]]:
+        return type(self), self._arguments
+
     def run(self, network_input: np.ndarray) -> np.ndarray:
         """
         Run the network alone.
@@ -79,7 +85,13 @@ class Segmenter:
 
         Raises:
             `ValueError`: for a size that the network, or this export of it, does not take.
+            `RuntimeError`: in a process that was forked from the one where the network was opened.
         """
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "This Segmenter was made before the process was forked, which its runtime's threads do not survive: make "
+                "one in each process."
+            )
         rows = 1 if self.manifest.with_postprocessing else 2
         self.manifest.check_shape(len(network_input), *network_input.shape[rows : rows + 2])
         return self._run(network_input)
@@ -91,14 +103,15 @@ class Segmenter:
         Args:
             image (`PIL.Image.Image`, `np.ndarray` or `str` or `os.PathLike`): A picture of any mode and size, whose EXIF
                 orientation is applied; 8-bit values of shape `(height, width, 3)` in RGB, or `(height, width)` or
-                `(height, width, 1)` of a grey one, which may have 16 bits; or the path of a file.
+                `(height, width, 1)` of a grey one, which may have 16 bits or be of floats; or the path of a file.
 
         Returns:
             `np.ndarray` of int64 and shape `(height, width)`: the label of each pixel of the upright picture.
 
         Raises:
             `TypeError`: for what is no picture, such as a list of them, or an array of another shape or type.
-            `ValueError`: for a size that the network, or this export of it, does not take.
+            `ValueError`: for a size that the network, or this export of it, does not take, and floats of another range
+                than 0…1 or 0…255.
         """
         image = _picture_of(image)
         result = self.run(network_input(image, self.image_processor, self.manifest.with_postprocessing))
@@ -222,15 +235,23 @@ def _picture_of(image: Any) -> Image.Image:
         return read_picture(Path(image))
     if isinstance(image, np.ndarray):
         pixels = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
+        if pixels.ndim == 3 and pixels.shape[2] in (2, 4):
+            # A camera's fourth channel is often 0, and would hide the picture as an opacity.
+            raise TypeError(
+                f"Expected a picture of shape (height, width, 3), got {image.shape}: leave the last channel out, as in "
+                f"`frame[..., :{pixels.shape[2] - 1}]`."
+            )
+        if 0 in pixels.shape:
+            raise ValueError(f"A picture of shape {image.shape} has no pixels.")
         try:
-            return Image.fromarray(pixels)
+            return in_levels(Image.fromarray(pixels))
         except TypeError as error:
             raise TypeError(
                 f"Expected a picture of 8-bit values (uint8) in (height, width, 3), got {image.dtype} in {image.shape}."
             ) from error
     if not isinstance(image, Image.Image):
         raise TypeError(f"Expected one picture, an array or the path of a file, got {type(image).__name__}.")
-    return ImageOps.exif_transpose(image)
+    return ImageOps.exif_transpose(in_levels(image))
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -265,6 +286,8 @@ def find_model(path: Path) -> Path:
 
 
 def _open_pytorch(path: Path, num_threads: int | None) -> Run:
+    from .evaluation import load_trained_model  # with all that training needs, which no export does
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_trained_model(path.parent).to(device)
     model = model.fuse() if hasattr(model, "fuse") else model  # other families have no faster form
@@ -306,8 +329,10 @@ def _open_onnx(path: Path, num_threads: int | None) -> Run:
 def _open_openvino(path: Path, num_threads: int | None) -> Run:
     import openvino
 
-    # OpenVINO takes bfloat16 where the processor has it; the labels are to be PyTorch's.
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    # OpenVINO takes bfloat16 where the processor has it; the labels are to be PyTorch's. And it binds its threads to cores,
+    # where another busy process then makes it wait while others are free.
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    settings["ENABLE_CPU_PINNING"] = False
     if num_threads is not None:
         settings["INFERENCE_NUM_THREADS"] = num_threads
 

@@ -77,8 +77,9 @@ def find_inputs(patterns: Sequence[str], output_dir: Path) -> dict[Path, Path]:
             files = (Path(name) for name in sorted(glob.glob(pattern, recursive=True)))
             found = {file: Path(file.name) for file in files if file.is_file() and not _is_inside(file, output_dir)}
         if not found:
+            is_name = not path.exists() and glob.escape(pattern) == pattern
             raise FileNotFoundError(
-                f"{pattern!r} names no pictures or videos: pass files, folders that hold some, or glob patterns. "
+                f"{pattern!r} names no pictures or videos{', it does not exist' if is_name else ''}: pass files, folders that hold some, or glob patterns. "
                 f"Folders are searched for {', '.join(sorted(PICTURE_SUFFIXES | VIDEO_SUFFIXES))}."
             )
         for file, name in found.items():
@@ -256,7 +257,12 @@ def _refusing(*errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        raise UnreadableInputError(str(error) or type(error).__name__) from error
+        raise UnreadableInputError(_cause(error)) from error
+
+
+def _cause(error: Exception) -> str:
+    """What an error says; of FFmpeg's without their numbers."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _predict_picture(segmenter: Segmenter, source: Path, targets: dict[str, Path], alpha: float) -> None:
@@ -327,6 +333,8 @@ def _length(source: Path) -> int | None:
     import av
 
     with _refusing(Exception), av.open(str(source)) as container:
+        if not container.streams.video:  # which is told when its frames are read
+            return None
         stream = container.streams.video[0]
         if stream.frames:
             return stream.frames
@@ -365,7 +373,7 @@ def _frames(source: Path) -> Iterator[tuple[Image.Image, Fraction, Fraction, Fra
                 damaged += 1
                 continue
             except Exception as error:
-                raise UnreadableInputError(str(error) or type(error).__name__) from error
+                raise UnreadableInputError(_cause(error)) from error
             for frame in frames:
                 with _refusing(Exception):
                     image, is_turned = _upright_frame(frame)
@@ -385,6 +393,8 @@ def _refuse_cut_off(source: Path) -> None:
     import av
 
     with _refusing(Exception), av.open(str(source)) as container:
+        if not container.streams.video:
+            raise UnreadableInputError("it has sound, but no pictures")
         stream = container.streams.video[0]
         if not stream.duration:
             return
@@ -451,6 +461,11 @@ class _VideoWriter:
 
         if not self.is_mask:
             # H.264 stores colours at half the size: odd sides lose a row or a column.
+            if min(picture.shape[:2]) < 2:
+                raise UnreadableInputError(
+                    f"overlays are films in H.264, which has no {picture.shape[0]}×{picture.shape[1]} pixels: write masks "
+                    "alone"
+                )
             picture = picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]
         pixel_format = "rgb24" if picture.ndim == 3 else "gray" if picture.dtype == np.uint8 else "gray16le"
         if self.size is None:

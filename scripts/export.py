@@ -89,6 +89,8 @@ def main() -> None:
     image_processor = AutoImageProcessor.from_pretrained(arguments.model)
     calibration_images = read_pictures(arguments.int8, arguments.calibration_images) if arguments.int8 else []
 
+    # Either takes a minute, with large networks several.
+    print(f"Exporting to {arguments.format} in {precision} ...", file=sys.stderr)
     manifest = export_model(
         model,
         image_processor,
@@ -107,6 +109,7 @@ def main() -> None:
     print(f"{graph}: {precision}, {size / 1e6:.1f} MB")
 
     if arguments.compare:
+        print(f"Comparing on {len(images)} pictures ...", file=sys.stderr)
         exported, reference = Segmenter(arguments.output), Segmenter(arguments.model)
         agreements = []
         for height, width in comparison_sizes(model.config, manifest):

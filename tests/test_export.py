@@ -4,11 +4,13 @@
 
 import io
 import json
+import multiprocessing
+import os
 import runpy
 import shutil
 import subprocess
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -399,6 +401,44 @@ def test_pictures_of_floats_are_as_those_of_bytes(scale, with_postprocessing, ex
     Image.fromarray(np.asarray(grey, np.float32) * np.float32(scale / 255)).save(tmp_path / "grey.tiff")
     labels = segmenter(read_picture(tmp_path / "grey.tiff"))
     assert (labels == segmenter(grey)).mean() > 0.99
+    with Image.open(tmp_path / "grey.tiff") as opened:
+        for same in (tmp_path / "grey.tiff", opened, np.asarray(opened)):
+            np.testing.assert_array_equal(segmenter(same), labels)
+
+
+@pytest.mark.parametrize(
+    ("frame", "error", "message"),
+    [
+        (np.zeros((96, 128, 4), np.uint8), TypeError, r"\(96, 128, 4\): .*`frame\[\.\.\., :3\]`"),
+        (np.zeros((96, 128, 2), np.uint8), TypeError, r"`frame\[\.\.\., :1\]`"),
+        (np.zeros((0, 128, 3), np.uint8), ValueError, r"\(0, 128, 3\) has no pixels"),
+        (np.full((96, 128), 300.0, np.float32), ValueError, r"\[0, 255\]"),
+        (np.zeros((20, 40, 3), np.uint8), ValueError, "The network takes images of at least 32×32"),
+    ],
+)
+def test_a_frame_that_is_no_picture_is_refused(frame, error, message, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    LeMoReImageProcessor(do_resize=False).save_pretrained(tmp_path)
+    with pytest.raises(error, match=message):
+        Segmenter(tmp_path)(frame)
+
+
+@pytest.mark.parametrize("with_postprocessing", [False, True])
+def test_other_processes_open_their_own(with_postprocessing, exported, frames):
+    """Threads of a runtime do not survive a fork, so that a network from before it would wait for them forever."""
+    segmenter = Segmenter(exported("onnx", with_postprocessing), num_threads=1)
+    labels = segmenter(frames[0])
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        np.testing.assert_array_equal(pool.submit(segmenter, frames[0]).result(), labels)
+    process = os.fork() if hasattr(os, "fork") else None
+    if process == 0:
+        try:
+            segmenter(frames[0])
+        except RuntimeError as error:
+            os._exit(3 if "make one in each process" in str(error) else 4)
+        os._exit(5)
+    if process:
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 3
 
 
 # Command line and bad input
@@ -410,6 +450,12 @@ def test_command_line_exports_and_compares(from_command_line):
     assert json.loads((folder / "config.json").read_text())["is_fused"]
     for batch_size in (1, 3):
         assert printed.count(f"batch {batch_size}: ") == 3  # sizes
+
+
+def test_command_line_names_a_checkpoint_that_is_not_there(tmp_path, monkeypatch):
+    words = ("--model", tmp_path / "absent", "--format", "onnx", "--output", tmp_path / "out")
+    with pytest.raises(SystemExit, match="absent is no folder here, and no model of the Hub"):
+        run_here(monkeypatch, SCRIPT, *words)
 
 
 def test_command_line_names_what_is_wrong(checkpoint, tmp_path, monkeypatch):

@@ -561,6 +561,31 @@ def test_inputs_from_files_folders_and_patterns(pictures, tmp_path):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(FileNotFoundError, match="names no pictures or videos"):
             find_inputs([str(missing)], output)
+    with pytest.raises(FileNotFoundError, match=r"absent\.heic' names .*, it does not exist"):
+        find_inputs([str(tmp_path / "absent.heic")], output)
+
+
+def test_films_that_cannot_be_written_are_left_out(tmp_path, predict, checkpoint, capsys):
+    av = pytest.importorskip("av", reason="needs the extra lemore-hf[video]")
+    with av.open(str(tmp_path / "thin.mkv"), "w") as film:
+        stream = film.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 200, 1, "bgr0"
+        film.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((1, 200, 3), np.uint8))))
+        film.mux(stream.encode(None))
+    with av.open(str(tmp_path / "sound.mkv"), "w") as film:
+        stream = film.add_stream("pcm_s16le", rate=8000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")
+        sound.rate = 8000
+        film.mux(stream.encode(sound))
+        film.mux(stream.encode(None))
+    (tmp_path / "empty.mp4").touch()
+    Image.new("RGB", (64, 48)).save(tmp_path / "whole.png")
+    predict("--model", checkpoint, "--input", tmp_path, "--output", tmp_path / "out")
+    skipped = capsys.readouterr().err
+    assert "sound.mkv: it has sound, but no pictures" in skipped
+    assert "thin.mkv: overlays are films in H.264, which has no 1×200 pixels" in skipped
+    assert "empty.mp4: Invalid data found when processing input" in skipped
+    assert (tmp_path / "out" / "overlays" / "whole.png").is_file()
 
 
 def test_results_of_two_inputs_never_share_a_file(pictures, tmp_path):
