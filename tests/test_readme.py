@@ -72,13 +72,27 @@ def test_the_lines_for_use_give_an_overlay_and_a_label_map(place):
 
 
 def test_the_lines_for_a_program_of_ones_own_give_a_label_map(place):
-    block, _ = blocks("python", "## Export")
+    block, *_ = blocks("python", "## Export")
     threads, found = torch.get_num_threads(), {}
     try:
         exec(block, found)
     finally:
         torch.set_num_threads(threads)
     assert found["labels"].shape == (90, 120)
+    assert len(np.unique(found["labels"])) > 1
+
+
+def test_the_lines_for_onnx_runtime_give_a_label_map(place):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="needs the extra lemore-hf[onnx]")
+    model = LeMoReForSemanticSegmentation.from_pretrained("model_cards/lemore-camvid")
+    processor = LeMoReImageProcessor.from_pretrained("model_cards/lemore-camvid")
+    export_model(model, processor, "EXPORT", "onnx", with_postprocessing=True)
+    _, block, _ = blocks("python", "## Export")
+    found = {}
+    exec(block, found)
+    assert found["labels"].shape == (1, 360, 480)
+    assert found["labels"].dtype == np.uint8
     assert len(np.unique(found["labels"])) > 1
 
 
@@ -89,7 +103,7 @@ def test_the_lines_for_litert_give_a_label_map(place):
     processor = LeMoReImageProcessor.from_pretrained("model_cards/lemore-camvid")
     export_model(model, processor, "EXPORT", "litert", with_postprocessing=True, image_size=(360, 480))
     assert f"{Path('EXPORT/model.tflite').stat().st_size / 1e6:.1f} MB with the CamVid weights" in README
-    _, block = blocks("python", "## Export")
+    *_, block = blocks("python", "## Export")
     found = {"frame": np.asarray(Image.open("street.jpg").resize((480, 360)))}
     exec(block, found)
     assert found["labels"].shape == (360, 480)
