@@ -56,6 +56,8 @@ from .operations_lemore import (
 logger = logging.get_logger("transformers.models.lemore")
 
 MINIMUM_SIZE = STAGE_STRIDES[-1]
+# In bytes, as PyTorch allocates memory on a CPU.
+WEIGHT_ALIGNMENT = 64
 # Training steps on a GPU from one look at what their labels were to the next.
 LABEL_CHECK_STEPS = 50
 
@@ -694,6 +696,17 @@ def keep_freed_memory() -> None:
     torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
 
+def _align_weights(model: nn.Module) -> None:
+    """Give weights memory of their own where they lie in a mapped file, at any byte: the matrix products of some
+    processors round by it."""
+    for parameter in model.parameters():
+        is_plain = (
+            type(parameter) is nn.Parameter and parameter.device.type == "cpu"
+        )  # neither quantized nor offloaded
+        if is_plain and parameter.data_ptr() % WEIGHT_ALIGNMENT:
+            parameter.data = parameter.data.clone()
+
+
 def _checkpoint_once(layer: nn.Module, checkpointing_func: Callable, function: Callable, *inputs: Any) -> Any:
     """Gradient checkpointing of a layer in which what the backward pass computes again does not count a second time in
     the norms' running statistics."""
@@ -849,7 +862,7 @@ class LeMoRePreTrainedModel(PreTrainedModel):
         config: LeMoReConfig | str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> LeMoRePreTrainedModel:
-        """As in all of Transformers.
+        """As in all of Transformers; on a CPU the outputs are, bit for bit, those of the model that was saved.
 
         Raises:
             `ValueError`: where `is_fused` is asked to be what the checkpoint is not.
@@ -867,7 +880,9 @@ class LeMoRePreTrainedModel(PreTrainedModel):
                 f"The checkpoint {pretrained_model_name_or_path} is {'' if stored else 'not '}fused, so that it "
                 f"cannot be loaded with `is_fused={wanted}`: load it as it is, {way_out}."
             )
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        _align_weights(loaded[0] if isinstance(loaded, tuple) else loaded)  # with `output_loading_info` a pair
+        return loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         # Any class of the family loads what another one saved, also as remote code.

@@ -11,6 +11,7 @@ and the labels are held against PyTorch's.
 """
 
 import argparse
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -107,6 +108,8 @@ def main() -> None:
     graph = arguments.output / manifest.file
     size = sum(file.stat().st_size for file in arguments.output.glob(f"{graph.stem}.*"))
     print(f"{graph}: {precision}, {size / 1e6:.1f} MB")
+    if arguments.browser_page:
+        print(f"To open its page: python scripts/serve_page.py {shlex.quote(str(arguments.output))}")
 
     if arguments.compare:
         print(f"Comparing on {len(images)} pictures ...", file=sys.stderr)
