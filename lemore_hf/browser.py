@@ -3,6 +3,7 @@
 """A page that runs an ONNX export in a browser, on pictures, films and the camera, and a server to open it from."""
 
 import json
+import sys
 from dataclasses import asdict
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -58,6 +59,16 @@ class _Handler(SimpleHTTPRequestHandler):
         """Nothing: a line for each file of a page helps nobody."""
 
 
+class _Server(ThreadingHTTPServer):
+    # On Windows a second server would take the same port unnoticed.
+    allow_reuse_address = sys.platform != "win32"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing for downloads that a browser breaks off, as when a page is loaded anew."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def page_server(folder: Path, host: str = "localhost", port: int = 8000) -> ThreadingHTTPServer:
     """
     A server of an export's page, to be started with `serve_forever()`.
@@ -76,6 +87,6 @@ def page_server(folder: Path, host: str = "localhost", port: int = 8000) -> Thre
             f"{folder} has no {PAGE}: export the model with `--format onnx --with-postprocessing --browser-page`."
         )
     try:
-        return ThreadingHTTPServer((host, port), partial(_Handler, directory=folder))
+        return _Server((host, port), partial(_Handler, directory=folder))
     except (OSError, OverflowError) as error:
         raise OSError(f"Cannot listen at {host}:{port} ({error}): name another port, from 1 to 65535.") from error

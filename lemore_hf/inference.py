@@ -87,14 +87,18 @@ class Segmenter:
             `ValueError`: for a size that the network, or this export of it, does not take.
             `RuntimeError`: in a process that was forked from the one where the network was opened.
         """
+        self._check_process()
+        rows = 1 if self.manifest.with_postprocessing else 2
+        self.manifest.check_shape(len(network_input), *network_input.shape[rows : rows + 2])
+        return self._run(network_input)
+
+    def _check_process(self) -> None:
+        """Refuse to wait forever for threads that are not there, those of PyTorch's image processing among them."""
         if os.getpid() != self._process:
             raise RuntimeError(
                 "This Segmenter was made before the process was forked, which its runtime's threads do not survive: make "
                 "one in each process."
             )
-        rows = 1 if self.manifest.with_postprocessing else 2
-        self.manifest.check_shape(len(network_input), *network_input.shape[rows : rows + 2])
-        return self._run(network_input)
 
     def __call__(self, image: Image.Image | np.ndarray | str | os.PathLike) -> np.ndarray:
         """
@@ -112,7 +116,9 @@ class Segmenter:
             `TypeError`: for what is no picture, such as a list of them, or an array of another shape or type.
             `ValueError`: for a size that the network, or this export of it, does not take, and floats of another range
                 than 0…1 or 0…255.
+            `RuntimeError`: in a process that was forked from the one where the network was opened.
         """
+        self._check_process()
         image = _picture_of(image)
         result = self.run(network_input(image, self.image_processor, self.manifest.with_postprocessing))
         if self.manifest.with_postprocessing:
@@ -126,6 +132,7 @@ class Segmenter:
         Returns:
             `np.ndarray` of shape `(batch, height, width)`: labels.
         """
+        self._check_process()
         result = self.run(network_input(images, self.image_processor, self.manifest.with_postprocessing, size))
         return result if self.manifest.with_postprocessing else np.stack(self._upsampled_labels(result, size))
 

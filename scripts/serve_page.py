@@ -6,10 +6,12 @@
     python scripts/serve_page.py DIR
 
 The network runs in the browser, on as many threads as it gives; nothing is sent back. The page itself loads onnxruntime-web
-from jsDelivr. Any web server will do, with one thread where it does not send the headers that isolate a page.
+from jsDelivr. Any web server will do; browsers run one thread where it does not send the headers that isolate a page, or
+sends them to another machine without https.
 """
 
 import argparse
+import socket
 import sys
 from pathlib import Path
 
@@ -22,7 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--host",
         default="localhost",
-        help="0.0.0.0 lets other machines in; browsers give the camera to localhost alone",
+        help="0.0.0.0 lets other machines in; browsers give the camera and several threads to localhost alone",
     )
     parser.add_argument("--port", type=int, default=8000, help="0 takes any that is free")
     return parser.parse_args()
@@ -31,7 +33,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     with page_server(arguments.folder, arguments.host, arguments.port) as server:
-        print(f"http://{arguments.host}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
+        host = socket.gethostname() if arguments.host == "0.0.0.0" else arguments.host
+        print(f"http://{host}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
         server.serve_forever()
 
 

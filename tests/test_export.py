@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import zipfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -423,15 +424,16 @@ def test_a_frame_that_is_no_picture_is_refused(frame, error, message, model, tmp
         Segmenter(tmp_path)(frame)
 
 
-@pytest.mark.parametrize("with_postprocessing", [False, True])
-def test_other_processes_open_their_own(with_postprocessing, exported, frames):
+@pytest.mark.parametrize("format_of_model", ["onnx", "pytorch"])
+def test_other_processes_open_their_own(format_of_model, exported, checkpoint, frames):
     """Threads of a runtime do not survive a fork, so that a network from before it would wait for them forever."""
-    segmenter = Segmenter(exported("onnx", with_postprocessing), num_threads=1)
+    segmenter = Segmenter(exported("onnx") if format_of_model == "onnx" else checkpoint, num_threads=2)
     labels = segmenter(frames[0])
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         np.testing.assert_array_equal(pool.submit(segmenter, frames[0]).result(), labels)
     process = os.fork() if hasattr(os, "fork") else None
     if process == 0:
+        signal.alarm(60)
         try:
             segmenter(frames[0])
         except RuntimeError as error:

@@ -178,7 +178,7 @@ def test_wrapped_and_offloaded_weights_are_refused():
 def test_masks_of_pruning_are_refused():
     model = trained()
     prune.l1_unstructured(model.decode_head.classifier, "weight", 0.5)
-    with pytest.raises(ValueError, match=r"decode_head\.classifier\.weight_orig.*prune\.remove"):
+    with pytest.raises(ValueError, match=r"decode_head\.classifier\.weight_mask.*prune\.remove"):
         model.fuse()
     prune.remove(model.decode_head.classifier, "weight")
     images = random_images()

@@ -91,7 +91,7 @@ def test_the_lines_for_onnx_runtime_give_a_label_map(place):
     _, block, _ = blocks("python", "## Export")
     found = {}
     exec(block, found)
-    assert found["labels"].shape == (1, 360, 480)
+    assert found["labels"].shape == (1, 900, 1200)
     assert found["labels"].dtype == np.uint8
     assert len(np.unique(found["labels"])) > 1
 

@@ -58,16 +58,16 @@ const browser = await puppeteer.launch({
 });
 const page = await browser.newPage();
 page.setDefaultTimeout(90000);
-const status = pattern => page.waitForFunction(
-  pattern => document.querySelector("#status").textContent.match(pattern)?.input, {}, pattern,
+const says = (place, pattern) => page.waitForFunction(
+  (place, pattern) => document.querySelector(place).textContent.match(pattern)?.input, {}, place, pattern,
 ).then(found => found.jsonValue());
 const legend = () => page.$$eval("#legend li", entries => entries.map(entry => entry.textContent));
 await page.goto(address);
-const seen = { ready: await status("Choose|Could not") };
+const seen = { ready: await says("#status", "Choose") };
 const file = await page.$("#file");
 await page.select("#scale", "0.4");
 await file.uploadFile(photo);
-seen.photo = await status(" ms,");
+seen.photo = await says("#status", " ms,");
 seen.isolated = await page.evaluate(() => crossOriginIsolated);
 seen.picture = await page.$eval("#picture", canvas => [canvas.width, canvas.height]);
 seen.overlay = await page.$eval("#overlay", canvas => [canvas.width, canvas.height]);
@@ -79,9 +79,9 @@ const box = await (await page.$("#stage")).boundingBox();
 await page.mouse.move(box.x + box.width / 2, box.y + box.height - 2);
 seen.under_pointer = await page.$eval("#stage", stage => stage.title);
 await file.uploadFile(text);
-seen.no_picture = await status("is no picture");
+seen.no_picture = await says("#problem", "is no picture");
 await page.select("#scale", "0.6");
-seen.larger = await status("^720");
+seen.larger = await says("#status", "^720");
 const plays = async width => {
   await page.waitForFunction(width => document.querySelector("#picture").width === width, {}, width);
   const first = await page.$eval("#picture", canvas => canvas.toDataURL());
@@ -90,8 +90,28 @@ const plays = async width => {
 };
 await file.uploadFile(film);
 seen.film = await plays(192);
+await file.uploadFile(text);
+await says("#problem", "is no picture");
+await page.select("#scale", "0.4");
+seen.film_at_another_size = await says("#status", "^480");
 await page.click("#camera");
-seen.camera = await plays(640);
+seen.camera = await plays(1280);
+seen.button_of_the_camera = await page.$eval("#camera", button => button.textContent);
+seen.videos = [await page.$$eval("video", videos => videos.length)];
+await page.click("#camera");
+seen.videos.push(await page.$$eval("video", videos => videos.length));
+seen.dropped = await page.evaluate(async () => {
+  const canvas = Object.assign(document.createElement("canvas"), { width: 50, height: 40 });
+  canvas.getContext("2d");
+  const picture = await new Promise(resolve => canvas.toBlob(resolve));
+  const dataTransfer = new DataTransfer();
+  dataTransfer.items.add(new File([picture], "dropped.png", { type: "image/png" }));
+  // Beside the page's content, which is narrower than the window.
+  const dropped = new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true });
+  document.documentElement.dispatchEvent(dropped);
+  return dropped.defaultPrevented;
+});
+await page.waitForFunction(() => document.querySelector("#picture").width === 50);
 writeFileSync(output, JSON.stringify(seen));
 browser.process().kill("SIGKILL");
 process.exit(0);
@@ -242,7 +262,11 @@ def test_page_labels_a_photo_a_film_and_the_camera_in_chromium(browser_runtime, 
     assert "text.png" in seen["no_picture"]
     assert seen["larger"].startswith("720×540")
     assert seen["film"], "the classes in its frames"
+    assert seen["film_at_another_size"].startswith("480×360")
     assert seen["camera"], "the classes in what the camera shows"
+    assert seen["button_of_the_camera"] == "Stop the camera"
+    assert seen["videos"] == [1, 0], "of the camera alone, and none once it is stopped"
+    assert seen["dropped"], "or the browser would leave the page for the picture"
 
 
 def notes_of(page: str) -> dict:

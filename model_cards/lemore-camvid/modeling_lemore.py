@@ -800,7 +800,7 @@ class LeMoRePreTrainedModel(PreTrainedModel):
         """
         if any(hasattr(module, "base_layer") for module in self.modules()):
             raise ValueError("Layers are wrapped by adapters: merge these first, with peft's `merge_and_unload()`.")
-        pruned = [name for name, _ in self.named_parameters() if name.endswith("_orig")]
+        pruned = [name for name, _ in self.named_buffers() if name.endswith("_mask")]
         if pruned:
             raise ValueError(
                 f"Weights are pruned by masks ({pruned[0]}): make the zeros permanent first, with "
@@ -862,7 +862,8 @@ class LeMoRePreTrainedModel(PreTrainedModel):
         config: LeMoReConfig | str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> LeMoRePreTrainedModel:
-        """As in all of Transformers; on a CPU the outputs are, bit for bit, those of the model that was saved.
+        """As in all of Transformers; on a CPU, in the same precision, size and memory layout, the outputs are,
+        bit for bit, those of the model that was saved.
 
         Raises:
             `ValueError`: where `is_fused` is asked to be what the checkpoint is not.
