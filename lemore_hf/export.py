@@ -266,9 +266,8 @@ def export_model(
 
 def largest_side(image_processor: Any) -> int:
     """The most pixels on a side, as far as an image processor's `size` says; 0 where it does not resize."""
-    size = image_processor.size or {}
-    sides = (size.get(name) for name in ("height", "width", "shortest_edge", "longest_edge"))
-    return max((side for side in sides if side), default=0) if image_processor.do_resize else 0
+    sides = dict(image_processor.size or {}).values()
+    return max(sides, default=0) if image_processor.do_resize else 0
 
 
 def _fixed_size(image_processor: Any) -> tuple[int, int] | None:

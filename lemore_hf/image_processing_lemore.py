@@ -30,7 +30,8 @@ class LeMoReImageProcessor(LeMoReImageProcessorMixin, TorchvisionBackend):
     `post_process_semantic_segmentation` for the way back to label maps.
 
     Args:
-        size: `{"height", "width"}`, or `{"shortest_edge"}` with or without `"longest_edge"` to keep the aspect ratio.
+        size: `{"height", "width"}`; or, to keep the aspect ratio, `{"max_height", "max_width"}` (as large as fits) or
+            `{"shortest_edge"}` with or without `"longest_edge"`.
         resample: filter for the images; label maps always take the nearest label.
         do_center_crop, crop_size: cut the middle out after resizing, padding smaller images with black and label 255.
         do_pad, pad_size: pad below and to the right, to `pad_size` or the largest of the batch, with 0 after

@@ -197,12 +197,12 @@ def check_processor(name_or_path: str, recipe: Recipe, accelerator: Accelerator)
     size = processor.get("size", recipe.processor_size)
     own = f"resizes images to {recipe.processor_size}" if recipe.resize is not None else "leaves images at their size"
     if recipe.resize is None or size != recipe.processor_size:
-        edges = [size[edge] for edge in ("height", "width", "shortest_edge") if edge in size]
+        edges = [str(size[edge]) for edge in ("height", "width", "shortest_edge") if edge in size]
         longest = f" --max_longest_edge {size['longest_edge']}" if "longest_edge" in size else ""
+        advice = f" As the processor does it: --resize {' '.join(edges)}{longest}." if edges else ""
         accelerator.print(
             f"The recipe {recipe.name} {own}, the image processor in {name_or_path} brings them to {size}: "
-            "the scores are those at the recipe's size, which --resize changes. As the processor does it: "
-            f"--resize {' '.join(map(str, edges))}{longest}."
+            f"the scores are those at the recipe's size, which --resize changes.{advice}"
         )
 
 

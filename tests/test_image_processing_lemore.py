@@ -227,6 +227,7 @@ def test_defaults_are_imagenet_at_512(processor_class, rgb):
         {"size": {"height": 24, "width": 33}},
         {"size": {"shortest_edge": 21}},
         {"size": {"shortest_edge": 30, "longest_edge": 35}},
+        {"size": {"max_height": 30, "max_width": 24}},
         {"do_center_crop": True, "size": {"shortest_edge": 40}, "crop_size": {"height": 31, "width": 77}},
         {"do_pad": True, "size": {"shortest_edge": 20}, "pad_size": {"height": 45, "width": 50}},
         {"do_normalize": False},
@@ -255,6 +256,9 @@ def test_sizes_by_edge(processor_class, rgb):
 
     assert size(size={"shortest_edge": 20}) == (20, 30)
     assert size(size={"shortest_edge": 20, "longest_edge": 24}) == (16, 24)
+    assert size(size={"max_height": 20, "max_width": 24}) == (16, 24)
+    assert size(size={"max_height": 80, "max_width": 240}) == (80, 120)
+    assert size(size={"max_height": 20, "max_width": 1}) == (1, 1)
     assert size(size=16) == (16, 16)
     assert size(size=(16, 20)) == (16, 20)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from transformers.image_utils import SizeDict
 
 from lemore_hf.browser import PAGE, page_server, write_page
 from lemore_hf.configuration_lemore import LeMoReConfig
@@ -25,6 +26,7 @@ from lemore_hf.data.scenes import draw_scene
 from lemore_hf.evaluation import load_trained_model
 from lemore_hf.export import ExportManifest, export_model
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
+from lemore_hf.image_processing_pil_lemore import target_size
 
 ROOT = Path(__file__).parents[1]
 RELEASED = ROOT / "model_cards" / "lemore-camvid"
@@ -293,6 +295,30 @@ def test_page_has_the_colours_of_the_configuration(tmp_path):
     config = LeMoReConfig.from_pretrained(RELEASED)
     write_page(tmp_path, config, LeMoReImageProcessor(), ExportManifest("onnx", "model.onnx"))
     assert notes_of((tmp_path / PAGE).read_text(encoding="utf-8"))["palette"] == [list(c) for c in config.palette]
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"height": 90, "width": 120},
+        {"shortest_edge": 90},
+        {"shortest_edge": 90, "longest_edge": 120},
+        {"max_height": 90, "max_width": 120},
+    ],
+    ids=str,
+)
+def test_page_brings_pictures_to_the_size_that_the_processor_does(size, browser_runtime):
+    page = (ROOT / "lemore_hf" / "browser_page.html").read_text(encoding="utf-8")
+    (function,) = re.findall(r"^function inputSize\(.*?^}\n", page, flags=re.DOTALL | re.MULTILINE)
+    heights_and_widths = [(90, 120), (120, 90), (1080, 1920), (1920, 1080), (333, 500), (61, 97), (400, 401)]
+    notes = {"processor": {"do_resize": True, "size": size}, "graph": {"min_size": 32}, "scale": {"value": 1}}
+    names = f"const {{ processor, graph, scale }} = {json.dumps(notes)};"
+    answer = f"{json.dumps(heights_and_widths)}.map(([height, width]) => inputSize(width, height).reverse())"
+    command = ["node", "-e", f"{names}\n{function}\nconsole.log(JSON.stringify({answer}))"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = [target_size(pair, SizeDict(**size)) for pair in heights_and_widths]
+    assert json.loads(done.stdout) == [[pair.height, pair.width] for pair in expected]
 
 
 @pytest.mark.parametrize(("export_format", "with_postprocessing"), [("onnx", False), ("openvino", True)])

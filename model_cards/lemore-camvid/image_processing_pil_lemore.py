@@ -25,6 +25,7 @@ from transformers.image_utils import (
     ImageInput,
     PILImageResampling,
     SizeDict,
+    get_image_size_for_max_height_width,
     infer_channel_dimension_format,
     torch_pil_interpolation_mapping,
 )
@@ -118,9 +119,7 @@ class LeMoReImageProcessorMixin:
 
     def _standardize_kwargs(self, **kwargs) -> dict[str, Any]:
         kwargs = super()._standardize_kwargs(**kwargs)
-        _check_size(
-            "size", kwargs.get("size"), ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"})
-        )
+        _check_size("size", kwargs.get("size"), _SIZES)
         _check_size("crop_size", kwargs.get("crop_size"), ({"height", "width"},))
         _check_size("pad_size", kwargs.get("pad_size"), ({"height", "width"},))
         if kwargs.get("data_format") not in (None, ChannelDimension.FIRST):
@@ -544,6 +543,13 @@ def _read_label_map(label_map: Union[Image.Image, np.ndarray, "torch.Tensor"]) -
 
 # Sizes
 
+_SIZES = (
+    {"height", "width"},
+    {"shortest_edge"},
+    {"shortest_edge", "longest_edge"},
+    {"max_height", "max_width"},
+)
+
 
 def _check_size(name: str, size: SizeDict | None, allowed: tuple[set[str], ...]) -> None:
     if size is None:
@@ -595,9 +601,12 @@ def _check_stackable(images: list) -> None:
 
 def target_size(current: tuple[int, int], size: SizeDict) -> SizeDict:
     """The height and width that `size` asks of an image of the `current` height and width."""
-    if size.shortest_edge is None:
+    if size.max_height is not None:
+        height, width = get_image_size_for_max_height_width(tuple(current), size.max_height, size.max_width)
+    elif size.shortest_edge is not None:
+        height, width = get_size_with_aspect_ratio(tuple(current), size.shortest_edge, size.longest_edge)
+    else:
         return size
-    height, width = get_size_with_aspect_ratio(tuple(current), size.shortest_edge, size.longest_edge)
     return SizeDict(height=max(height, 1), width=max(width, 1))
 
 
