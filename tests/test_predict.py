@@ -464,6 +464,36 @@ def test_a_film_of_few_frames_is_whole(tmp_path):
     assert len(list(prediction_module._frames(tmp_path / "film.avi"))) == 20
 
 
+@pytest.mark.parametrize(
+    ("suffix", "container", "codec"),
+    [
+        (".3gp", "3gp", "mpeg4"),
+        (".flv", "flv", "flv"),
+        (".m2ts", "mpegts", "libx264"),
+        (".mpg", "mpeg", "mpeg1video"),
+        (".mts", "mpegts", "libx264"),
+        (".ogv", "ogg", "libvpx"),
+        (".ts", "mpegts", "mpeg2video"),
+        (".webm", "webm", "libvpx"),
+        (".wmv", "asf", "wmv2"),
+    ],
+)
+def test_films_of_cameras_and_recorders_are_found_in_folders(tmp_path, suffix, container, codec):
+    import av
+
+    path = tmp_path / "films" / f"film{suffix}"
+    path.parent.mkdir()
+    with av.open(str(path), "w", format=container) as film:
+        stream = film.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 176, 144, "yuv420p"
+        for number in range(25):
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((144, 176, 3), 10 * number, np.uint8))))
+        film.mux(stream.encode())
+    (found,) = prediction_module.find_inputs([str(path.parent)], tmp_path / "results")
+    frames = list(prediction_module._frames(found))
+    assert [frame[1] for frame in frames] == pytest.approx([number / 25 for number in range(25)], abs=2e-3)
+
+
 def test_results_of_a_film_begin_with_it_and_keep_the_shape_of_its_pixels(segmenter, tmp_path):
     import av
 
