@@ -24,15 +24,14 @@ _PLACE = '<script id="export" type="application/json">{}</script>'
 
 def write_page(folder: Path, config: "PreTrainedConfig", image_processor: Any, manifest: "ExportManifest") -> None:
     """Write the page beside a graph with post-processing, for the names, colours and sizes of its model."""
-    from .visualization import class_names, default_palette
+    from .visualization import class_names, palette_of
 
     names = class_names(config)
-    palette = config.palette if len(config.palette or ()) >= len(names) else default_palette(len(names))
     notes = {
         "graph": asdict(manifest),
         "processor": json.loads(image_processor.to_json_string()),
         "names": [names[number] for number in range(len(names))],
-        "palette": [list(colour) for colour in palette],
+        "palette": [list(colour) for colour in palette_of(config)],
     }
     # In HTML a "<" within a name could end the script.
     filled = _PLACE.replace("{}", json.dumps(notes).replace("<", "\\u003c"))

@@ -25,6 +25,7 @@ from huggingface_hub import (
     RepoFile,
 )
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, StrictDataclassError
+from huggingface_hub.utils.sha import git_hash
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
@@ -493,7 +494,7 @@ def _is_same(entry: RepoFile, path: Path) -> bool:
     content = path.read_bytes()
     if entry.lfs is not None:
         return entry.lfs.sha256 == hashlib.sha256(content).hexdigest()
-    return entry.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return entry.blob_id == git_hash(content)
 
 
 @contextlib.contextmanager

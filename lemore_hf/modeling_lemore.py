@@ -1013,14 +1013,15 @@ class LeMoReGatedFusion(nn.Module):
         self.gate = LeMoReConvLayer(config, config.hidden_size, channels, activation=False)
         self.value = LeMoReConvLayer(config, config.hidden_size, channels, activation=False)
 
-    def forward(
-        self, local_feature: torch.Tensor, gates: torch.Tensor, values: torch.Tensor | None = None
+    def forward(self, local_feature: torch.Tensor, global_features: torch.Tensor) -> torch.Tensor:
+        return self.combine(local_feature, self.gate(global_features).sigmoid(), self.value(global_features))
+
+    def combine(
+        self, local_feature: torch.Tensor, gate: torch.Tensor, value: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Local features, and what `gate` (after its sigmoid) and `value` make of the global ones, at their size."""
-        fused = self.local(local_feature)
-        size = fused.shape[-2:]
-        gates = resize_bilinear(gates, size)
-        return fused * gates if values is None else torch.addcmul(resize_bilinear(values, size), fused, gates)
+        local = self.local(local_feature)
+        gate = resize_bilinear(gate, local.shape[-2:])
+        return local * gate if value is None else torch.addcmul(resize_bilinear(value, local.shape[-2:]), local, gate)
 
 
 class LeMoReDecodeHead(nn.Module):
@@ -1038,25 +1039,24 @@ class LeMoReDecodeHead(nn.Module):
 
     def forward(self, local_features: tuple[torch.Tensor, ...], global_features: torch.Tensor) -> torch.Tensor:
         size = local_features[self.output_stage].shape[-2:]
-        gates, values = self.gates_and_values(global_features)
-        fused_maps = []
-        for index, (fusion, local_feature) in enumerate(zip(self.fusions, local_features, strict=True)):
-            if index < self.output_stage:
-                # Finer scales come to the output stride before they are fused, not after: fusing the decoder's many
-                # channels at stride 4 would take half of the network's time (our choice).
-                local_feature = resize_bilinear(local_feature, size)
-            fused = fusion(local_feature, gates[index], values[index])
-            fused_maps.append(resize_bilinear(fused, size) if index > self.output_stage else fused)
-        hidden_state = self.activation(functools.reduce(torch.add, fused_maps))
-        return self.classifier(self.dropout(hidden_state))
+        # Finer scales are brought to the output stride before fusion, not after: fusing the decoder's many channels at
+        # stride 4 would take half of the network's time (our choice).
+        finer = [resize_bilinear(feature, size) for feature in local_features[: self.output_stage]]
+        fused = self.fuse_scales([*finer, *local_features[self.output_stage :]], global_features)
+        coarser = [resize_bilinear(feature, size) for feature in fused[self.output_stage + 1 :]]
+        total = functools.reduce(torch.add, fused[: self.output_stage + 1] + coarser)
+        return self.classifier(self.dropout(self.activation(total)))
+
+    def fuse_scales(self, local_features: list[torch.Tensor], global_features: torch.Tensor) -> list[torch.Tensor]:
+        if not self.is_fused:
+            return [fusion(local, global_features) for fusion, local in zip(self.fusions, local_features, strict=True)]
+        scales = zip(self.fusions, local_features, *self.gates_and_values(global_features), strict=True)
+        return [fusion.combine(*inputs) for fusion, *inputs in scales]
 
     def gates_and_values(
         self, global_features: torch.Tensor
     ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...]]:
-        """The gates and the values of all scales, at the tokens' size."""
-        if not self.is_fused:
-            gates = tuple(fusion.gate(global_features).sigmoid() for fusion in self.fusions)
-            return gates, tuple(fusion.value(global_features) for fusion in self.fusions)
+        """The gates and the values of all scales, at the tokens' size; of a fused head."""
         projected = self.projection(global_features).split(self.classifier.in_channels, dim=1)
         gates, values = projected[: len(self.fusions)], projected[len(self.fusions) :]
         return tuple(gate.sigmoid() for gate in gates), (None,) * self.output_stage + values
@@ -1098,7 +1098,7 @@ class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
         self.lemore = LeMoReModel(config)
         self.decode_head = LeMoReDecodeHead(config)
         self._labels_were_checked = False
-        self._unread_steps, self._found_invalid = 0, None
+        self._unread_steps, self._found_invalid = 0, False
         self.post_init()
 
     @can_return_tuple
@@ -1176,12 +1176,11 @@ class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
             check_label_values(labels, num_labels, ignore_index)
             self._labels_were_checked = True
             return
-        found = name_no_class(labels, num_labels, ignore_index).any()
-        self._found_invalid = found if self._found_invalid is None else self._found_invalid | found
+        self._found_invalid = name_no_class(labels, num_labels, ignore_index).any() | self._found_invalid
         self._unread_steps += 1
         if self._unread_steps >= LABEL_CHECK_STEPS:
             found, steps = bool(self._found_invalid), self._unread_steps
-            self._unread_steps, self._found_invalid = 0, None
+            self._unread_steps, self._found_invalid = 0, False
             if found:
                 raise ValueError(
                     f"`labels` of the last {steps} steps held values that are no class, which made the loss and the "

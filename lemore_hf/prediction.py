@@ -26,7 +26,7 @@ from .checkpointing import atomic_file
 from .export import GRAPH_FILES, MANIFEST
 from .inference import Segmenter, find_model, read_picture
 from .pictures import PICTURE_SUFFIXES, files_below
-from .visualization import class_names, default_palette, draw_segmentation
+from .visualization import class_names, draw_segmentation, palette_of
 
 if TYPE_CHECKING:
     import av
@@ -303,7 +303,7 @@ def mask_image(labels: np.ndarray, config: PreTrainedConfig) -> Image.Image:
     bits beyond."""
     image = Image.fromarray(_narrow(labels, config))
     if image.mode == "L":
-        image.putpalette(np.asarray(_palette(config), np.uint8).tobytes())
+        image.putpalette(np.asarray(palette_of(config), np.uint8).tobytes())
     return image
 
 
@@ -313,14 +313,8 @@ def overlay_image(
     """A label map over its picture."""
     # No prediction is void: of many classes, one may have the number that stands for it in label maps.
     return draw_segmentation(
-        image, labels, class_names(config), _palette(config), alpha=alpha, legend=legend, ignore_index=-1
+        image, labels, class_names(config), palette_of(config), alpha=alpha, legend=legend, ignore_index=-1
     )
-
-
-def _palette(config: PreTrainedConfig) -> list:
-    num_colors = max(config.num_labels, 2)
-    palette = getattr(config, "palette", None) or ()  # other families have none
-    return palette if len(palette) >= num_colors else default_palette(num_colors)
 
 
 def _narrow(labels: np.ndarray, config: PreTrainedConfig) -> np.ndarray:

@@ -159,8 +159,8 @@ def draw_segmentation(
     values, counts = np.unique(classes, return_counts=True)
     shares = {int(value): count / classes.size for value, count in zip(values, counts, strict=True)}
     void_share = shares.pop(ignore_index, 0.0)
-    if palette is None:
-        palette = getattr(config, "palette", None)
+    if palette is None and config is not None:
+        palette = palette_of(config)
     colors = _colors_of(shares, names, palette)
 
     if shares:
@@ -185,6 +185,13 @@ def draw_segmentation(
 def class_names(config: PreTrainedConfig) -> dict[int, str]:
     """Names by the numbers of label maps: a binary network's one label is its class 1, over a background."""
     return config.id2label if config.num_labels > 1 else {0: "background", 1: config.id2label[0]}
+
+
+def palette_of(config: PreTrainedConfig) -> Sequence[Sequence[int]]:
+    """Colours by the numbers of label maps: the configuration's own, or the default ones (at most
+    1024) where it has too few."""
+    palette, number = getattr(config, "palette", None) or (), len(class_names(config))  # other families have none
+    return palette if len(palette) >= number else default_palette(min(number, _MAX_PALETTE))
 
 
 def segments_to_map(

@@ -315,5 +315,5 @@ def without_seeds(plan: dict[str, Any], name: str) -> dict[str, Any]:
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error

@@ -696,7 +696,7 @@ def check_losses(pending: list[tuple[int, list[str], torch.Tensor]]) -> list[flo
     """The losses since the last check; an error that names the samples if one is not finite."""
     values = torch.stack([loss for _, _, loss in pending]).float().tolist()
     for (step, names, _), value in zip(pending, values, strict=True):
-        if not torch.isfinite(torch.tensor(value)):
+        if not math.isfinite(value):
             raise FloatingPointError(
                 f"The loss of step {step + 1} is {value}, for the samples {', '.join(names)}. Look at them with "
                 "scripts/check_dataset.py; where they are right, train into another --output_dir with a lower "

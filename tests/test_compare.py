@@ -144,6 +144,26 @@ def test_seeds_are_summed_up(script, tmp_path):
     )
 
 
+def test_a_value_of_another_type_is_named_without_a_traceback(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(json.dumps(RECIPE))
+    plan = {**PLAN, "recipe": str(tmp_path / "recipe.yaml"), "options": {"max_steps": "ten"}}
+    (tmp_path / "plan.yaml").write_text(json.dumps(plan))
+    words = [
+        sys.executable,
+        ROOT / "scripts" / "compare.py",
+        "--plan",
+        tmp_path / "plan.yaml",
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    done = subprocess.run(
+        [*words, "--runs", tmp_path / "runs", "--table", tmp_path / "table"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("TypeError: ")
+    assert "max_steps" in done.stderr
+
+
 def test_results_of_other_options_are_not_shown_as_those_of_the_plan(compare, script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "run", lambda name, *words: None)
     compare({**PLAN, "options": {**PLAN["options"], "mixed_precision": "fp8"}})  # which train.py has refused

@@ -895,6 +895,18 @@ def test_streamed_augmentation_depends_on_image_and_epoch_alone(set_of_ten):
     assert all(alone[name] == pixels for name, pixels in half.items())
 
 
+def test_streamed_augmentation_is_that_of_a_folder_wherever_it_lies(tmp_path):
+    seen = []
+    for place in ("here", "there"):
+        for split in ("train", "validation"):
+            write_pairs(tmp_path / place / split, [f"frame-{number}" for number in range(4)])
+        recipe = folder_recipe()
+        stream = load_split(recipe, "train", tmp_path / place, streaming=True)
+        dataset = StreamedRecipeDataset(stream, recipe, training=True)
+        seen.append(torch.stack([sample["pixel_values"] for sample in itertools.islice(dataset, 8)]))
+    assert torch.equal(*seen)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers are sent the data set")
 def test_workers_inherit_what_is_kept_in_memory(tmp_path):
     """Where Python would send it (its default from 3.14 on), each picture would take file descriptors."""

@@ -337,9 +337,12 @@ def test_classes_of_a_table_with_their_numbers(tmp_path):
     table.write_text("Pixel Value, Class\n1, cone\n5, box\n")
     recipe = load_recipe("folder", data_dir=tmp_path)
     assert (recipe.class_names, recipe.label_map) == (("cone", "box"), {1: 0, 5: 1})
-    table.write_text("Pixel Value, Class\ncone, 1\n")
-    with pytest.raises(ValueError, match=r"_classes\.csv must have the lines 'Pixel Value, Class', '0, background'"):
-        load_recipe("folder", data_dir=tmp_path)
+    for content in ("Pixel Value, Class\ncone, 1\n", "Pixel Value, Class\n", ""):
+        table.write_text(content)
+        with pytest.raises(
+            ValueError, match=r"_classes\.csv must have the lines 'Pixel Value, Class', '0, background'"
+        ):
+            load_recipe("folder", data_dir=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -262,6 +262,9 @@ def test_a_binary_networks_label_is_drawn_over_a_background(image):
     drawn = draw_segmentation(image, segmentation, config=config, alpha=1)
     expected = draw_segmentation(image, segmentation, {0: "background", 1: "road"}, config.palette, alpha=1)
     assert drawn.tobytes() == expected.tobytes()
+    config.palette = [[200, 0, 0]]  # of the one label: the background has no colour then
+    drawn = draw_segmentation(image, segmentation, config=config, alpha=1)
+    assert drawn.tobytes() == draw_segmentation(image, segmentation, {0: "background", 1: "road"}, alpha=1).tobytes()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import datasets
@@ -764,7 +764,8 @@ class StreamedRecipeDataset(IterableDataset):
     """Streamed samples as the network is given them: like `RecipeDataset`, in the order in which they come.
 
     In training it goes round and round, shuffled within `recipe.shuffle_buffer_size` samples, anew each epoch, and
-    `index` is a checksum of the image file, so that the augmentation depends on nothing but seed, epoch and image.
+    `index` is a checksum of the image's bytes, or of its name where it is a file of its own, so that the augmentation
+    depends on nothing but seed, epoch and image, wherever it lies.
 
     Args:
         samples: from `load_split(..., streaming=True)`.
@@ -907,5 +908,6 @@ def without_decoding(samples):
 
 def _checksum(image: Any) -> int:
     if isinstance(image, dict):
-        return zlib.crc32(image["bytes"] if image.get("bytes") is not None else image["path"].encode())
+        content = image.get("bytes")
+        return zlib.crc32(PurePath(image["path"]).name.encode() if content is None else content)
     return zlib.crc32(np.asarray(image).tobytes())

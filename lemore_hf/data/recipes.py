@@ -651,7 +651,7 @@ def _rgb(parts: list[str]) -> list[int]:
 
 def _classes_of_csv(path: Path) -> dict[str, Any]:
     """Names and stored labels as Roboflow lists them, under a line of titles: `Pixel Value, Class`."""
-    _, *rows = csv.reader(_lines(path), skipinitialspace=True)
+    rows = list(csv.reader(_lines(path), skipinitialspace=True))[1:]
     if not rows or any(len(row) != 2 or not row[0].strip().isdecimal() for row in rows):
         raise ValueError(f"{path} must have the lines 'Pixel Value, Class', '0, background', '1, road' and so on.")
     stored = [int(number) for number, _ in rows]
