@@ -12,8 +12,8 @@ _SAME_KEYSTROKE = 1.0  # Seconds: a launcher passes on to its processes what the
 
 
 def shield_worker(worker_id: int = 0) -> None:
-    """`worker_init_fn` of a `DataLoader`: what terminals and launchers send to a process and all that it has started does
-    not reach its workers, without which it could not end its step. They still end when it does."""
+    """`worker_init_fn` of a `DataLoader`: shields its workers from signals sent to the whole process group, since without
+    them the process could not end its step. They still end when it does."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
 

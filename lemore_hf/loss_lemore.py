@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from .operations_lemore import STRIP_BYTES, is_transformed, resize_bilinear, tent_filter
 
 
-def name_no_class(labels: torch.Tensor, num_labels: int, ignore_index: int) -> torch.Tensor:
+def is_invalid_label(labels: torch.Tensor, num_labels: int, ignore_index: int) -> torch.Tensor:
     """Where labels are neither void nor a class; one label tells two apart."""
     classes = labels.long()  # an ignore index of -100 or 255 is beyond some integer types
     invalid = (classes != ignore_index) & ((classes < 0) | (classes >= max(num_labels, 2)))
@@ -31,7 +31,7 @@ def check_label_values(labels: torch.Tensor, num_labels: int, ignore_index: int 
     Raises:
         `ValueError`: naming the values outside of `[0, num_labels)` that are not `ignore_index`.
     """
-    refuse_no_class(
+    raise_for_invalid_labels(
         labels,
         num_labels,
         ignore_index,
@@ -40,16 +40,16 @@ def check_label_values(labels: torch.Tensor, num_labels: int, ignore_index: int 
     )
 
 
-def refuse_no_class(labels: torch.Tensor, num_labels: int, ignore_index: int, way_out: str) -> None:
-    """Raise `ValueError` for labels that name no class: what the ignore index is for, and what to do, is the way out."""
-    invalid = name_no_class(labels, num_labels, ignore_index)
+def raise_for_invalid_labels(labels: torch.Tensor, num_labels: int, ignore_index: int, advice: str) -> None:
+    """Raise `ValueError` for labels that are no class; its message ends with `advice`."""
+    invalid = is_invalid_label(labels, num_labels, ignore_index)
     if not invalid.any():
         return
     values = labels[invalid].unique().tolist()
     shown = ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
     raise ValueError(
         f"`labels` holds values that are no class: {shown}. Expected 0 to {max(num_labels, 2) - 1} "
-        f"(`config.num_labels`={num_labels}) or {ignore_index} {way_out}"
+        f"(`config.num_labels`={num_labels}) or {ignore_index} {advice}"
     )
 
 
@@ -69,11 +69,11 @@ def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: 
     """
     num_labels = logits.shape[1]
     labels = labels.to(logits.device)  # a `device_map` may leave them elsewhere
-    invalid = name_no_class(labels, num_labels, ignore_index)
+    invalid = is_invalid_label(labels, num_labels, ignore_index)
     labels = labels.long()
     valid = labels != ignore_index
     labels = labels.masked_fill(~valid | invalid, ignore_index)
-    # A product, so that gradients are NaN too: filled in, NaN would give none, and the batch would go by unseen.
+    # Multiplied, not filled: filling would cut the gradients, and the batch would pass unnoticed.
     poison = torch.where(invalid.any(), torch.nan, 1.0)
     logits = logits * poison
     if num_labels == 1:

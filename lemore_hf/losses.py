@@ -28,10 +28,9 @@ class SegmentationCriterion(nn.Module):
         ohem_min_kept (`int`): The hardest pixels of a batch, which count whatever their probability.
         dice_weight (`float`): Weight of the soft Dice loss (Milletari et al., 3DV 2016), averaged over the classes present.
         lovasz_weight (`float`): Weight of the Lovász-softmax loss (Berman et al., CVPR 2018), over the classes present.
-        lovasz_stride (`int`): It takes one pixel out of as many rows and as many columns, since it sorts all pixels for
-            each class (our choice).
-        stride (`int`): All terms look at one pixel out of as many rows and as many columns, from an offset drawn for
-            each batch: on a CPU the loss of every pixel takes a good part of a step (our choice). `lovasz_stride` counts
+        lovasz_stride (`int`): It takes the pixels of every n-th row and column, since it sorts all pixels for each class
+            (our choice).
+        stride (`int`): All terms look at every n-th row and column, from an offset drawn for each batch: on a CPU the loss of every pixel takes a good part of a step (our choice). `lovasz_stride` counts
             what is left.
         ignore_index (`int`): The void label, which no term counts.
 

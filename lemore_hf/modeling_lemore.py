@@ -37,11 +37,10 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_lemore import STAGE_STRIDES, LeMoReConfig
-from .loss_lemore import check_label_values, name_no_class, refuse_no_class, segmentation_loss
+from .loss_lemore import check_label_values, is_invalid_label, raise_for_invalid_labels, segmentation_loss
 from .operations_lemore import (
     STRIP_BYTES,
     DepthwiseByShifts,
-    as_it_is,
     hides_values,
     is_channels_last,
     is_same_tensor,
@@ -50,6 +49,7 @@ from .operations_lemore import (
     resize_bilinear,
     tent_filter,
     trains_on_gpu,
+    without_autocast,
 )
 
 # Below "transformers", so that its verbosity settings hold wherever this file is imported from.
@@ -88,9 +88,9 @@ class LeMoReModelOutput(ModelOutput):
 
 
 class LeMoReDepthwiseConv2d(nn.Conv2d):
-    """Depthwise 3×1 or 1×3 convolution of stride 1 without bias, which libraries neglect in training in half precision. On
-    a GPU, in channels-last, it is a sum of shifted inputs instead, there the faster by far. A dilated one is at least in
-    single precision on a CPU: oneDNN 3.12 (PyTorch 2.14) returns wrong weight gradients in bfloat16 and channels-last."""
+    """Depthwise 3×1 or 1×3 convolution of stride 1 without bias, which libraries train slowly in half precision. On a GPU,
+    in channels-last, a sum of shifted inputs is far faster. On a CPU a dilated one is computed in single precision or more:
+    oneDNN 3.12 (PyTorch 2.14) returns wrong weight gradients in bfloat16 and channels-last."""
 
     def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
         if not self._trains_in_half_precision(hidden_state):
@@ -158,7 +158,7 @@ class LeMoReConvLayer(nn.Module):
 
 
 def _activate_in_place(activation: nn.Module) -> None:
-    """Save the memory of an activation's output, where it can do without. Only for what nobody else needs."""
+    """Let the activation overwrite its input. Only where nothing else reads that input."""
     if hasattr(activation, "inplace"):
         activation.inplace = True
 
@@ -200,7 +200,7 @@ def _drop_path(rate: float) -> nn.Module:
 class LeMoReDropPath(nn.Module):
     """
     Stochastic depth (Huang et al., ECCV 2016): in training a branch is left out of a share of the images, and scaled up
-    in the others. As torchvision's, without which the model's file loads.
+    in the others. The same as torchvision's `StochasticDepth`, which this file must not require.
 
     Args:
         rate (`float`): The share, in `[0, 1)`.
@@ -241,7 +241,7 @@ def resample_axis_weight(weight: torch.Tensor, size: int) -> torch.Tensor:
     """
     native = weight.shape[0]
     tent = tent_filter(native, size, weight)
-    with as_it_is(weight):
+    with without_autocast(weight):
         return (tent @ weight.to(tent.dtype) @ tent.t() * (native / size)).to(weight.dtype)
 
 
@@ -259,7 +259,7 @@ class LeMoReAxisView(nn.Module):
     """
 
     is_fused = False
-    MAX_SIZES = 8  # that a fused view remembers its factors for
+    MAX_SIZES = 8  # whose factors a fused view caches
     # Of an axis over its native size n₀. From about 2.4 up, reading down, mixing and interpolating back (2 n n₀ + n₀²)
     # costs less than the resampled weights (n²): the cost of a pixel stays flat as images grow.
     MAX_RESAMPLED = 2.5
@@ -296,7 +296,7 @@ class LeMoReAxisView(nn.Module):
             self._factors.pop(size, None)
             for oldest in list(self._factors)[: 1 - self.MAX_SIZES]:
                 self._factors.pop(oldest, None)  # other threads may forget what this one remembers
-            # With the weight itself: another that took its place in memory could not be told from it.
+            # Holding the weight keeps another from taking its place in memory, which could not be told from it.
             self._factors[size] = (weight.detach(), weight._version, factors)
         return factors
 
@@ -309,7 +309,7 @@ class LeMoReAxisView(nn.Module):
         """The resampled weights in two steps: read down to the native size and mix, then interpolate back."""
         native = self.weight.shape[0]
         tent = tent_filter(native, size, self.weight).to(self.weight.dtype)
-        with as_it_is(tent):
+        with without_autocast(tent):
             return self.weight @ tent.t() * (native / size), tent
 
     def _along_axis(self, weight: torch.Tensor, hidden_state: torch.Tensor) -> torch.Tensor:
@@ -559,7 +559,7 @@ class LeMoReTokenPyramid(nn.Module):
     """
     ξ₁..ξ₄, average-pooled to the token stride and concatenated: `(B, S, H / 64, W / 64)`, rounded up.
 
-    Each token averages its own 64×64 pixels; those at the lower and right border what there is of them (our choice).
+    Each token averages its own 64×64 pixels; at the lower and right borders, those inside the image (our choice).
     """
 
     def __init__(self, config: LeMoReConfig):
@@ -689,7 +689,7 @@ def keep_freed_memory() -> None:
     """
     Let the C library keep the buffers that a forward pass frees, for the next one.
 
-    Without it most of a pass on a CPU may go by with fresh pages from the system. glibc gives back what is larger than
+    Without it most of a pass on a CPU may go into page faults. glibc gives back what is larger than
     the largest block freed so far (see "dynamic mmap threshold" in mallopt(3)), up to 32 MiB: one such block, which
     nobody writes to, costs nothing.
     """
@@ -697,8 +697,8 @@ def keep_freed_memory() -> None:
 
 
 def _align_weights(model: nn.Module) -> None:
-    """Give weights memory of their own where they lie in a mapped file, at any byte: the matrix products of some
-    processors round by it."""
+    """Copy weights that a memory-mapped file leaves unaligned: on some processors the rounding of matrix products depends
+    on alignment."""
     for parameter in model.parameters():
         is_plain = (
             type(parameter) is nn.Parameter and parameter.device.type == "cpu"
@@ -708,8 +708,7 @@ def _align_weights(model: nn.Module) -> None:
 
 
 def _checkpoint_once(layer: nn.Module, checkpointing_func: Callable, function: Callable, *inputs: Any) -> Any:
-    """Gradient checkpointing of a layer in which what the backward pass computes again does not count a second time in
-    the norms' running statistics."""
+    """Gradient checkpointing whose recomputation leaves the norms' running statistics alone."""
     if torch.compiler.is_compiling():  # there each batch is counted once
         return checkpointing_func(function, *inputs)
     runs = itertools.count()
@@ -727,7 +726,7 @@ def _running_statistics_kept(layer: nn.Module) -> Iterator[None]:
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     try:
         for norm in norms:
-            # Counted in a copy: SyncBatchNorm does without no counter.
+            # Counted in a copy, since SyncBatchNorm needs a counter.
             count = norm.num_batches_tracked
             norm.momentum, norm.num_batches_tracked = 0.0, None if count is None else count.clone()
         yield
@@ -756,7 +755,7 @@ class LeMoRePreTrainedModel(PreTrainedModel):
         super().__init__(config, *inputs, **kwargs)  # which refuses what is no configuration
         config = self.config
         config.validate_architecture()  # again: `from_pretrained(..., field=value)` sets fields of a finished config
-        # Of a single label, the two that it tells apart may have a colour each.
+        # A single label tells two classes apart, which may have a colour each.
         if config.palette is not None and len(config.palette) not in {config.num_labels, max(config.num_labels, 2)}:
             logger.warning(
                 f"`palette` has {len(config.palette)} colours for {config.num_labels} classes, as of a checkpoint for "
@@ -781,7 +780,7 @@ class LeMoRePreTrainedModel(PreTrainedModel):
         """
         A copy for inference, faster and with the same outputs up to rounding; the model itself is left as it is.
 
-        Batch norms are folded into convolutions, and products of the same factor are made at once. The copy is in
+        Batch norms are folded into convolutions, and projections of the same input are joined. The copy is in
         evaluation mode and refuses to be trained. It is saved, loaded and exported as any model: `config.is_fused`
         says what its weights are.
 
@@ -843,8 +842,8 @@ class LeMoRePreTrainedModel(PreTrainedModel):
         super().post_init()
 
     def _fuse_parts(self) -> None:
-        # From the inside out: what a part fuses are convolutions that already hold their norms. In a model within this
-        # one the parts are fused already.
+        # Innermost first: a part fuses convolutions that have already absorbed their norms. In a model within this one
+        # the parts are fused already.
         for module in reversed(list(self.modules())):
             if getattr(module, "is_fused", True):
                 continue
@@ -876,10 +875,10 @@ class LeMoRePreTrainedModel(PreTrainedModel):
                     "is_fused", False
                 )
         if wanted != stored:
-            way_out = "and call `fuse()` on it" if wanted else "or, for training, the one that it was made of"
+            advice = "and call `fuse()` on it" if wanted else "or, for training, the one that it was made of"
             raise ValueError(
                 f"The checkpoint {pretrained_model_name_or_path} is {'' if stored else 'not '}fused, so that it "
-                f"cannot be loaded with `is_fused={wanted}`: load it as it is, {way_out}."
+                f"cannot be loaded with `is_fused={wanted}`: load it as it is, {advice}."
             )
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         _align_weights(loaded[0] if isinstance(loaded, tuple) else loaded)  # with `output_loading_info` a pair
@@ -1176,7 +1175,7 @@ class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
             check_label_values(labels, num_labels, ignore_index)
             self._labels_were_checked = True
             return
-        self._found_invalid = name_no_class(labels, num_labels, ignore_index).any() | self._found_invalid
+        self._found_invalid = is_invalid_label(labels, num_labels, ignore_index).any() | self._found_invalid
         self._unread_steps += 1
         if self._unread_steps >= LABEL_CHECK_STEPS:
             found, steps = bool(self._found_invalid), self._unread_steps
@@ -1243,8 +1242,8 @@ class LeMoReForImageClassification(LeMoRePreTrainedModel):
         num_labels, problem_type = self.config.num_labels, self.config.problem_type
         are_classes = problem_type in (None, "single_label_classification") and not labels.is_floating_point()
         if num_labels > 1 and are_classes and not hides_values(labels):
-            way_out = "for none. Count classes from 0, or set `num_labels` of the configuration to what the data has."
-            refuse_no_class(labels, num_labels, -100, way_out)
+            advice = "for none. Count classes from 0, or set `num_labels` of the configuration to what the data has."
+            raise_for_invalid_labels(labels, num_labels, -100, advice)
 
 
 AUTO_CLASSES = {

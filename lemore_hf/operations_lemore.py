@@ -34,12 +34,12 @@ def is_same_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether `torch.func` (`vmap`, `grad`, ...) looks on, under which tensors have no memory to ask about."""
+    """Whether `torch.func` (`vmap`, `grad`, ...) is active: its tensors have no address in memory."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def trains_on_gpu(hidden_state: torch.Tensor) -> bool:
-    """Whether gradients will be asked for on a GPU, in channels-last, of what no compiler makes kernels of its own for."""
+    """Whether an eager tensor on a GPU, in channels-last, may need gradients."""
     return (
         hidden_state.is_cuda
         and torch.is_grad_enabled()
@@ -53,7 +53,7 @@ def hides_values(tensor: torch.Tensor) -> bool:
     return torch.compiler.is_compiling() or is_transformed() or tensor.is_meta
 
 
-def as_it_is(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+def without_autocast(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Products in the precision of their factors: under autocast the tents of a few positions would be rounded too."""
     kind = tensor.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
@@ -79,7 +79,7 @@ class _EnlargeBilinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_state: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         ctx.native = hidden_state.shape[-2:]
-        with as_it_is(hidden_state):
+        with without_autocast(hidden_state):
             return F.interpolate(hidden_state, size=size, mode="bilinear", align_corners=False)
 
     @staticmethod

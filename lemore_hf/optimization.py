@@ -74,7 +74,7 @@ class Muon(torch.optim.AdamW):
         if "fused" in adamw:
             raise TypeError("`Muon` has no fused kernel: leave `fused` out.")
         self._momentum = momentum
-        # What is fused scales gradients back in its own kernel, which would leave those of the matrices scaled.
+        # A fused kernel unscales its gradients itself, which would leave those of the matrices scaled.
         super().__init__(params, lr=lr, fused=False, **adamw)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -120,7 +120,7 @@ class Muon(torch.optim.AdamW):
                 parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * size)
 
 
-# PyTorch wraps the step of a class in hooks as soon as there is an instance: those of `Muon` are to run once a step.
+# PyTorch wraps a class's `step` in hooks at its first instance: with AdamW's unwrapped, Muon's run once.
 _adamw_step = inspect.unwrap(torch.optim.AdamW.step, stop=lambda step: not hasattr(step, "hooked"))
 
 

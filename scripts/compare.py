@@ -223,7 +223,7 @@ def evaluate(plan: dict[str, Any], name: str, folder: Path, split: str, args: ar
 def run(script: str, *words: str) -> None:
     command = [sys.executable, str(SCRIPTS / script), *words]
     with subprocess.Popen(command) as process:
-        # Which saves what it has done. Ctrl-C has reached it from the terminal; SIGTERM it is sent.
+        # It is to save its work: Ctrl-C reaches it through the terminal, SIGTERM must be passed on.
         before = {
             signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
             signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),

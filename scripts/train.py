@@ -399,8 +399,8 @@ def main() -> None:
             is_scored = state.scores and state.scored_step == state.step
             results = {**state.scores, "split": recipe.validate_on, "run": summary} if is_scored else None
             push_folder(args.output_dir / "final", args.push_to_hub, results=results, recipe=recipe)
-    # The wrapper must go before the process group. Were it the last to hold it, it would wait for the group's threads
-    # with Python's lock in hand, which one of them may still need (a hang at the end, one run in fifty).
+    # The wrapper must go before the process group: as its last holder it would join the group's threads while holding
+    # Python's lock, which one of them may still need (a hang at the end, one run in fifty).
     prepared_model, prepared_optimizer = accelerator.free_memory(prepared_model, prepared_optimizer)
     accelerator.end_training()
 

@@ -365,8 +365,8 @@ def _aliases(recipe: Recipe, split: str) -> list[str]:
     return list(dict.fromkeys([*own, *_SPLIT_ALIASES[split]]))
 
 
-def _refuse_unknown_splits(folder: Path, paths: Iterable[Path], way_out: str) -> None:
-    """What nothing says the split of is trained on, but not where names tell of splits in a way that is not known."""
+def _refuse_unknown_splits(folder: Path, paths: Iterable[Path], advice: str) -> None:
+    """Samples without a known split are all trained on, unless their names suggest splits in a layout that is not known."""
     found: dict[str, Path] = {}
     for path in sorted(paths):
         words = set(re.split("[^a-z]+", path.relative_to(folder).as_posix().lower()))
@@ -377,7 +377,7 @@ def _refuse_unknown_splits(folder: Path, paths: Iterable[Path], way_out: str) ->
         names = ", ".join(f"{path.relative_to(folder)} of {split}" for split, path in found.items())
         raise FileNotFoundError(
             f"{folder} seems to be split ({names}?), but not as load_split knows it, and all of it would be trained on: "
-            f"{way_out}."
+            f"{advice}."
         )
 
 

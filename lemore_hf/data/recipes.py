@@ -222,9 +222,9 @@ class Recipe:
     lovasz_weight: float = 0.0
     """Weight of a Lovász-softmax loss in addition."""
     lovasz_stride: int = 1
-    """It takes one pixel out of as many rows and as many columns."""
+    """It takes the pixels of every n-th row and column."""
     loss_stride: int = 1
-    """All losses look at one pixel out of as many rows and as many columns, each time another; `lovasz_stride` counts
+    """All losses look at every n-th row and column, from an offset drawn for each batch; `lovasz_stride` counts
     these. On a CPU the loss of every pixel takes a good part of a step (our choice)."""
 
     def __post_init__(self):

@@ -339,43 +339,6 @@ class LeMoReImageProcessorPil(LeMoReImageProcessorMixin, PilBackend):
         """Cuts the middle out of `(C, H, W)`, padding with zeros where the image is smaller."""
         return _center_crop(image, size.height, size.width, fill=0)
 
-    def _preprocess(
-        self,
-        images: list[np.ndarray],
-        *,
-        do_resize: bool | None,
-        size: SizeDict,
-        resample: PILImageResampling | None,
-        do_center_crop: bool | None,
-        crop_size: SizeDict,
-        do_rescale: bool | None,
-        rescale_factor: float,
-        do_normalize: bool | None,
-        image_mean: float | tuple[float, ...],
-        image_std: float | tuple[float, ...],
-        do_pad: bool | None,
-        pad_size: SizeDict | None,
-        return_tensors: str | TensorType | None,
-        **kwargs,
-    ) -> BatchFeature:
-        processed = []
-        for image in images:
-            if do_resize:
-                image = self.resize(image, size, resample)
-            if do_center_crop:
-                image = self.center_crop(image, crop_size)
-            factor = rescale_factor if do_rescale else 1.0
-            if do_normalize:
-                # Rescaling and normalising in one: (x · factor - mean) / std
-                mean, std = (np.reshape(value, (-1, 1, 1)) / factor for value in (image_mean, image_std))
-                image = (image - mean.astype(np.float32)) / std.astype(np.float32)
-            elif do_rescale:
-                image = image * np.float32(factor)
-            processed.append(image)
-        if do_pad:
-            processed = self.pad(processed, pad_size=pad_size)
-        return BatchFeature(data={"pixel_values": processed}, tensor_type=return_tensors)
-
 
 # Reading images and label maps
 
