@@ -404,12 +404,14 @@ def network_input(
         steps |= {"do_rescale": False, "do_normalize": False}
     if size is not None:
         steps |= {"do_resize": True, "size": {"height": size[0], "width": size[1]}}
-    pixel_values = image_processor(images, return_tensors="np", **steps).pixel_values
     if not with_postprocessing:
-        return pixel_values
+        return image_processor(images, return_tensors="np", **steps).pixel_values
+    # One by one: stacked they would be moved to channels first and back.
+    pixel_values = image_processor(images, **steps).pixel_values
+    pixel_values = np.stack([np.asarray(image).transpose(1, 2, 0) for image in pixel_values])
     if pixel_values.dtype != np.uint8:  # of floats of 0…255, as 32-bit pictures have them
         pixel_values = pixel_values.round().clip(0, 255).astype(np.uint8)
-    return np.ascontiguousarray(pixel_values.transpose(0, 2, 3, 1))
+    return np.ascontiguousarray(pixel_values)
 
 
 class SegmentationGraph(nn.Module):

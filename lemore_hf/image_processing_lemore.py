@@ -70,6 +70,10 @@ class LeMoReImageProcessor(LeMoReImageProcessorMixin, TorchvisionBackend):
         """Resizes `(…, H, W)` with torchvision."""
         return super().resize(image, target_size(image.shape[-2:], size), resample, antialias, **kwargs)
 
+    def rescale_and_normalize(self, images: "torch.Tensor", *args, **kwargs) -> "torch.Tensor":
+        """As Transformers does it, on contiguous images: in channels-last, as resizing leaves them, it takes longer."""
+        return super().rescale_and_normalize(images.contiguous(), *args, **kwargs)
+
     def _preprocess_label_map(self, label_map: np.ndarray, pixel_values: "torch.Tensor", **kwargs) -> "torch.Tensor":
         label_map = super()._preprocess_label_map(label_map, pixel_values, **kwargs)
         return torch.from_numpy(label_map).to(pixel_values.device)

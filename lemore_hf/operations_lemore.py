@@ -16,6 +16,8 @@ import torch.nn.functional as F
 
 # The largest intermediate tensors are made in strips of this size, which stay in the caches.
 STRIP_BYTES = 2**24
+# About what a core of a CPU has for itself.
+CORE_CACHE_BYTES = 2**21
 
 
 # What a tensor is

@@ -389,11 +389,12 @@ def test_what_inference_mode_remembers_serves_outside_of_it():
 COUNT_PAGE_FAULTS = """
 import resource
 import statistics
+import sys
 import torch
 from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation
 
 model = LeMoReForSemanticSegmentation(LeMoReConfig(num_labels=150)).fuse()
-pixel_values = torch.randn(1, 3, 512, 512)
+pixel_values = torch.randn(*map(int, sys.argv[1:]))
 
 
 def page_faults():
@@ -412,9 +413,14 @@ print(statistics.median_high(counts[3:]))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
-def test_a_fresh_process_reuses_its_buffers():
+@pytest.mark.parametrize("shape", ["1 3 512 512", "1 3 900 1200", "4 3 512 512"])
+def test_a_fresh_process_reuses_its_buffers(shape):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     result = subprocess.run(
-        [sys.executable, "-c", COUNT_PAGE_FAULTS], capture_output=True, text=True, check=True, env=environment
+        [sys.executable, "-c", COUNT_PAGE_FAULTS, *shape.split()],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
     )
     assert int(result.stdout) < 500  # of 4 KiB; several thousand where each buffer is new

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import functools
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +41,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_lemore import STAGE_STRIDES, LeMoReConfig
 from .loss_lemore import check_label_values, is_invalid_label, raise_for_invalid_labels, segmentation_loss
 from .operations_lemore import (
+    CORE_CACHE_BYTES,
     STRIP_BYTES,
     DepthwiseByShifts,
     hides_values,
@@ -629,7 +632,8 @@ class LeMoReNestedAttention(nn.Module):
         num_tokens = query.shape[3]
         num_maps = query.shape[:2].numel() * self.num_projections**2
         bytes_of_a_query = max(1, num_maps * num_tokens * query.element_size())  # 0 for an empty batch
-        return max(1, STRIP_BYTES // bytes_of_a_query)
+        strip_bytes = min(STRIP_BYTES, CORE_CACHE_BYTES) if query.device.type == "cpu" else STRIP_BYTES
+        return max(1, strip_bytes // bytes_of_a_query)
 
     def _mean_of_maps(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         maps = self.nested_maps(query, key)
@@ -689,11 +693,15 @@ def keep_freed_memory() -> None:
     """
     Let the C library keep the buffers that a forward pass frees, for the next one.
 
-    Without it most of a pass on a CPU may go into page faults. glibc gives back what is larger than
-    the largest block freed so far (see "dynamic mmap threshold" in mallopt(3)), up to 32 MiB: one such block, which
-    nobody writes to, costs nothing.
+    Without it most of a pass on a CPU may go into page faults: glibc returns blocks above M_MMAP_THRESHOLD to the system
+    as soon as they are freed, and what is free at the end of its heap above M_TRIM_THRESHOLD (see mallopt(3)). Here blocks
+    of up to 32 MiB, the most that it takes, and 512 MiB of free heap stay with the process, unless the environment has
+    settings of its own (`MALLOC_TRIM_THRESHOLD_`).
     """
-    torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
+    if mallopt is not None and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**29)  # M_TRIM_THRESHOLD
 
 
 def _align_weights(model: nn.Module) -> None:
@@ -785,8 +793,8 @@ class LeMoRePreTrainedModel(PreTrainedModel):
         says what its weights are.
 
         On a CPU the copy works in channels-last layout, whatever the layout of the images. It also lets the process
-        keep freed buffers of up to 32 MiB, those of images up to about 1400×1400 pixels; for larger ones set
-        `MALLOC_MMAP_MAX_=0` and `MALLOC_TRIM_THRESHOLD_=17179869184` in the environment (glibc).
+        keep up to 512 MiB that it has freed, in buffers of up to 32 MiB, those of images up to about 1400×1400 pixels;
+        for larger ones set `MALLOC_MMAP_MAX_=0` and `MALLOC_TRIM_THRESHOLD_=17179869184` in the environment (glibc).
 
         The copy remembers axis weights that it resampled: change its weights by `load_state_dict` or under
         `torch.no_grad()`, which it notices, not in place through `.data`.
