@@ -172,7 +172,8 @@ def checkpoint_folder(output_dir: Path, step: int) -> Path:
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     folders = output_dir.glob("checkpoint-*") if output_dir.is_dir() else ()
-    return sorted(folder for folder in folders if re.fullmatch(r"checkpoint-\d{7}", folder.name))
+    whole = (folder for folder in folders if re.fullmatch(r"checkpoint-\d{7,}", folder.name))
+    return sorted(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))
 
 
 def prune_checkpoints(output_dir: Path, keep: int) -> None:

@@ -177,7 +177,7 @@ def _card_files(folder: Path) -> list[Path]:
         raise PublishingError(f"{folder} has no {CARD}: render it with `write_card`, from an evaluation's JSON.")
     text = (folder / CARD).read_text(encoding="utf-8")
     links = re.findall(r"!\[[^\]]*\]\(([^)\s]+)", text) + re.findall(r"<img[^>]*\ssrc=[\"']([^\"']+)", text)
-    pictures = sorted({unquote(link) for link in links if "://" not in link})
+    pictures = sorted({unquote(link) for link in links if "://" not in link and not link.startswith("data:")})
     outside = [link for link in pictures if not (folder / link).resolve().is_relative_to(folder.resolve())]
     missing = [link for link in pictures if not (folder / link).is_file()]
     if bad := outside + missing:
@@ -231,7 +231,8 @@ def write_card(
             f"the results are of other weights ({results.get('model')}) than those in {folder}: evaluate these"
         )
     scores = _scores(results)
-    results = {"run": _run_beside(folder), **results}
+    # An evaluation's own `run` says less where no run.json lay beside what it scored.
+    results = {**results, "run": _run_beside(folder) | (results.get("run") or {})}
     card = ModelCard.from_template(
         _card_data(architecture, repo_id, results, scores, recipe, license),
         template_path=str(template),

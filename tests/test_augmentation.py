@@ -353,3 +353,55 @@ def test_batches_are_mixed_with_a_probability(name, mixes, shape, probability):
         times += not torch.equal(mixed, pixels)
         assert torch.equal(mixed, pixels) or labels.shape == (shape if len(shape) > 1 else (4, 1000))
     assert abs(times / 200 - probability) < 0.1
+
+
+def test_a_classifiers_crops_have_the_recipes_share_of_the_area_and_torchvisions_shapes():
+    for low, high in ((0.2, 0.3), (0.9, 1.0)):
+        augment = ClassificationAugmentation(load_recipe("imagenet1k", {"scale_range": (low, high)}))
+        sizes = [augment._choose_region((300, 300), sample_generator(0, 0, index))[2:] for index in range(200)]
+        shares = [height * width / 300**2 for height, width in sizes]
+        assert low - 0.01 < min(shares)
+        assert max(shares) < high + 0.01
+        if high < 0.5:  # larger crops leave no choice
+            aspects = [width / height for height, width in sizes]
+            assert 0.74 < min(aspects) < 0.78
+            assert 1.28 < max(aspects) < 1.35
+
+
+def test_a_classifiers_images_are_flipped_and_distorted():
+    ramp = torch.arange(128, dtype=torch.uint8).expand(3, 128, 128)
+    augment = ClassificationAugmentation(load_recipe("imagenet1k", {"crop_size": (64, 64), "photometric_prob": 0.0}))
+    crops = [augment(ramp, sample_generator(0, 0, index)) for index in range(200)]
+    assert 70 < sum(int(crop[0, 0, 0] > crop[0, 0, -1]) for crop in crops) < 130
+    distorting = load_recipe("imagenet1k", {"crop_size": (64, 64), "photometric_prob": 1.0, "brightness": 0.5})
+    grey = torch.full((3, 128, 128), 100, dtype=torch.uint8)
+    augment = ClassificationAugmentation(distorting)
+    assert any((augment(grey, sample_generator(0, 0, index)) != 100).any() for index in range(5))
+
+
+@pytest.mark.parametrize(("distortion", "strength"), [("blur", 3.0), ("noise", 0.4), ("brightness", 0.4)])
+def test_each_distortion_comes_with_its_probability(distortion, strength):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=generator)
+    others = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0)
+    recipe = recipe_with(**{**others, "photometric_prob": 0.3, distortion: strength})
+    changed = sum(
+        not torch.equal(distort_photometrically(image, recipe, sample_generator(0, 0, index)), image)
+        for index in range(200)
+    )
+    assert 35 < changed < 85
+
+
+def test_what_shrinks_is_antialiased():
+    """Stripes of four pixels, of which one is white, become a grey of 64; without, black or white."""
+    stripes = ((torch.arange(256) % 4 == 0) * 255).to(torch.uint8).expand(3, 256, 256)
+    quarter = recipe_with(**PLAIN, crop_size=(64, 64), scale_range=(0.25, 0.25))
+    labels = torch.zeros(256, 256, dtype=torch.uint8)
+    classes = {"crop_size": (32, 32), "photometric_prob": 0.0, "scale_range": (0.9, 1.0)}
+    shrunk = [
+        SegmentationAugmentation(quarter)(stripes, labels, sample_generator(0, 0, 0))[0],
+        ClassificationAugmentation(load_recipe("imagenet1k", classes))(stripes, sample_generator(0, 0, 0)),
+        resize_for_evaluation(stripes, recipe_with(resize=(64, 64))),
+    ]
+    for pixels in shrunk:
+        assert (pixels[:, :, 2:-2].int() - 64).abs().max() < 40

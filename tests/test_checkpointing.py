@@ -178,6 +178,10 @@ def test_pruning_keeps_the_last(tmp_path):
     prune_checkpoints(tmp_path, keep=2)
     steps = [json.loads((folder / "state.json").read_text())["step"] for folder in list_checkpoints(tmp_path)]
     assert steps == [4, 5]
+    for step in (9_999_999, 10_000_000):
+        save_checkpoint(checkpoint_folder(tmp_path, step), TENSORS, {"step": step})
+    prune_checkpoints(tmp_path, keep=3)
+    assert list_checkpoints(tmp_path) == [checkpoint_folder(tmp_path, step) for step in (5, 9_999_999, 10_000_000)]
 
 
 def test_a_resumed_run_does_not_hang_on_to_the_files_of_its_checkpoint(tmp_path):
@@ -201,3 +205,25 @@ def test_a_resumed_run_does_not_hang_on_to_the_files_of_its_checkpoint(tmp_path)
     steps = [moments["step"].item() for moments in resumed.optimizer.state.values()]
     assert set(steps) == {3.0}
     assert len(steps) == len(list(resumed.model.parameters()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the name of an open file is read from Linux's /proc")
+def test_what_is_written_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
+    """Or a power cut leaves a name without its content."""
+    events = []
+    fsync, rename = os.fsync, Path.rename
+
+    def note_flush(descriptor):
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def note_rename(path, target):
+        events.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_flush)
+    monkeypatch.setattr(Path, "rename", note_rename)
+    save_checkpoint(checkpoint_folder(tmp_path, 1), TENSORS, {})
+    renamed = events.index("rename")
+    assert {"tensors.safetensors", "state.json", ".checkpoint-0000001.writing"} <= set(events[:renamed])
+    assert tmp_path.name in events[renamed:]

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation: counts against scikit-learn, test-time views, several processes, the command line and bad input."""
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -30,6 +31,8 @@ from lemore_hf.data.augmentation import normalize
 from lemore_hf.data.loading import BadSampleError, RecipeDataset, StreamedRecipeDataset, collate, load_split
 from lemore_hf.data.recipes import load_recipe
 from lemore_hf.evaluation import (
+    EvaluatedImage,
+    check_normalization,
     evaluate,
     evaluate_classification,
     evaluate_segmentation,
@@ -645,3 +648,99 @@ def test_bad_input_is_refused_before_the_work(run_script, model_dir, data_dir, t
     finally:
         (model_dir / "preprocessor_config.json").unlink()
     assert not output.exists()
+
+
+def test_the_scores_are_computed_in_the_precision_asked_for(run_script, model_dir, data_dir, tmp_path, monkeypatch):
+    seen = set()
+
+    def predict(*args, original=predict_labels):
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return original(*args)
+
+    monkeypatch.setattr("lemore_hf.evaluation.predict_labels", predict)
+    run_script(*arguments(model_dir, data_dir, tmp_path / "metrics.json", "--mixed_precision", "bf16"))
+    assert seen == {True}
+
+
+def test_windows_reach_the_evaluation(run_script, model_dir, data_dir, tmp_path, monkeypatch):
+    seen = []
+
+    def score(*args, **kwargs):
+        seen.append(kwargs)
+        return evaluate_segmentation(*args, **kwargs)
+
+    monkeypatch.setattr(run_script.module, "evaluate_segmentation", score)
+    views = ("--window", "32", "40", "--window_stride", "8", "32", "--num_workers", "0")
+    run_script(*arguments(model_dir, data_dir, tmp_path / "metrics.json", *views))
+    assert (seen[0]["window"], seen[0]["window_stride"], seen[0]["batch_size"]) == ([32, 40], [8, 32], 2)
+
+
+def test_smaller_views_are_antialiased(tiny_lemore, dataset, recipe):
+    pixel_values = normalize(dataset[0]["pixel_values"][None], recipe)
+    seen = []
+    hook = tiny_lemore.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        predict_labels(tiny_lemore, pixel_values, SIZE, scales=[0.69])
+    hook.remove()
+    smaller = F.interpolate(pixel_values, size=seen[0].shape[-2:], mode="bilinear", antialias=True)
+    torch.testing.assert_close(seen[0], smaller)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_std": [0.5] * 3}, "--image_std 0.5"),
+        ({"image_mean": 0.5}, "--image_mean 0.5 0.5 0.5"),
+        ({"do_normalize": False}, "do_normalize is False"),
+    ],
+)
+def test_each_setting_of_the_pixel_values_counts(tmp_path, recipe, settings, message):
+    LeMoReImageProcessor(**settings).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        check_normalization(tmp_path, recipe)
+
+
+class ConstantClassifier(ConstantModel):
+    def forward(self, pixel_values):
+        return SemanticSegmenterOutput(logits=self.scores.expand(len(pixel_values), -1))
+
+
+def test_classifiers_of_few_classes_and_those_of_nan():
+    names = {"class_names": ["a", "b"]}
+    small = load_recipe("imagenet1k", {**names, "crop_size": (32, 32), "resize": 32, "image_size": (32, 32)})
+    pixels = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    samples = [{"pixel_values": pixels, "labels": n % 2, "index": n, "name": str(n)} for n in range(3)]
+    model = ConstantClassifier([0.0, 1.0])
+    model.config.id2label = small.id2label
+    result = evaluate_classification(model, samples, small, progress=False)
+    assert (result.num_images, result.top1_correct, result.top5_correct) == (3, 1, 3)
+    model = ConstantClassifier([0.0, math.nan])
+    model.config.id2label = small.id2label
+    with pytest.raises(ValueError, match="NaN"):
+        evaluate_classification(model, samples, small, progress=False)
+
+
+def test_pictures_show_the_truth_before_the_prediction(run_script, recipe):
+    labels, prediction = torch.zeros(SIZE, dtype=torch.uint8), torch.ones(SIZE, dtype=torch.uint8)
+    image = EvaluatedImage(0.0, "a", torch.zeros(3, *SIZE, dtype=torch.uint8), labels, prediction)
+    coloured = replace(recipe, palette=((200, 0, 0), (0, 200, 0), (0, 0, 200)))
+    drawn = run_script.module.draw_image(image, coloured, list(NAMES))
+    _, truth, predicted = (np.asarray(picture).reshape(-1, 3).mean(0) for picture in drawn)
+    assert (truth.argmax(), predicted.argmax()) == (0, 1)
+
+
+def test_results_name_the_weights_that_they_are_of(run_script, model_dir, data_dir, tmp_path):
+    run_script(*arguments(model_dir, data_dir, tmp_path / "metrics.json"))
+    weights = hashlib.sha256((model_dir / "model.safetensors").read_bytes()).hexdigest()
+    assert json.loads((tmp_path / "metrics.json").read_text())["weights_sha256"] == weights
+
+
+def test_runs_of_several_seeds_are_lines_of_their_own(run_script, tmp_path):
+    options = SimpleNamespace(runs=tmp_path / "runs.jsonl", split="test")
+    report = {"parameters": 1, "multiply_accumulates": 1, "inference": {"flip": True}}
+    for seed in (0, 1):
+        run = {"name": "net", "configuration_hash": "x", "seed": seed, "steps": 3}
+        run_script.module.record_run({**report, "run": run, "mean_iou": seed / 2}, options)
+    lines = [json.loads(line) for line in options.runs.read_text().splitlines()]
+    assert [line["seed"] for line in lines] == [0, 1]
+    assert lines[1]["evaluation"]["test"] == {"mean_iou": 0.5, "inference": {"flip": True}}

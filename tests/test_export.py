@@ -26,7 +26,7 @@ from lemore_hf import LeMoReConfig, LeMoReForImageClassification, LeMoReForSeman
 from lemore_hf import export as export_module
 from lemore_hf.checkpointing import CheckpointError
 from lemore_hf.data.scenes import draw_scene
-from lemore_hf.export import ExportManifest, SegmentationGraph, export_model
+from lemore_hf.export import ExportManifest, SegmentationGraph, export_model, network_input
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 from lemore_hf.inference import Segmenter, comparison_sizes, label_agreement, read_picture, read_pictures
 
@@ -635,3 +635,10 @@ def test_manifest_survives_its_file(tmp_path):
     manifest = ExportManifest("onnx", "model.onnx", True, "int8", max_size=640, max_batch_size=4)
     manifest.save(tmp_path)
     assert ExportManifest.load(tmp_path) == manifest
+
+
+def test_labels_of_a_graph_are_never_blended(exported, frames):
+    graph = Segmenter(exported("onnx", with_postprocessing=True))
+    (raw,) = graph.run(network_input(frames[0], graph.image_processor, True))
+    expected = Image.fromarray(raw).resize(frames[0].size, Image.Resampling.NEAREST)
+    np.testing.assert_array_equal(graph(frames[0]), np.asarray(expected))

@@ -727,6 +727,38 @@ def test_labels_of_what_was_cropped_do_not_lie_over_the_picture(processor_class)
     assert square.post_process_semantic_segmentation(outputs, [(96, 128)])[0].shape == (96, 128)
 
 
+@both
+def test_another_rescale_factor(processor_class):
+    picture = np.full((6, 5, 3), 100, np.uint8)
+    for settings, expected in (({"do_normalize": False}, 50), ({"image_mean": 0.5, "image_std": 0.25}, 198)):
+        processor = processor_class(do_resize=False, rescale_factor=0.5, **settings)
+        pixels = processor(picture, return_tensors="np")["pixel_values"]
+        np.testing.assert_allclose(pixels, expected, rtol=1e-5)
+
+
+@both
+def test_dark_pictures_of_16_bits_stay_dark(processor_class):
+    dark = np.full((4, 4), 255, np.uint16)
+    for image in (dark, Image.fromarray(dark), torch.from_numpy(dark)):
+        assert (as_it_is(processor_class)(image, return_tensors="np")["pixel_values"] == 1).all()
+
+
+@both
+def test_16_bits_of_the_other_byte_order(processor_class):
+    deep = (np.arange(16).reshape(4, 4) * 4096).astype(">u2")
+    image = Image.frombytes("I;16B", (4, 4), deep.tobytes())
+    pixels = as_it_is(processor_class)(image, return_tensors="np")["pixel_values"][0, 0]
+    np.testing.assert_array_equal(pixels, np.rint(deep.astype(float) / 257))
+
+
+@both
+def test_alpha_is_kept_where_rgb_is_not_asked_for(processor_class):
+    rgba = np.random.default_rng(0).integers(0, 256, (4, 5, 4), dtype=np.uint8)
+    processor = processor_class(do_convert_rgb=False, do_resize=False, do_rescale=False, do_normalize=False)
+    pixels = processor(Image.fromarray(rgba), return_tensors="np")["pixel_values"][0]
+    np.testing.assert_array_equal(pixels, rgba.transpose(2, 0, 1))
+
+
 def test_post_processing_errors():
     logits = torch.randn(3, 5, 8, 9)
     with pytest.raises(ValueError, match="2 target sizes for a batch of 3"):

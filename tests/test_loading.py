@@ -930,3 +930,17 @@ print(sum(int(batch.sum()) for batch in loader))
     script.write_text(code)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert done.stdout.strip() == str(2 * sum(range(200))), done.stderr
+
+
+def test_a_hub_data_set_is_read_at_the_recipes_revision(monkeypatch):
+    asked = {}
+
+    def load(*names, **kwargs):
+        asked.update(kwargs, names=names)
+        raise OSError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    recipe = load_recipe("ade20k", {"dataset_config": "full", "revision": "abc"})
+    with pytest.raises(OSError, match="offline"):
+        load_split(recipe, "validation")
+    assert (asked["names"], asked["revision"]) == ((recipe.dataset, "full"), "abc")

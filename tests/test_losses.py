@@ -318,3 +318,17 @@ def test_a_single_label_is_the_second_of_two(options):
 def test_numbers_out_of_range_are_refused(option, message):
     with pytest.raises(ValueError, match=message):
         SegmentationCriterion(**option)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"class_weights": [1.0, 2.0, 3.0]}, {"dice_weight": 1.0}, {"lovasz_weight": 1.0}, {"ohem_threshold": 0.7}],
+    ids=str,
+)
+def test_void_may_have_another_number(options):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 3, 6, 8), torch.randint(0, 3, (2, 6, 8))
+    labels[0, :2] = 255
+    expected = SegmentationCriterion(**options)(logits, labels)
+    other = SegmentationCriterion(**options, ignore_index=-100)
+    torch.testing.assert_close(other(logits, labels.masked_fill(labels == 255, -100)), expected)

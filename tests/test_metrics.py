@@ -18,7 +18,13 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation
-from lemore_hf.metrics import BoundaryIoU, ConfusionMatrix, scores_from_confusion_matrix, trainer_metrics
+from lemore_hf.metrics import (
+    BoundaryIoU,
+    ConfusionMatrix,
+    boundary_region,
+    scores_from_confusion_matrix,
+    trainer_metrics,
+)
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -434,3 +440,32 @@ def test_a_metric_of_one_process_asks_no_other(monkeypatch):
     metric = MeanIoU(num_labels=2)
     metric.add_batch(predictions=[np.array([[0, 1]])], references=[np.array([[0, 1]])])
     assert metric.compute()["mean_iou"] == 1
+
+
+@pytest.mark.parametrize(("size", "distance"), [((66, 112), 3), ((4, 5), 1)])
+def test_a_boundary_is_two_hundredths_of_the_diagonal_rounded_and_never_none(size, distance):
+    labels = torch.zeros(1, *size, dtype=torch.long)
+    labels[..., size[1] // 2 :] = 1
+    metric = BoundaryIoU(2)
+    metric.update(labels, labels)
+    expected = boundary_region(labels[0], torch.zeros(size, dtype=torch.bool), distance)
+    assert metric.counts[:2].sum() == expected.sum()
+
+
+@pytest.mark.parametrize("metric_class", [ConfusionMatrix, BoundaryIoU])
+def test_any_class_or_none_may_be_ignored(metric_class):
+    labels = torch.zeros(1, 60, 80, dtype=torch.long)
+    labels[..., 40:] = 255
+    every = metric_class(256, ignore_index=None)
+    every.update(labels, labels)
+    assert every.counts[255, 255] > 0
+    matrix = ConfusionMatrix(2, ignore_index=0)
+    matrix.update(torch.tensor([[1, 1]]), torch.tensor([[0, 1]]))
+    assert matrix.counts.tolist() == [[0, 0], [0, 1]]
+
+
+def test_a_binary_networks_scores_have_the_names_of_its_two_classes():
+    compute, preprocess = trainer_metrics(1, {0: "crack"})
+    labels = torch.tensor([[[0, 0], [0, 1]]])
+    scores = compute(EvalPrediction(preprocess(torch.full((1, 1, 2, 2), 1.0), labels), labels))
+    assert (scores["iou_background"], scores["iou_crack"]) == (0, 0.25)

@@ -1233,3 +1233,13 @@ def test_parts_that_add_up_maps_stay_on_one_device():
     for limit in range(20_000, 400_000, 20_000):  # bytes of the first device, so that the cut falls everywhere
         places = infer_auto_device_map(model, sizes | {0: limit}, no_split_module_classes=model._no_split_modules)
         assert not [name for name in places if name.startswith("decode_head.")]
+
+
+def test_a_classifier_drops_features_in_training():
+    model = LeMoReForImageClassification(
+        LeMoReConfig(**TINY | {"num_labels": 5, "classifier_dropout_prob": 0.5})
+    ).train()
+    seen = []
+    model.classifier.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model(torch.randn(4, 3, 64, 64))
+    assert 0.3 < (seen[0] == 0).float().mean() < 0.7

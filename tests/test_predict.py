@@ -677,3 +677,21 @@ def test_weights_without_a_head_are_refused_in_one_message(pictures, tmp_path, p
     with pytest.raises(SystemExit, match=message):
         predict("--model", tmp_path / "headless", "--input", pictures, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_films_overlays_have_the_opacity_asked_for_and_even_sides(segmenter, tmp_path, monkeypatch):
+    import av
+
+    frames = [(patches(0).resize((97, 65)), Fraction(0), Fraction(25), Fraction(1))]
+    monkeypatch.setattr(prediction_module, "_frames", lambda source: iter(frames))
+    alphas = []
+
+    def draw(image, labels, config, alpha=0.5, legend=True):
+        alphas.append(alpha)
+        return overlay_image(image, labels, config, alpha, legend)
+
+    monkeypatch.setattr(prediction_module, "overlay_image", draw)
+    predict_file(segmenter, tmp_path / "film.mkv", {"overlays": tmp_path / "overlays.mp4"}, alpha=0.2)
+    with av.open(str(tmp_path / "overlays.mp4")) as result:
+        assert [(frame.width, frame.height) for frame in result.decode(video=0)] == [(96, 64)]
+    assert alphas == [0.2]

@@ -178,6 +178,8 @@ def test_card_may_show_only_pictures_of_the_folder(folder, link):
     (folder / "README.md").write_text(f"![picture]({link})")
     with pytest.raises(PublishingError, match="pictures that are not in the folder"):
         validate_folder(folder)
+    (folder / "README.md").write_text("![one](data:image/png;base64,AAAA) ![another](https://example.org/a.png)")
+    validate_folder(folder)  # which no folder has to hold
 
 
 # The card
@@ -253,6 +255,9 @@ def test_terms_of_initial_weights_hold_without_an_evaluation_too(folder):
     (folder / "README.md").unlink()
     ensure_card(folder, "someone/lemore-test", license="cc-by-4.0")
     assert "whose terms hold for these too." in (folder / "README.md").read_text()
+    # Scored where no run lay beside the weights, in a copy: evaluation has no more than a name for it then.
+    write_card(folder, "someone/lemore-test", {**RESULTS, "run": {"name": "copy"}}, load_recipe("scenes"))
+    assert ModelCard.load(folder / "README.md").data.license == "other"
     (folder.parent / "run.json").unlink()
     text = write_card(folder, "someone/lemore-test", RESULTS).read_text()
     assert "began with other weights" not in text

@@ -329,6 +329,7 @@ def test_classes_of_a_local_folder_with_colours(tmp_path, file, text):
     assert load_recipe("folder", {"class_names": ["x", "y", "z"]}, tmp_path).label_colors is None
     assert recipe.replace(class_names=["x", "y", "z"]).label_colors is None
     assert recipe.replace(void_colors=[[9, 9, 9]]).label_colors == recipe.label_colors
+    assert recipe.replace(label_colors=[[1, 1, 1], [2, 2, 2]]).palette == ((1, 1, 1), (2, 2, 2))
 
 
 def test_classes_of_a_table_with_their_numbers(tmp_path):

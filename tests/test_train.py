@@ -117,6 +117,12 @@ def run_here(monkeypatch):
     return run_here
 
 
+@pytest.fixture
+def train() -> dict:
+    """The script's functions by name."""
+    return runpy.run_path(str(ROOT / "scripts" / "train.py"))
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, recipe, data_dir) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
@@ -975,3 +981,123 @@ def test_an_exported_classifier_sees_what_it_was_evaluated_on(tmp_path):
     processed = processor([wide, tall], return_tensors="pt").pixel_values
     evaluated = torch.stack([resize_for_evaluation(image, recipe) for image in (wide, tall)])
     torch.testing.assert_close(processed, normalize(evaluated, recipe), atol=0.02, rtol=0)
+
+
+def test_an_exported_processor_is_the_recipes(train, tmp_path, recipe):
+    changes = {
+        "image_size": [64, 96],
+        "image_mean": [0.4, 0.5, 0.6],
+        "image_std": [0.1, 0.2, 0.3],
+        "reduce_labels": True,
+    }
+    model = LeMoReForSemanticSegmentation(LeMoReConfig(num_labels=9, image_size=[64, 96], **TINY_MODEL))
+    train["export_model"](model, load_recipe(recipe, changes), tmp_path / "final")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "final")
+    assert processor.size == {"height": 64, "width": 96}
+    assert (list(processor.image_mean), list(processor.image_std)) == (changes["image_mean"], changes["image_std"])
+    assert processor.do_reduce_labels
+    by_edge = load_recipe(recipe, {"resize": 64, "max_longest_edge": 128})
+    assert by_edge.processor_size == {"shortest_edge": 64, "longest_edge": 128}
+
+
+def test_what_was_best_before_an_interruption_stays_it(tmp_path, recipe, data_dir, run_here, monkeypatch):
+    scores = iter([0.7, 0.6])
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: {"mean_iou": next(scores)})
+    options = ["--poly_power", "0", "--eval_every", "2", "--save_every", "2", "--max_steps"]
+    run_here(recipe, data_dir, tmp_path, *options, "2")
+    best = (tmp_path / "best" / "model.safetensors").read_bytes()
+    (checkpoint,) = list_checkpoints(tmp_path)
+    tensors, state = load_checkpoint(checkpoint)
+    shutil.rmtree(checkpoint)
+    save_checkpoint(checkpoint, tensors, state | {"seconds": 7200})
+    run_here(recipe, data_dir, tmp_path, *options, "4", "--resume")
+    assert (tmp_path / "best" / "model.safetensors").read_bytes() == best
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["best_validation"] == {"step": 2, "score": 0.7}
+    assert 2 <= run["hours"] < 2.1
+
+
+def test_the_seed_draws_weights_order_and_augmentation(train, tmp_path, recipe, data_dir, monkeypatch):
+    seen = {}
+
+    def note(name):
+        original = train[name]
+
+        def make(*args, **kwargs):
+            seen[name] = original(*args, **kwargs)
+            return seen[name]
+
+        return make
+
+    for name in ("RecipeDataset", "EpochSampler", "build_model"):
+        monkeypatch.setitem(train["main"].__globals__, name, note(name))
+    classifiers = []
+    for seed in (5, 6):
+        options = ["--seed", str(seed), "--max_steps", "1", "--eval_every", "0", "--num_workers", "0"]
+        options += ["--learning_rate", "1e-12"]
+        monkeypatch.setattr(sys, "argv", command(recipe, data_dir, tmp_path / str(seed), *options)[1:])
+        train["main"]()
+        assert (seen["RecipeDataset"].transform.seed, seen["EpochSampler"].seed) == (seed, seed)
+        classifiers.append(seen["build_model"].decode_head.classifier.weight)
+    assert not torch.allclose(*classifiers, atol=1e-4)
+    assert len({tuple(EpochSampler(20, seed=seed, stop=20)) for seed in range(3)}) == 3
+
+
+def test_the_optimizer_has_the_recipes_decay_and_rates(train, tmp_path, recipe, data_dir, monkeypatch):
+    seen = []
+
+    class Optimizer(torch.optim.AdamW):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            seen.extend((group["lr"], group["weight_decay"]) for group in self.param_groups)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Optimizer)
+    options = ["--weight_decay", "0.07", "--head_lr_multiplier", "3", "--max_steps", "1", "--eval_every", "0"]
+    monkeypatch.setattr(sys, "argv", command(recipe, data_dir, tmp_path, *options, "--num_workers", "0")[1:])
+    train["main"]()
+    assert set(seen) == {(2e-3, 0.07), (2e-3, 0.0), (6e-3, 0.07), (6e-3, 0.0)}
+
+
+def test_frozen_statistics_stay_after_a_validation(tmp_path, recipe, data_dir, run_here):
+    options = ["--freeze_batch_norm", "--ema_decay", "none", "--max_steps", "2", "--eval_every", "1"]
+    run_here(recipe, data_dir, tmp_path, *options)
+    weights = load_file(tmp_path / "final" / "model.safetensors")
+    counts = {int(value) for name, value in weights.items() if name.endswith("num_batches_tracked")}
+    assert counts == {0}
+
+
+def test_a_stream_goes_on_behind_all_batches_of_the_steps_before(train, recipe, monkeypatch):
+    seen = {}
+
+    class Stream(torch.utils.data.IterableDataset):
+        max_workers = 1
+
+        def __init__(self, *args, **kwargs):
+            seen.update(kwargs, args=args)
+
+        def __iter__(self):
+            return iter([])
+
+    monkeypatch.setitem(train["training_batches"].__globals__, "StreamedRecipeDataset", Stream)
+    options = argparse.Namespace(gradient_accumulation_steps=3, seed=4, num_workers=0, cache=None)
+    place = types.SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
+    train["training_batches"](options, load_recipe(recipe), place, None, None, 2, 5)
+    assert (seen["start"], seen["batch_size"], seen["args"][-1]) == (15, 2, 4)
+
+
+def test_a_new_network_has_the_recipes_names_and_colours(train, recipe):
+    settings = load_recipe(recipe, {"palette": [[index, 0, 9] for index in range(9)]})
+    model = train["build_model"](argparse.Namespace(peer=None, init_from=None, resume=False), settings)
+    assert model.config.palette[3] == [3, 0, 9]
+    assert model.config.id2label == settings.id2label
+
+
+def test_a_classifiers_labels_are_smoothed(train):
+    criterion = train["build_criterion"](load_recipe("imagenet1k", {"label_smoothing": 0.2}), None)
+    assert criterion.label_smoothing == 0.2
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(train):
+    assert train["divide_batch"](12, 3, 2) == 2
+    with pytest.raises(ValueError, match="10"):
+        train["divide_batch"](10, 3, 1)

@@ -599,8 +599,11 @@ def _as_mapping(overrides: Mapping[str, Any] | Iterable[str] | None) -> dict[str
 
 def _with_dependents(changes: dict[str, Any]) -> dict[str, Any]:
     """The changes, with the fields reset that only made sense with the old values: a new class list brings its own
-    count and leaves colours and mapping behind, a new size its limit, classification torchvision's range of scales."""
+    count and leaves colours and mapping behind, new colours of the labels the palette that was made of the old ones, a
+    new size its limit, classification torchvision's range of scales."""
     result = dict(changes)
+    if "label_colors" in changes:
+        result = {"palette": None, **result}
     if "class_names" in changes:
         others = {"palette": None, "label_map": None, "label_colors": None, "void_colors": ()}
         result = {"num_classes": None, "reduce_labels": False, **others, **result}
