@@ -67,9 +67,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        is_gone = isinstance(error, FileNotFoundError)
+        advice = (
+            "does another run write into its folder?"
+            if is_gone
+            else "free space on the disk or choose another folder."
+        )
         raise CheckpointError(
-            f"{folder} could not be written ({error}): free space on the disk or choose another folder. What was "
-            "saved before is still there."
+            f"{folder} could not be written ({error}): {advice} What was saved before is still there."
         ) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

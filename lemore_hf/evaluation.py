@@ -81,9 +81,11 @@ class ClassificationEvaluation:
     top5_correct: int
 
     def scores(self) -> dict[str, float]:
-        """`accuracy` and `top5_accuracy` in 0…1; nan without images."""
-        number = self.num_images or math.nan
-        return {"accuracy": self.top1_correct / number, "top5_accuracy": self.top5_correct / number}
+        """`accuracy` and `top5_accuracy` in 0…1."""
+        return {
+            "accuracy": self.top1_correct / self.num_images,
+            "top5_accuracy": self.top5_correct / self.num_images,
+        }
 
 
 def evaluate(
@@ -170,6 +172,7 @@ def evaluate_segmentation(
         boundary_iou = boundary_iou.reduce(accelerator) if boundary_iou else None
         num_images = int(accelerator.reduce(torch.tensor(num_images, device=device)))
         worst = _worst(gather_object(worst), num_worst)
+    _refuse_none(num_images)
     return SegmentationEvaluation(matrix, boundary_iou, num_images, tuple(worst))
 
 
@@ -201,7 +204,13 @@ def evaluate_classification(
             counts += torch.stack([is_right.new_ones(len(labels)).sum(), is_right[:, 0].sum(), is_right.sum()])
     if accelerator is not None:
         counts = accelerator.reduce(counts)
+    _refuse_none(int(counts[0]))
     return ClassificationEvaluation(*counts.tolist())
+
+
+def _refuse_none(num_images: int) -> None:
+    if num_images == 0:
+        raise ValueError("The split that is evaluated has no images: there is nothing to score.")
 
 
 def predict_labels(

@@ -9,7 +9,7 @@ import platform
 from pathlib import Path
 
 import torch
-from accelerate.utils import parse_choice_from_env
+from accelerate.utils import get_int_from_env, parse_choice_from_env
 
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time in a period of so many
 
@@ -49,7 +49,8 @@ def shares_cpu() -> bool:
     told, or each process takes itself for the only one and they overwrite each other's files."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     # Apple's GPU is one for all processes.
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and (accelerator is None or accelerator.type == "mps")
+    sizes = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]  # torchrun's, and mpirun's
+    return get_int_from_env(sizes, 1) > 1 and (accelerator is None or accelerator.type == "mps")
 
 
 def mixed_precision(option: str | None) -> str:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import broadcast, is_tensorboard_available, set_seed
+from accelerate.utils import broadcast, get_int_from_env, is_tensorboard_available, set_seed
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
@@ -129,8 +129,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gradient_accumulation_steps",
         type=at_least(1),
-        default=1,
-        help="batches that a process adds up to a step; batch_size counts them all together (default: 1)",
+        help="batches that a process adds up to a step; batch_size counts them all together (default: what `accelerate "
+        "launch` is told, else 1)",
     )
     parser.add_argument("--channels_last", action="store_true", help="use the channels-last memory format")
     parser.add_argument("--compile", action="store_true", help="compile the network with torch.compile")
@@ -164,6 +164,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     try:
         args.mixed_precision = mixed_precision(args.mixed_precision)
+        if args.gradient_accumulation_steps is None:
+            args.gradient_accumulation_steps = get_int_from_env(["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"], 1)
     except ValueError as error:
         parser.error(str(error))
     if args.cache == "device" and args.num_workers:
@@ -212,6 +214,9 @@ def main() -> None:
         log_with="tensorboard" if is_tensorboard_available() else None,
         project_dir=args.output_dir,
     )
+    accelerator.gradient_accumulation_steps = (
+        args.gradient_accumulation_steps
+    )  # for Accelerate its variable goes first
     prepare_output_folder(args, accelerator)
     recipe = load_recipe(args.recipe, recipe_overrides(args), args.data_dir)
     for option in ("eval_every", "save_every"):
@@ -357,7 +362,7 @@ def main() -> None:
                 state.losses += check_losses(pending)
                 pending.clear()
             if logs:
-                mean_loss = sum(state.losses) / len(state.losses)
+                mean_loss = mean_of_processes(sum(state.losses) / len(state.losses), accelerator)
                 state.losses.clear()
                 rate = progress.format_dict["rate"] or 0.0
                 log.write(
@@ -653,7 +658,8 @@ def batches_of_steps(
             if signal_number:
                 raise Interrupted(signal_number)
             if len(step) < number:
-                raise ValueError("The stream has no sample for one of the processes: start fewer of them.")
+                advice = "has no sample for one of the processes: start fewer of them"
+                raise ValueError(f"The stream {advice if accelerator.num_processes > 1 else 'has no samples'}.")
             yield step
 
 
@@ -690,6 +696,12 @@ def resume(state: TrainingState, output_dir: Path) -> None:
         except DamagedCheckpointError as error:
             print(f"Skipping a checkpoint: {error}")
     raise CheckpointError(f"None of the checkpoints in {output_dir} can be read: start again without --resume.")
+
+
+def mean_of_processes(value: float, accelerator: Accelerator) -> float:
+    if accelerator.num_processes == 1:
+        return value
+    return accelerator.reduce(torch.tensor(value, device=accelerator.device), "mean").item()
 
 
 def check_losses(pending: list[tuple[int, list[str], torch.Tensor]]) -> list[float]:

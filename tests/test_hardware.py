@@ -32,3 +32,13 @@ def test_precision_is_the_option_s_or_else_the_launcher_s(monkeypatch):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
         with pytest.raises(ValueError, match=message):
             hardware.mixed_precision(None)
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_processes_of_torchrun_and_mpirun_know_of_each_other(variable, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert not hardware.shares_cpu()
+    monkeypatch.setenv(variable, "2")
+    assert hardware.shares_cpu()

@@ -239,6 +239,47 @@ def test_class_folders_have_the_numbers_of_the_recipes_classes(tmp_path, streami
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_labels_of_a_column_with_names_have_the_numbers_of_the_recipes_classes(tmp_path, streaming):
+    """Which a split may lack some of, and each file numbers in an order of its own."""
+    recipe = load_recipe("imagenet1k", {"crop_size": (32, 32), "resize": 40, "class_names": ["fox", "dog", "cat"]})
+    for split, names in (("train", ["cat", "dog", "fox"]), ("validation", ["dog", "fox"])):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        columns = {"image": [encoded(picture(0), "JPEG")] * len(names), "label": list(range(len(names)))}
+        write_parquet(tmp_path / f"{split}.parquet", columns, features)
+        samples = load_split(recipe, split, tmp_path, streaming)
+        labels = [SampleDecoder(recipe)(stored).labels for stored in samples]
+        assert labels == [recipe.label2id[name] for name in names]
+    other = load_recipe("imagenet1k", {"crop_size": (32, 32), "resize": 40, "class_names": ["dog", "wolf", "cat"]})
+    with pytest.raises(ValueError, match="names of 3 classes, of which fox are none of the 3 classes"):
+        load_split(other, "train", tmp_path, streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_sets_that_were_saved_to_disk(tmp_path, set_of_ten, streaming):
+    recipe = folder_recipe()
+    samples = load_split(recipe, "train", set_of_ten)
+    splits = {"train": samples.select(range(7)), "val": samples.select(range(7, 10))}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "splits")
+    splits["train"].save_to_disk(tmp_path / "whole")
+    for split, key in (("train", "train"), ("validation", "val")):
+        found = load_split(recipe, split, tmp_path / "splits", streaming)
+        assert [sample["name"] for sample in found] == splits[key]["name"]
+    parts = [load_split(recipe, split, tmp_path / "whole", streaming) for split in ("train", "validation")]
+    assert sorted(sample["name"] for part in parts for sample in part) == sorted(splits["train"]["name"])
+    assert all(list(part) for part in parts)
+    with pytest.raises(FileNotFoundError, match="no test split, only train, val: expected test or testing"):
+        load_split(recipe, "test", tmp_path / "splits", streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_without_samples_are_named(tmp_path, streaming):
+    columns, features = {"image": [], "label": []}, datasets.Features({"image": ENCODED, "label": ENCODED})
+    write_parquet(tmp_path / "validation.parquet", columns, features)
+    with pytest.raises(ValueError, match=r"no sample in .*validation\.parquet"):
+        load_split(folder_recipe(), "validation", tmp_path, streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_class_folders_hold_words_for_splits(tmp_path, streaming):
     """As ImageNet's files and a class of trains do; `datasets` would look no further than these."""
     for name in ("train/bus/1.png", "train/train/2.png", "train/car/red_test_3.png"):

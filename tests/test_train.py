@@ -31,7 +31,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 from lemore_hf import LeMoReConfig, LeMoReForImageClassification, LeMoReForSemanticSegmentation, evaluation
 from lemore_hf.checkpointing import list_checkpoints, load_checkpoint, save_checkpoint
 from lemore_hf.data.augmentation import normalize, resize_for_evaluation
-from lemore_hf.data.loading import EpochSampler, RecipeDataset, load_split
+from lemore_hf.data.loading import EpochSampler, RecipeDataset, StreamedRecipeDataset, load_split
 from lemore_hf.data.recipes import load_recipe
 from lemore_hf.data.scenes import load_scenes
 from lemore_hf.distillation import DistillationLoss
@@ -1101,3 +1101,27 @@ def test_a_batch_that_cannot_be_divided_is_refused(train):
     assert train["divide_batch"](12, 3, 2) == 2
     with pytest.raises(ValueError, match="10"):
         train["divide_batch"](10, 3, 1)
+
+
+@pytest.mark.parametrize(("options", "expected"), [([], 2), (["--gradient_accumulation_steps", "1"], 1)])
+def test_what_accelerate_is_told_of_accumulation_counts(
+    tmp_path, recipe, data_dir, run_here, monkeypatch, options, expected
+):
+    """Each step is one, whoever says of how many batches; the option goes first."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    run_here(recipe, data_dir, tmp_path, "--max_steps", "3", "--eval_every", "0", "--save_every", "1", *options)
+    (*_, last) = list_checkpoints(tmp_path)
+    tensors, state = load_checkpoint(last)
+    assert state["fingerprint"]["gradient_accumulation_steps"] == expected
+    assert {int(value) for name, value in tensors.items() if name.endswith(".step")} == {3}
+
+
+def test_a_validation_without_images_stops_the_run(tmp_path, recipe, data_dir, run_here):
+    stream = load_split(load_recipe(recipe), "validation", data_dir, streaming=True)
+    with pytest.raises(ValueError, match="has no images"):
+        evaluate(
+            LeMoReForSemanticSegmentation(LeMoReConfig(num_labels=9, **TINY_MODEL)),
+            StreamedRecipeDataset(stream.take(0), load_recipe(recipe)),
+            load_recipe(recipe),
+            progress=False,
+        )

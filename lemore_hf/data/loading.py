@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from accelerate.utils import gather_object
 from datasets.distributed import split_dataset_by_node
@@ -94,7 +95,7 @@ def load_split(
         recipe: says where the samples are.
         split: "train", "validation" or "test", or several joined by "+".
         data_dir: local folder with parquet files (`train.parquet`, `train-00000-of-00002.parquet`, `data/train-*`), or
-            with the recipe's folders of images and label maps, split by sub-folders (`train/images`, `images/train`),
+            that `save_to_disk` of `datasets` has written, or with the recipe's folders of images and label maps, split by sub-folders (`train/images`, `images/train`),
             by lists of names (`split_file`) or not at all; then `validation_fraction` of it is held out. In
             classification one folder a class. Without it, the recipe's data set comes from the Hub.
         streaming: read while iterating, never the whole set at once.
@@ -121,6 +122,8 @@ def _load_one(
     folder = Path(data_dir).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"The data folder {folder} does not exist.")
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return _load_saved(recipe, split, folder, streaming)
     if next(folder.rglob("*.parquet"), None) is not None:
         return _load_parquet(recipe, split, folder, streaming)
     if recipe.task == "image-classification":
@@ -168,9 +171,27 @@ def _load_parquet(
 
 
 def _read_parquet(files: list[Path], streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+    if not any(pq.read_metadata(file).num_rows for file in files):
+        raise ValueError(f"There is no sample in {_listed([str(file) for file in files])}.")
     return datasets.load_dataset(
         "parquet", data_files=[str(file) for file in files], split="train", streaming=streaming
     )
+
+
+def _load_saved(
+    recipe: Recipe, split: str, folder: Path, streaming: bool
+) -> datasets.Dataset | datasets.IterableDataset:
+    """What `save_to_disk` of a `DatasetDict` or a `Dataset` has written."""
+    saved = datasets.load_from_disk(str(folder))
+    if isinstance(saved, datasets.Dataset):
+        samples = _hold_out(saved, recipe, split, folder)
+    elif found := [alias for alias in _aliases(recipe, split) if alias in saved]:
+        samples = saved[found[0]]
+    else:
+        raise FileNotFoundError(
+            f"{folder} has no {split} split, only {_listed(list(saved))}: expected {' or '.join(_aliases(recipe, split))}."
+        )
+    return samples.to_iterable_dataset() if streaming else samples
 
 
 def _parquet_files(recipe: Recipe, split: str, folder: Path) -> list[Path]:
@@ -188,11 +209,12 @@ def _load_class_folders(
 ) -> datasets.Dataset | datasets.IterableDataset:
     for alias in _aliases(recipe, split):
         if (folder / alias).is_dir():
-            return _with_labels_of(recipe, _read_class_folders(folder / alias, streaming), folder / alias)
+            samples = _read_class_folders(folder / alias, streaming)
+            return _with_labels_of(recipe, samples, f"{folder / alias} has {{}} folders")
     if any((folder / alias).is_dir() for aliases in _SPLIT_ALIASES.values() for alias in aliases):
         raise FileNotFoundError(f"{folder} has no sub-folder {' or '.join(_aliases(recipe, split))}.")
     _refuse_unknown_splits(folder, filter(Path.is_dir, folder.iterdir()), "rename them to train, val and test")
-    whole = _with_labels_of(recipe, _read_class_folders(folder, streaming), folder)
+    whole = _with_labels_of(recipe, _read_class_folders(folder, streaming), f"{folder} has {{}} folders")
     return _hold_out(whole, recipe, split, folder)
 
 
@@ -208,21 +230,27 @@ def _read_class_folders(folder: Path, streaming: bool) -> datasets.Dataset | dat
     )
 
 
-def _with_labels_of(recipe: Recipe, samples: datasets.Dataset | datasets.IterableDataset, folder: Path):
-    """Folders are numbered in the order of their names, all that there are: here they get the recipe's classes."""
-    if recipe.num_classes is None:
+def _with_labels_of(recipe: Recipe, samples: datasets.Dataset | datasets.IterableDataset, finding: str):
+    """The recipe's numbers for labels that have names of their own: folders are numbered in the order of their names, all
+    that there are, and the classes of a file as it was written."""
+    feature = (samples.features or {}).get("label")
+    if recipe.num_classes is None or not isinstance(feature, datasets.ClassLabel):
         return samples
-    folders = samples.features["label"].names
-    if not set(folders) <= recipe.label2id.keys():
+    names = feature.names
+    if names == [str(number) for number in range(len(names))]:  # how `datasets` calls classes that have no names
+        return samples
+    if not set(names) <= recipe.label2id.keys():
         # Such as WordNet's numbers, which stand in the order of the classes. One class by its name is reason to doubt.
-        if len(folders) == recipe.num_classes and recipe.label2id.keys().isdisjoint(folders):
+        if len(names) == recipe.num_classes and recipe.label2id.keys().isdisjoint(names):
             return samples
-        unknown = [name for name in folders if name not in recipe.label2id]
+        unknown = [name for name in names if name not in recipe.label2id]
         raise ValueError(
-            f"{folder} has {len(folders)} folders, of which {_listed(unknown)} are none of the {recipe.num_classes} "
-            f"classes of the recipe {recipe.name}: rename them, or give the recipe's class_names."
+            f"{finding.format(len(names))}, of which {_listed(unknown)} are none of the {recipe.num_classes} classes of the "
+            f"recipe {recipe.name}: rename them, or give the recipe's class_names."
         )
-    classes = [recipe.label2id[name] for name in folders]
+    classes = [recipe.label2id[name] for name in names]
+    if classes == list(range(recipe.num_classes)):
+        return samples
     features = datasets.Features(
         {**samples.features, "label": datasets.ClassLabel(names=list(recipe.id2label.values()))}
     )
@@ -429,6 +457,8 @@ def _normalize_columns(samples, recipe: Recipe):
         )
     samples = samples.select_columns(list(wanted))
     samples = samples.rename_columns({old: new for old, new in wanted.items() if old != new})
+    if recipe.task == "image-classification":
+        samples = _with_labels_of(recipe, samples, "The label column has the names of {} classes")
     for column in ("image",) if recipe.task == "image-classification" else ("image", "label"):
         feature = (samples.features or {}).get(column)
         # Parquet files that other tools wrote hold the encoded pictures without saying so.

@@ -274,8 +274,8 @@ class Recipe:
         if isinstance(self.class_weights, tuple):
             if len(self.class_weights) != (count or 0):
                 raise ValueError(f"class_weights has {len(self.class_weights)} weights for {count or 0} classes.")
-            if min(self.class_weights) < 0:
-                raise ValueError("class_weights must not be negative.")
+            if min(self.class_weights) < 0 or max(self.class_weights) == 0:
+                raise ValueError("class_weights must not be negative, and not all zero.")
 
     def _validate_colors(self):
         colours, count = self.label_colors, self.num_classes or 0
