@@ -30,8 +30,8 @@ class SegmentationCriterion(nn.Module):
         lovasz_weight (`float`): Weight of the Lovász-softmax loss (Berman et al., CVPR 2018), over the classes present.
         lovasz_stride (`int`): It takes the pixels of every n-th row and column, since it sorts all pixels for each class
             (our choice).
-        stride (`int`): All terms look at every n-th row and column, from an offset drawn for each batch: on a CPU the loss of every pixel takes a good part of a step (our choice). `lovasz_stride` counts
-            what is left.
+        stride (`int`): All terms look at every n-th row and column, from an offset drawn for each batch: on a CPU the
+            loss of every pixel takes a good part of a step (our choice). `lovasz_stride` counts what is left.
         ignore_index (`int`): The void label, which no term counts.
 
     Raises:

@@ -1026,6 +1026,8 @@ class LeMoReGatedFusion(nn.Module):
     def combine(
         self, local_feature: torch.Tensor, gate: torch.Tensor, value: torch.Tensor | None = None
     ) -> torch.Tensor:
+        """Local features times the gate, plus the value, both given at the tokens' size. In a fused head the scales up to the
+        output stride share one value."""
         local = self.local(local_feature)
         gate = resize_bilinear(gate, local.shape[-2:])
         return local * gate if value is None else torch.addcmul(resize_bilinear(value, local.shape[-2:]), local, gate)

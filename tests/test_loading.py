@@ -250,7 +250,7 @@ def test_labels_of_a_column_with_names_have_the_numbers_of_the_recipes_classes(t
         labels = [SampleDecoder(recipe)(stored).labels for stored in samples]
         assert labels == [recipe.label2id[name] for name in names]
     other = load_recipe("imagenet1k", {"crop_size": (32, 32), "resize": 40, "class_names": ["dog", "wolf", "cat"]})
-    with pytest.raises(ValueError, match="names of 3 classes, of which fox are none of the 3 classes"):
+    with pytest.raises(ValueError, match="has 3 class names, of which fox are none of the 3 classes"):
         load_split(other, "train", tmp_path, streaming)
 
 

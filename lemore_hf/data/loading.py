@@ -95,9 +95,9 @@ def load_split(
         recipe: says where the samples are.
         split: "train", "validation" or "test", or several joined by "+".
         data_dir: local folder with parquet files (`train.parquet`, `train-00000-of-00002.parquet`, `data/train-*`), or
-            that `save_to_disk` of `datasets` has written, or with the recipe's folders of images and label maps, split by sub-folders (`train/images`, `images/train`),
-            by lists of names (`split_file`) or not at all; then `validation_fraction` of it is held out. In
-            classification one folder a class. Without it, the recipe's data set comes from the Hub.
+            that `save_to_disk` of `datasets` has written, or with the recipe's folders of images and label maps, split by
+            sub-folders (`train/images`, `images/train`), by lists of names (`split_file`) or not at all; then
+            `validation_fraction` of it is held out. In classification one folder a class. Without it, the recipe's data set comes from the Hub.
         streaming: read while iterating, never the whole set at once.
 
     Raises:
@@ -210,11 +210,11 @@ def _load_class_folders(
     for alias in _aliases(recipe, split):
         if (folder / alias).is_dir():
             samples = _read_class_folders(folder / alias, streaming)
-            return _with_labels_of(recipe, samples, f"{folder / alias} has {{}} folders")
+            return _with_labels_of(recipe, samples, folder / alias, "folders")
     if any((folder / alias).is_dir() for aliases in _SPLIT_ALIASES.values() for alias in aliases):
         raise FileNotFoundError(f"{folder} has no sub-folder {' or '.join(_aliases(recipe, split))}.")
     _refuse_unknown_splits(folder, filter(Path.is_dir, folder.iterdir()), "rename them to train, val and test")
-    whole = _with_labels_of(recipe, _read_class_folders(folder, streaming), f"{folder} has {{}} folders")
+    whole = _with_labels_of(recipe, _read_class_folders(folder, streaming), folder, "folders")
     return _hold_out(whole, recipe, split, folder)
 
 
@@ -230,7 +230,9 @@ def _read_class_folders(folder: Path, streaming: bool) -> datasets.Dataset | dat
     )
 
 
-def _with_labels_of(recipe: Recipe, samples: datasets.Dataset | datasets.IterableDataset, finding: str):
+def _with_labels_of(
+    recipe: Recipe, samples: datasets.Dataset | datasets.IterableDataset, place: Path | str, kind: str
+):
     """The recipe's numbers for labels that have names of their own: folders are numbered in the order of their names, all
     that there are, and the classes of a file as it was written."""
     feature = (samples.features or {}).get("label")
@@ -245,8 +247,8 @@ def _with_labels_of(recipe: Recipe, samples: datasets.Dataset | datasets.Iterabl
             return samples
         unknown = [name for name in names if name not in recipe.label2id]
         raise ValueError(
-            f"{finding.format(len(names))}, of which {_listed(unknown)} are none of the {recipe.num_classes} classes of the "
-            f"recipe {recipe.name}: rename them, or give the recipe's class_names."
+            f"{place} has {len(names)} {kind}, of which {_listed(unknown)} are none of the {recipe.num_classes} classes of "
+            f"the recipe {recipe.name}: rename them, or give the recipe's class_names."
         )
     classes = [recipe.label2id[name] for name in names]
     if classes == list(range(recipe.num_classes)):
@@ -458,7 +460,7 @@ def _normalize_columns(samples, recipe: Recipe):
     samples = samples.select_columns(list(wanted))
     samples = samples.rename_columns({old: new for old, new in wanted.items() if old != new})
     if recipe.task == "image-classification":
-        samples = _with_labels_of(recipe, samples, "The label column has the names of {} classes")
+        samples = _with_labels_of(recipe, samples, "The label column", "class names")
     for column in ("image",) if recipe.task == "image-classification" else ("image", "label"):
         feature = (samples.features or {}).get(column)
         # Parquet files that other tools wrote hold the encoded pictures without saying so.
