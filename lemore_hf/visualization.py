@@ -188,8 +188,8 @@ def class_names(config: PreTrainedConfig) -> dict[int, str]:
 
 
 def palette_of(config: PreTrainedConfig) -> Sequence[Sequence[int]]:
-    """Colours by the numbers of label maps: the configuration's own, or the default ones (at most
-    1024) where it has too few."""
+    """Colours by the numbers of label maps: the configuration's own, or the default ones, at most 1024, where it has too
+    few."""
     palette, number = getattr(config, "palette", None) or (), len(class_names(config))  # other families have none
     return palette if len(palette) >= number else default_palette(min(number, _MAX_PALETTE))
 

@@ -214,9 +214,8 @@ def main() -> None:
         log_with="tensorboard" if is_tensorboard_available() else None,
         project_dir=args.output_dir,
     )
-    accelerator.gradient_accumulation_steps = (
-        args.gradient_accumulation_steps
-    )  # for Accelerate its variable goes first
+    # For Accelerate its environment variable goes before what it is given; here the option does.
+    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     prepare_output_folder(args, accelerator)
     recipe = load_recipe(args.recipe, recipe_overrides(args), args.data_dir)
     for option in ("eval_every", "save_every"):
@@ -699,6 +698,7 @@ def resume(state: TrainingState, output_dir: Path) -> None:
 
 
 def mean_of_processes(value: float, accelerator: Accelerator) -> float:
+    """Collective: every process calls it, and each gets the mean of all values."""
     if accelerator.num_processes == 1:
         return value
     return accelerator.reduce(torch.tensor(value, device=accelerator.device), "mean").item()
