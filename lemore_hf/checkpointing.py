@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 TENSORS_NAME = "tensors.safetensors"
 STATE_NAME = "state.json"
+RUN_NAME = "run.json"  # of a training that has ended, beside its checkpoints
 # Folders that are being written, replaced or deleted, behind a dot and the name.
 _WRITING, _REPLACED, _DOOMED = ".writing", ".replaced", ".doomed"
 _PICKLED_SUFFIXES = (".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth")
@@ -172,6 +173,12 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
     """Folder of the checkpoint after `step` optimizer steps."""
     return output_dir / f"checkpoint-{step:07d}"
+
+
+def read_run(output_dir: Path) -> dict[str, Any] | None:
+    """`run.json` of the finished training in a folder; `None` where there is none."""
+    path = output_dir / RUN_NAME
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

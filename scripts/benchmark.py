@@ -40,6 +40,7 @@ from lemore_hf.benchmarking.report import (
 )
 from lemore_hf.benchmarking.rounds import prepare_models, run_cell, run_rounds
 from lemore_hf.checkpointing import atomic_file
+from lemore_hf.command_line import at_least, positive, run_script
 from lemore_hf.data.scenes import CLASS_NAMES
 from lemore_hf.hardware import usable_cores
 from lemore_hf.visualization import plot_speed
@@ -89,11 +90,11 @@ def parse_arguments() -> argparse.Namespace:
         choices=(*RUNTIMES, *CUDA_RUNTIMES),
         help=f"of the first table; the third has {', '.join(SIZE_RUNTIMES)}",
     )
-    parser.add_argument("--batch-sizes", type=_positive, nargs="+", help="of the first table")
-    parser.add_argument("--threads", type=_positive, nargs="+")
+    parser.add_argument("--batch-sizes", type=at_least(1), nargs="+", help="of the first table")
+    parser.add_argument("--threads", type=at_least(1), nargs="+")
     parser.add_argument(
         "--size",
-        type=_positive,
+        type=at_least(1),
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
         default=(512, 512),
@@ -108,14 +109,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--num-labels",
-        type=_positive,
+        type=at_least(1),
         default=NUM_LABELS,
         metavar="N",
         help="classes of all networks (default: %(default)s)",
     )
-    parser.add_argument("--rounds", type=_positive, help="how often each process is started (default: 3; quick: 1)")
+    parser.add_argument("--rounds", type=at_least(1), help="how often each process is started (default: 3; quick: 1)")
     parser.add_argument(
-        "--seconds", type=float, default=1.0, help="how long each process repeats, at least three times"
+        "--seconds", type=positive, default=1.0, help="how long each process repeats, at least three times"
     )
     parser.add_argument(
         "--keep-memory", action="store_true", help="let glibc keep freed memory, in every process: " + str(KEEP_MEMORY)
@@ -145,8 +146,6 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--chart must be the name of a .png file, got {arguments.chart}")
     for file in filter(None, (arguments.json, arguments.chart)):
         file.parent.mkdir(parents=True, exist_ok=True)
-    if arguments.seconds <= 0:
-        parser.error(f"--seconds must be positive, got {arguments.seconds}")
     arguments = _with_defaults(arguments)
     if 1 not in arguments.batch_sizes and any(runtime.startswith("litert") for runtime in arguments.runtimes or ()):
         parser.error("LiteRT's graphs take one image at a time: add 1 to --batch-sizes, or leave these runtimes out")
@@ -162,13 +161,6 @@ def shows_points(arguments: argparse.Namespace) -> bool:
     """Whether anything that is measured has a place in the chart."""
     runtimes = CHART_RUNTIMES if arguments.runtimes is None else set(CHART_RUNTIMES).intersection(arguments.runtimes)
     return 1 in arguments.tables and 1 in arguments.batch_sizes and bool(runtimes)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -423,4 +415,4 @@ def chart_title(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

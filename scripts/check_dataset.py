@@ -10,8 +10,6 @@ exits with status 1 if anything would fail. The fields of the recipe that descri
 """
 
 import argparse
-import signal
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,15 +23,16 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from lemore_hf.command_line import at_least, run_script
 from lemore_hf.data.loading import BadSampleError, Sample, SampleDecoder, load_split, with_classes_of, without_decoding
 from lemore_hf.data.recipes import (
     ALL_FIELDS,
     IGNORE_INDEX,
     TRAINING_FIELDS,
     Recipe,
+    add_data_arguments,
     add_recipe_arguments,
     load_recipe,
-    recipe_names,
     recipe_overrides,
     split_names,
 )
@@ -45,15 +44,18 @@ SHOWN = 10  # samples that fail for one reason
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", required=True, help=f"{', '.join(recipe_names())}, or the path of a YAML file")
-    parser.add_argument("--data_dir", type=Path, help="local folder of the data set; without it, from the Hub")
+    add_data_arguments(parser)
     parser.add_argument("--split", help="only these splits, joined by '+'; by default all that are there")
     parser.add_argument("--streaming", action="store_true", help="read without keeping anything on disk")
     parser.add_argument(
-        "--num_workers", type=int, help="processes that decode (default: 2, or 1 on one core); not with --streaming"
+        "--num_workers",
+        type=at_least(0),
+        help="processes that decode (default: 2, or 1 on one core); not with --streaming",
     )
     parser.add_argument("--picture", type=Path, default=Path("dataset_check.png"), help="where the grid is written")
-    parser.add_argument("--num_pictures", type=int, default=4, help="samples of each split in the grid; 0 for none")
+    parser.add_argument(
+        "--num_pictures", type=at_least(0), default=4, help="samples of each split in the grid; 0 for none"
+    )
     parser.add_argument("--all", action="store_true", help=f"list all samples of a reason, not the first {SHOWN}")
     add_recipe_arguments(parser, ALL_FIELDS - TRAINING_FIELDS)
     args = parser.parse_args()
@@ -62,9 +64,6 @@ def parse_arguments() -> argparse.Namespace:
     if args.num_pictures and args.picture.suffix.lower() not in Image.registered_extensions():
         parser.error(f"--picture must be the name of a picture, such as dataset_check.png, got {args.picture}")
     args.num_workers = min(2, usable_cores()) if args.num_workers is None else args.num_workers
-    for option in ("num_workers", "num_pictures"):
-        if getattr(args, option) < 0:
-            parser.error(f"--{option} must be at least 0, got {getattr(args, option)}")
     return args
 
 
@@ -262,9 +261,4 @@ def draw_samples(pictures: list[tuple[str, Sample]], recipe: Recipe, columns: in
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (OSError, TypeError, ValueError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)  # as a shell has it
+    run_script(main)

@@ -25,6 +25,8 @@ from typing import Any
 
 import yaml
 
+from lemore_hf.checkpointing import list_checkpoints, read_run
+from lemore_hf.command_line import run_script
 from lemore_hf.data.loading import load_split
 from lemore_hf.data.recipes import DESCRIPTIVE_FIELDS, EVALUATION_FIELDS, Recipe, load_recipe, nearest, split_names
 
@@ -57,11 +59,11 @@ def main() -> None:
     names = [name for name in plan["variants"] if name in wanted]  # in their order: later ones may begin with earlier
     for name in names:
         for option, first in variants_needed(plan, name):
-            if first not in names and not (args.output_dir / run_name(args.plan, first) / "run.json").is_file():
+            if first not in names and read_run(args.output_dir / run_name(args.plan, first)) is None:
                 needs = "begins with" if option == "init_from" else "learns from"
                 raise ValueError(f"{name!r} {needs} {first!r}, which has not been run: name it after --only too.")
     for name in names:
-        if not (args.output_dir / run_name(args.plan, name) / "run.json").is_file():
+        if read_run(args.output_dir / run_name(args.plan, name)) is None:
             for split in plan["splits"]:  # which are not to be missed after hours of training
                 load_split(variant_recipe(plan, name, args.data_dir), split, args.data_dir)
             break
@@ -148,7 +150,7 @@ def option_words(options: dict[str, Any]) -> list[str]:
 
 def train(plan: dict[str, Any], name: str, folder: Path, args: argparse.Namespace) -> None:
     options, planned = training_options(plan, name), folder / "plan.json"
-    is_begun = (folder / "run.json").is_file() or any(folder.glob("checkpoint-*"))
+    is_begun = read_run(folder) is not None or list_checkpoints(folder)
     if is_begun and planned.is_file():
         changed = changes_since(json.loads(planned.read_text(encoding="utf-8")), as_kept(plan, options))
         if changed:
@@ -156,7 +158,7 @@ def train(plan: dict[str, Any], name: str, folder: Path, args: argparse.Namespac
                 f"{folder} was trained with other settings of {', '.join(changed)} than {name!r} has in the plan today: "
                 "name the variant anew, or delete the folder to train again."
             )
-    if (folder / "run.json").is_file():
+    if read_run(folder) is not None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     planned.write_text(json.dumps(as_kept(plan, options), indent=2) + "\n", encoding="utf-8")
@@ -241,8 +243,7 @@ def known_run(folder: Path, runs: Path) -> dict[str, Any] | None:
     """The line of the training in a folder; where there is none, the last line of its name."""
     lines = runs.read_text(encoding="utf-8").splitlines() if runs.is_file() else []
     known = [run for run in map(json.loads, lines) if run["name"] == folder.name]
-    if (folder / "run.json").is_file():
-        trained = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    if (trained := read_run(folder)) is not None:
         known = [run for run in known if all(run.get(key) == value for key, value in trained.items())]
     return known[-1] if known else None
 
@@ -313,7 +314,4 @@ def without_seeds(plan: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    run_script(main, yaml.YAMLError)

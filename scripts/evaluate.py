@@ -17,8 +17,6 @@ import importlib
 import json
 import math
 import platform
-import signal
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,15 +31,16 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file
 
 import lemore_hf
-from lemore_hf.checkpointing import CheckpointError, atomic_file, sha256_of
+from lemore_hf.checkpointing import CheckpointError, atomic_file, read_run, sha256_of
+from lemore_hf.command_line import at_least, run_script
 from lemore_hf.complexity import count_multiply_accumulates
 from lemore_hf.data.loading import RecipeDataset, StreamedRecipeDataset, load_split, with_classes_of
 from lemore_hf.data.recipes import (
     EVALUATION_FIELDS,
     Recipe,
+    add_data_arguments,
     add_recipe_arguments,
     load_recipe,
-    recipe_names,
     recipe_overrides,
 )
 from lemore_hf.evaluation import (
@@ -60,12 +59,11 @@ from lemore_hf.visualization import draw_segmentation, image_grid, plot_confusio
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder that training or export.py has written, or Hub id")
-    parser.add_argument("--recipe", required=True, help=f"{', '.join(recipe_names())}, or the path of a YAML file")
-    parser.add_argument("--data_dir", type=Path, help="local folder of the data set; without it, from the Hub")
+    add_data_arguments(parser)
     parser.add_argument("--split", default="test", help="train, validation or test, or several joined by '+'")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the scores")
     parser.add_argument("--streaming", action="store_true", help="read the data while evaluating, never all of it")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that load data for each process")
+    parser.add_argument("--num_workers", type=at_least(0), default=0, help="processes that load data for each process")
     parser.add_argument(
         "--mixed_precision",
         choices=["no", "bf16", "fp16"],
@@ -84,7 +82,9 @@ def parse_arguments() -> argparse.Namespace:
         metavar=("HEIGHT", "WIDTH"),
         help="score the middle of this size of each image alone, before it is resized: another camera's shape",
     )
-    views.add_argument("--worst_images", type=int, help="images in the grid of the worst (default: 8); 0 for no grid")
+    views.add_argument(
+        "--worst_images", type=at_least(0), help="images in the grid of the worst (default: 8); 0 for no grid"
+    )
     add_recipe_arguments(parser, EVALUATION_FIELDS)
     args = parser.parse_args()
     if args.mixed_precision is None and is_export(args.model):
@@ -166,11 +166,11 @@ def check_options(args: argparse.Namespace, recipe: Recipe) -> None:
         raise ValueError("--crop_size has no effect on scores in segmentation, where whole images are looked at.")
     if args.worst_images is None:
         args.worst_images = 8
-    if args.runs is not None and Path(args.model).name == "best":
+    if args.runs is not None and Path(args.model).resolve().name == "best":
         raise ValueError(
             f"--runs keeps lines of whole trainings, --model {args.model} is of one's middle: give its final."
         )
-    if args.runs is not None and not (Path(args.model).parent / "run.json").is_file():
+    if args.runs is not None and run_of(args.model) is None:
         raise ValueError(
             f"--runs keeps lines of trainings, of which --model {args.model} has no run.json beside it: give the final of a "
             "run, or leave --runs out."
@@ -339,7 +339,7 @@ def describe_checkpoint(model: PreTrainedModel, recipe: Recipe, args: argparse.N
     pixel_values = torch.empty(1, 3, *network_size(model, recipe), device="meta")
     weights = cached_file(args.model, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
     return {
-        "run": run_of(Path(args.model)),
+        "run": {"name": Path(args.model).resolve().parent.name, **(run_of(args.model) or {})},
         "weights_sha256": sha256_of(Path(weights)) if weights else None,  # several files have none
         "parameters": model.num_parameters(),
         "multiply_accumulates": count_multiply_accumulates(on_meta, pixel_values),
@@ -353,11 +353,9 @@ def network_size(model: PreTrainedModel | ExportedNetwork, recipe: Recipe) -> tu
     return tuple(getattr(model.config, "native_size", recipe.image_size))  # other families have none
 
 
-def run_of(folder: Path) -> dict[str, Any]:
-    """`run.json` of the run that a model comes from, which training leaves beside the model's folder."""
-    path = folder.parent / "run.json"
-    run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {"name": folder.resolve().parent.name, **run}
+def run_of(model: str) -> dict[str, Any] | None:
+    """The finished run that a model comes from, which training describes beside the model's folder."""
+    return read_run(Path(model).resolve().parent)
 
 
 def record_run(report: dict[str, Any], args: argparse.Namespace) -> None:
@@ -383,9 +381,4 @@ def record_run(report: dict[str, Any], args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (CheckpointError, ImportError, OSError, TypeError, ValueError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)  # as a shell has it
+    run_script(main, CheckpointError)

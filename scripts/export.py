@@ -12,7 +12,6 @@ and the labels are held against PyTorch's.
 
 import argparse
 import shlex
-import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from transformers import AutoImageProcessor
 
 import lemore_hf  # noqa: F401 (registers LeMoRe with the Auto classes)
 from lemore_hf.checkpointing import CheckpointError
+from lemore_hf.command_line import at_least, run_script
 from lemore_hf.evaluation import load_trained_model
 from lemore_hf.export import FILES, export_model
 from lemore_hf.inference import Segmenter, comparison_sizes, label_agreement, read_pictures
@@ -66,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
         help="the one size of a LiteRT graph (default: the image processor's, or the native size)",
     )
     parser.add_argument(
-        "--calibration-images", type=int, help="how many pictures of CALIBRATION_FOLDER to use (default: 64)"
+        "--calibration-images", type=at_least(1), help="how many pictures of CALIBRATION_FOLDER to use (default: 64)"
     )
     parser.add_argument(
         "--compare", metavar="FOLDER", type=Path, help="compare with PyTorch on this folder's pictures"
@@ -76,8 +76,6 @@ def parse_arguments() -> argparse.Namespace:
         arguments.calibration_images = 64
     elif arguments.int8 is None:
         parser.error("--calibration-images is for --int8: leave it out, or give the folder of the pictures")
-    if arguments.calibration_images < 1:
-        parser.error(f"--calibration-images must be at least 1, got {arguments.calibration_images}")
     return arguments
 
 
@@ -125,9 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (CheckpointError, ImportError, OSError, TypeError, ValueError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)  # as a shell has it
+    run_script(main, CheckpointError)

@@ -11,6 +11,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from lemore_hf.command_line import run_script
+
 HEADER = ["run", "begins with", "steps", "batch", "rate", "input", "mixes", "head's stride", "hours", "test mIoU"]
 
 
@@ -87,7 +89,4 @@ def run_names(folders: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    run_script(main)

@@ -13,7 +13,6 @@ listed at the end.
 
 import argparse
 import errno
-import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,6 +25,7 @@ from tqdm.auto import tqdm
 
 import lemore_hf  # noqa: F401 (registers LeMoRe with the Auto classes)
 from lemore_hf.checkpointing import CheckpointError
+from lemore_hf.command_line import at_least, run_script
 from lemore_hf.hardware import usable_cores
 from lemore_hf.inference import Segmenter
 from lemore_hf.pictures import files_below
@@ -52,11 +52,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, help="folder to write to")
     parser.add_argument("--write", choices=(*TARGETS, "both"), default="both")
     parser.add_argument("--alpha", type=float, help=f"opacity of the overlays, 0 to 1 (default: {DEFAULT_ALPHA})")
-    parser.add_argument("--processes", type=int, default=1, help="how many inputs to work on at once")
+    parser.add_argument("--processes", type=at_least(1), default=1, help="how many inputs to work on at once")
     parser.add_argument("--overwrite", action="store_true", help="write again what is there")
     arguments = parser.parse_args()
-    if arguments.processes < 1:
-        parser.error(f"--processes must be at least 1, got {arguments.processes}")
     if arguments.alpha is None:
         arguments.alpha = DEFAULT_ALPHA
     elif arguments.write == "masks":
@@ -143,10 +141,4 @@ def work(job: Job) -> tuple[Path, str | None]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (CheckpointError, ImportError, OSError, TypeError, ValueError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
-    except KeyboardInterrupt:
-        print("\nInterrupted: the same command goes on, a film begins anew.", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)  # as a shell has it
+    run_script(main, CheckpointError, interrupted="Interrupted: the same command goes on, a film begins anew.")

@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from lemore_hf.command_line import run_script
 
 NUM_CLASSES, VOID = 11, 255
 SPLITS = ("train", "val", "test")
@@ -90,7 +92,4 @@ def read_pairs(pairs: list[tuple[Path, Path]]) -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, UnidentifiedImageError, ValueError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    run_script(main)

@@ -27,6 +27,7 @@ from transformers import AutoModelForSemanticSegmentation, Trainer, TrainingArgu
 
 from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation, LeMoReImageProcessor
 from lemore_hf.checkpointing import atomic_folder
+from lemore_hf.command_line import run_script
 from lemore_hf.data.augmentation import normalize
 from lemore_hf.data.loading import RecipeDataset, collate, inheriting_workers, load_split, read_label_map
 from lemore_hf.data.recipes import IGNORE_INDEX, Recipe, load_recipe
@@ -266,7 +267,4 @@ def draw_held_out(held_out: RecipeDataset, recipe: Recipe, folder: Path, output_
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, TypeError, ValueError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    run_script(main)

@@ -18,10 +18,9 @@ import dataclasses
 import hashlib
 import json
 import math
-import signal
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from transformers import PreTrainedModel, get_polynomial_decay_schedule_with_war
 
 from lemore_hf import LeMoReConfig, LeMoReForImageClassification, LeMoReForSemanticSegmentation
 from lemore_hf.checkpointing import (
+    RUN_NAME,
     CheckpointError,
     DamagedCheckpointError,
     atomic_file,
@@ -48,9 +48,11 @@ from lemore_hf.checkpointing import (
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
+    read_run,
     recover_folders,
     require_safetensors,
 )
+from lemore_hf.command_line import at_least, positive, run_script
 from lemore_hf.data.augmentation import mix_images, normalize
 from lemore_hf.data.loading import (
     BadSampleError,
@@ -67,9 +69,9 @@ from lemore_hf.data.recipes import (
     DESCRIPTIVE_FIELDS,
     IGNORE_INDEX,
     Recipe,
+    add_data_arguments,
     add_recipe_arguments,
     load_recipe,
-    recipe_names,
     recipe_overrides,
 )
 from lemore_hf.distillation import DistillationLoss, load_teacher
@@ -93,8 +95,7 @@ from lemore_hf.visualization import plot_training_curve
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", required=True, help=f"{', '.join(recipe_names())}, or the path of a YAML file")
-    parser.add_argument("--data_dir", type=Path, help="local folder of the data set; without it, from the Hub")
+    add_data_arguments(parser)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of checkpoints, logs and final model")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and dropout (default: 0)")
@@ -186,24 +187,6 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """The type of an option that takes whole numbers from `minimum` on."""
-
-    def integer(text: str) -> int:
-        if int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {text}")
-        return int(text)
-
-    return integer
-
-
-def positive(text: str) -> float:
-    """The type of an option that takes finite numbers above 0."""
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0 and finite, got {text}")
-    return float(text)
-
-
 def main() -> None:
     args = parse_arguments()
     transformers.utils.logging.disable_progress_bar()  # of loading and saving, over within a second
@@ -221,6 +204,20 @@ def main() -> None:
     for option in ("eval_every", "save_every"):
         if getattr(args, option) is None:
             setattr(args, option, min(max(recipe.max_steps // 10, 100), 1000))
+    check_options(args, recipe)
+    if args.push_to_hub and accelerator.is_main_process:
+        signed_in_user()  # Rather now than after the training.
+    set_seed(args.seed)
+
+    training = Training(args, load_data(args, recipe, accelerator), accelerator)
+    training.run()
+    if accelerator.is_main_process:
+        training.publish()
+    training.close()
+
+
+def check_options(args: argparse.Namespace, recipe: Recipe) -> None:
+    """Refuse what makes no sense with this recipe."""
     if recipe.max_steps == 0 and not args.init_from:
         raise ValueError(
             "max_steps=0 saves the weights of --init_from, or their mean, untrained: name them, or train."
@@ -229,11 +226,25 @@ def main() -> None:
         raise ValueError("max_steps=0 learns nothing from a --teacher: leave it out, or train.")
     if args.teacher and recipe.task != "semantic-segmentation":
         raise ValueError(f"--teacher is for segmentation, the recipe {recipe.name} is for {recipe.task}.")
-    if args.push_to_hub and accelerator.is_main_process:
-        signed_in_user()  # Rather now than after the training.
-    set_seed(args.seed)
 
-    # Data
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run trains on and validates with."""
+
+    recipe: Recipe
+    """With the classes of the data set."""
+    samples: Any
+    """Of the training split, as `load_split` has them."""
+    training: RecipeDataset | None
+    """Of them; `None` for a stream."""
+    validation: RecipeDataset | StreamedRecipeDataset | None
+    """`None` without validations."""
+    micro_batch_size: int
+    """Samples that a process takes at once."""
+
+
+def load_data(args: argparse.Namespace, recipe: Recipe, accelerator: Accelerator) -> Data:
     samples = load_split(recipe, recipe.train_on, args.data_dir, args.streaming)
     recipe = with_classes_of(recipe, samples)
     micro_batch_size = divide_batch(recipe.batch_size, accelerator.num_processes, args.gradient_accumulation_steps)
@@ -241,7 +252,7 @@ def main() -> None:
         if getattr(recipe, option) > 0 and micro_batch_size == 1:
             raise ValueError(f"{option} has no effect on one image at a time: raise batch_size, or switch it off.")
     cache_device = accelerator.device if args.cache == "device" else None
-    dataset = None if args.streaming else RecipeDataset(samples, recipe, True, args.seed, args.cache, cache_device)
+    training = None if args.streaming else RecipeDataset(samples, recipe, True, args.seed, args.cache, cache_device)
     validation = None
     if args.eval_every:
         validation_samples = load_split(recipe, recipe.validate_on, args.data_dir, args.streaming)
@@ -250,163 +261,201 @@ def main() -> None:
             validation = StreamedRecipeDataset(validation_samples, recipe, **place)
         else:
             validation = RecipeDataset(validation_samples, recipe, cache="memory" if args.cache else None)
+    if training is not None and recipe.task == "semantic-segmentation" and accelerator.is_main_process:
+        warn_of_one_class(training)
+    return Data(recipe, samples, training, validation, micro_batch_size)
 
-    if dataset is not None and recipe.task == "semantic-segmentation" and accelerator.is_main_process:
-        warn_of_one_class(dataset)
 
-    # Model, optimizer, schedule
-    model = build_model(args, recipe)
-    set_seed(args.seed, device_specific=True)  # dropout, mixing and sampling are each process's own
-    if args.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.to(accelerator.device)
-    ema = ExponentialMovingAverage(model, recipe.ema_decay) if recipe.ema_decay else None
-    groups = parameter_groups(
-        model, recipe.learning_rate, recipe.weight_decay, recipe.head_lr_multiplier, head_prefixes(model)
-    )
-    if recipe.optimizer == "muon":
-        optimizer = Muon(groups, lr=recipe.learning_rate)
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=accelerator.device.type == "cuda")
-    settings = fingerprint(args, recipe, accelerator, samples)
-    state = TrainingState(accelerator, model, optimizer, ema, settings, defaults_of_fields())
-    criterion = build_criterion(recipe, dataset).to(accelerator.device)
-    distillation = build_distillation(args, recipe, accelerator) if args.teacher else None
-    mix = mix_images(recipe)
-    if args.resume:
-        resume(state, args.output_dir)
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
-    # A run at a constant rate may end inside its warm-up, to be gone on with.
-    end = max(recipe.max_steps, recipe.warmup_steps + 1)
-    scheduler = get_polynomial_decay_schedule_with_warmup(
-        optimizer, recipe.warmup_steps, end, 0.0, recipe.poly_power, last_epoch=state.step - 1
-    )
-    if args.compile:
-        model.compile()
-    prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
-    set_training_mode(prepared_model, recipe)
-    if args.cuda_graph:
-        record_cuda_graph(prepared_model, args, recipe, micro_batch_size, accelerator)
-    averaged_model = ema.module if ema is not None else model
-    eval_workers = 0 if args.cache else args.num_workers
+class Training:
+    """A run: the network, all that trains it, and how far it is.
 
-    log = RunLog(args.output_dir, accelerator, state)
-    batches = training_batches(args, recipe, accelerator, samples, dataset, micro_batch_size, state.step)
-    steps = batches_of_steps(batches, args.gradient_accumulation_steps, accelerator)
-    progress = tqdm(
-        total=recipe.max_steps,
-        initial=state.step,
-        desc="Training",
-        unit="step",
-        disable=not accelerator.is_main_process,
-    )
-    pending: list[tuple[int, list[str], torch.Tensor]] = []  # Losses that have not been looked at yet.
-    is_finished = state.step >= recipe.max_steps and steps_of_run(args.output_dir) == state.step
+    Args:
+        args: the options.
+        data: of the run.
+        accelerator: of the run.
+    """
 
-    def validate() -> None:
-        """The scores of the weights as they are; a model that scores better than all before is kept in `OUT/best`."""
+    def __init__(self, args: argparse.Namespace, data: Data, accelerator: Accelerator):
+        self.args, self.data, self.recipe, self.accelerator = args, data, data.recipe, accelerator
+        recipe = data.recipe
+        model = build_model(args, recipe)
+        set_seed(args.seed, device_specific=True)  # dropout, mixing and sampling are each process's own
+        if args.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.model = model.to(accelerator.device)
+        self.ema = ExponentialMovingAverage(model, recipe.ema_decay) if recipe.ema_decay else None
+        self.averaged_model = model if self.ema is None else self.ema.module
+        optimizer = build_optimizer(model, recipe)
+        settings = fingerprint(args, recipe, accelerator, data.samples)
+        self.state = TrainingState(accelerator, model, optimizer, self.ema, settings, defaults_of_fields())
+        self.criterion = build_criterion(recipe, data.training).to(accelerator.device)
+        self.distillation = build_distillation(args, recipe, accelerator) if args.teacher else None
+        self.mix = mix_images(recipe)
+        if args.resume:
+            resume(self.state, args.output_dir)
+        self.is_finished = (
+            self.state.step >= recipe.max_steps and (read_run(args.output_dir) or {}).get("steps") == self.state.step
+        )
+        self.scheduler = build_scheduler(optimizer, recipe, self.state.step)
+        if args.compile:
+            model.compile()
+        self.prepared_model, self.prepared_optimizer = accelerator.prepare(model, optimizer)
+        set_training_mode(self.prepared_model, recipe)
+        if args.cuda_graph:
+            record_cuda_graph(self.prepared_model, args, recipe, data.micro_batch_size, accelerator)
+        self.log = RunLog(args.output_dir, accelerator, self.state)
+        self.progress = tqdm(
+            total=recipe.max_steps,
+            initial=self.state.step,
+            desc="Training",
+            unit="step",
+            disable=not accelerator.is_main_process,
+        )
+        self.unread_losses: list[tuple[int, list[str], torch.Tensor]] = []  # step, names of the samples, loss
+
+    def run(self) -> None:
+        """The steps that are left, and after each what is due.
+
+        Raises:
+            BadSampleError, Interrupted: between two steps, on all processes, with the state saved.
+            FloatingPointError: where a loss is not finite.
+        """
+        batches = training_batches(self.args, self.data, self.accelerator, self.state.step)
+        steps = batches_of_steps(batches, self.args.gradient_accumulation_steps, self.accelerator)
+        try:
+            if self.is_due(self.args.eval_every) and self.state.scored_step != self.state.step:
+                self.validate()  # What interrupted the run has come between this step and its scores.
+            while self.state.step < self.recipe.max_steps:
+                self.take_step(next(steps))
+                self.do_what_is_due()
+        except (BadSampleError, Interrupted):
+            if self.unread_losses:
+                self.read_losses()
+            if self.state.step:  # else there is nothing to keep, and the folder stays free for other settings
+                self.save()
+            raise
+        finally:
+            self.progress.close()
+        steps.close()  # From here on Ctrl-C ends the program at once again.
+
+    def take_step(self, batches: list[dict[str, Any]]) -> None:
+        """One step of the optimizer."""
+        for batch in batches:
+            with self.accelerator.accumulate(self.prepared_model):
+                loss = self.loss_of(batch)
+                self.accelerator.backward(loss)
+                if self.recipe.max_grad_norm is not None and self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
+                self.prepared_optimizer.step()
+                self.prepared_optimizer.zero_grad()
+            self.unread_losses.append((self.state.step, batch["name"], loss.detach()))
+        self.state.step += 1
+        self.scheduler.step()
+        if self.ema is not None:
+            self.ema.update(self.model)
+        self.progress.update()
+
+    def loss_of(self, batch: dict[str, Any]) -> torch.Tensor:
+        pixel_values = normalize(batch["pixel_values"], self.recipe, self.accelerator.device)
+        labels = batch["labels"].to(self.accelerator.device, non_blocking=True).long()
+        if self.args.channels_last:
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        if self.mix is not None and self.state.step < self.recipe.mix_until * self.recipe.max_steps:
+            pixel_values, labels = self.mix(pixel_values, labels)
+        logits = self.prepared_model(pixel_values).logits
+        loss = self.criterion(logits, labels)
+        if self.distillation is not None:
+            with self.accelerator.autocast():
+                loss = loss + self.args.teacher_weight * self.distillation(logits, pixel_values)
+        return loss
+
+    def is_due(self, every: int) -> bool:
+        """Whether what is done every so many steps, and at the end, is due after this one; 0 is never."""
+        step = self.state.step
+        return bool(every and step) and (step % every == 0 or step == self.recipe.max_steps)
+
+    def do_what_is_due(self) -> None:
+        """Log, checkpoint and validation, each after as many steps as it was asked for."""
+        logs, saves, validates = map(self.is_due, (self.args.log_every, self.args.save_every, self.args.eval_every))
+        # Reading a loss waits for a GPU, so there it is done for many steps at once.
+        if logs or saves or validates or self.accelerator.device.type == "cpu":
+            self.read_losses()
+        if logs:
+            self.log_losses()
+        if saves:
+            self.save()  # Before validating: what fails there costs no step.
+        if validates:
+            self.validate()
+        if saves and validates:
+            self.save()
+
+    def read_losses(self) -> None:
+        self.state.losses += check_losses(self.unread_losses)
+        self.unread_losses.clear()
+
+    def log_losses(self) -> None:
+        """An entry of the log: the mean loss of all processes since the last one, rate and speed."""
+        loss = mean_of_processes(sum(self.state.losses) / len(self.state.losses), self.accelerator)
+        self.state.losses.clear()
+        learning_rate = self.scheduler.get_last_lr()[0]
+        speed = (self.progress.format_dict["rate"] or 0.0) * self.recipe.batch_size
+        self.log.write(step=self.state.step, loss=loss, lr=learning_rate, images_per_second=speed)
+        self.progress.set_postfix_str(f"loss {loss:.3f}, lr {learning_rate:.1e}, {speed:.0f} images/s")
+
+    def save(self) -> None:
+        self.state.save(checkpoint_folder(self.args.output_dir, self.state.step))
+        if self.accelerator.is_main_process:
+            prune_checkpoints(self.args.output_dir, self.args.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def validate(self) -> None:
+        """Score the weights as they are; a model that scores better than all before is kept in `OUT/best`."""
         # Batch-norm statistics differ between processes; those of the main one are saved.
-        broadcast(list(averaged_model.buffers()))
-        scores = evaluate(averaged_model, validation, recipe, accelerator, num_workers=eval_workers)
-        set_training_mode(prepared_model, recipe)
+        broadcast(list(self.averaged_model.buffers()))
+        num_workers = 0 if self.args.cache else self.args.num_workers
+        scores = evaluate(
+            self.averaged_model, self.data.validation, self.recipe, self.accelerator, num_workers=num_workers
+        )
+        set_training_mode(self.prepared_model, self.recipe)
+        state = self.state
         state.scores, state.scored_step = scores, state.step
-        log.write(step=state.step, **scores)
+        self.log.write(step=state.step, **scores)
         name, score = next(iter(scores.items()))
         if state.best is None or score > state.best["score"]:
             state.best = {"step": state.step, "score": score}
-            if accelerator.is_main_process:
-                export_model(averaged_model, recipe, args.output_dir / "best")
-        if accelerator.is_main_process:
+            if self.accelerator.is_main_process:
+                export_model(self.averaged_model, self.recipe, self.args.output_dir / "best")
+        if self.accelerator.is_main_process:
             best = f"best {state.best['score']:.4f} at step {state.best['step']}"
             name = {"mean_iou": "mean IoU"}.get(name, name)
-            progress.write(f"Step {state.step}: {name} {score:.4f} ({best})", file=sys.stderr)
+            self.progress.write(f"Step {state.step}: {name} {score:.4f} ({best})", file=sys.stderr)
 
-    try:
-        if is_due(args.eval_every, state.step, recipe) and state.scored_step != state.step:
-            validate()  # What interrupted the run has come between this step and its scores.
-        while state.step < recipe.max_steps:
-            for batch in next(steps):
-                with accelerator.accumulate(prepared_model):
-                    pixel_values = normalize(batch["pixel_values"], recipe, accelerator.device)
-                    labels = batch["labels"].to(accelerator.device, non_blocking=True).long()
-                    if args.channels_last:
-                        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-                    if mix is not None and state.step < recipe.mix_until * recipe.max_steps:
-                        pixel_values, labels = mix(pixel_values, labels)
-                    logits = prepared_model(pixel_values).logits
-                    loss = criterion(logits, labels)
-                    if distillation is not None:
-                        with accelerator.autocast():
-                            loss = loss + args.teacher_weight * distillation(logits, pixel_values)
-                    accelerator.backward(loss)
-                    if recipe.max_grad_norm is not None and accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-                    prepared_optimizer.step()
-                    prepared_optimizer.zero_grad()
-                pending.append((state.step, batch["name"], loss.detach()))
-
-            state.step += 1
-            scheduler.step()
-            if ema is not None:
-                ema.update(model)
-            progress.update()
-            logs, evaluates, saves = (
-                is_due(every, state.step, recipe) for every in (args.log_every, args.eval_every, args.save_every)
-            )
-            # Reading a loss waits for a GPU, so there it is done for many steps at once.
-            if logs or evaluates or saves or accelerator.device.type == "cpu":
-                state.losses += check_losses(pending)
-                pending.clear()
-            if logs:
-                mean_loss = mean_of_processes(sum(state.losses) / len(state.losses), accelerator)
-                state.losses.clear()
-                rate = progress.format_dict["rate"] or 0.0
-                log.write(
-                    step=state.step,
-                    loss=mean_loss,
-                    lr=scheduler.get_last_lr()[0],
-                    images_per_second=rate * recipe.batch_size,
-                )
-                progress.set_postfix_str(
-                    f"loss {mean_loss:.3f}, lr {scheduler.get_last_lr()[0]:.1e}, {rate * recipe.batch_size:.0f} images/s"
-                )
-            if saves:
-                save(state, args)  # Before validating: what fails there costs no step.
-            if evaluates:
-                validate()
-            if evaluates and saves:
-                save(state, args)
-    except (BadSampleError, Interrupted):  # Raised on all processes, between two steps.
-        if pending:
-            state.losses += check_losses(pending)
-        if state.step:  # else there is nothing to keep, and the folder stays free for other settings
-            save(state, args)
-        progress.close()
-        raise
-    progress.close()
-    steps.close()  # From here on Ctrl-C ends the program at once again.
-
-    # Results
-    if accelerator.is_main_process:
-        if not is_finished:  # else only what was left to do: a card may stand beside the model by now
-            export_model(averaged_model, recipe, args.output_dir / "final")
-            log.plot()
-            write_summary(args, recipe, accelerator, state, dataset)
-        best = f"; the one that validated best: {args.output_dir / 'best'}" if state.best else ""
-        print(f"The model: {args.output_dir / 'final'}{best}")
-        if args.push_to_hub:
-            summary = json.loads((args.output_dir / "run.json").read_text(encoding="utf-8"))
+    def publish(self) -> None:
+        """The trained model in `OUT/final`, its curves and `run.json`; on the Hub too where that was asked for."""
+        folder, state = self.args.output_dir, self.state
+        if not self.is_finished:  # else only what was left to do: a card may stand beside the model by now
+            export_model(self.averaged_model, self.recipe, folder / "final")
+            self.log.plot()
+            write_summary(self.args, self.data, self.accelerator, state)
+        best = f"; the one that validated best: {folder / 'best'}" if state.best else ""
+        print(f"The model: {folder / 'final'}{best}")
+        if self.args.push_to_hub:
             # What a validation of these weights has found; without one the card says that there is no evaluation.
             is_scored = state.scores and state.scored_step == state.step
-            results = {**state.scores, "split": recipe.validate_on, "run": summary} if is_scored else None
-            push_folder(args.output_dir / "final", args.push_to_hub, results=results, recipe=recipe)
-    # The wrapper must go before the process group: as its last holder it would join the group's threads while holding
-    # Python's lock, which one of them may still need (a hang at the end, one run in fifty).
-    prepared_model, prepared_optimizer = accelerator.free_memory(prepared_model, prepared_optimizer)
-    accelerator.end_training()
+            results = (
+                {**state.scores, "split": self.recipe.validate_on, "run": read_run(folder)} if is_scored else None
+            )
+            push_folder(folder / "final", self.args.push_to_hub, results=results, recipe=self.recipe)
+
+    def close(self) -> None:
+        # The wrapper must go before the process group: as its last holder it would join the group's threads while
+        # holding Python's lock, which one of them may still need (a hang at the end, one run in fifty).
+        self.prepared_model, self.prepared_optimizer = self.accelerator.free_memory(
+            self.prepared_model, self.prepared_optimizer
+        )
+        self.accelerator.end_training()
 
 
 def prepare_output_folder(args: argparse.Namespace, accelerator: Accelerator) -> None:
@@ -421,7 +470,7 @@ def prepare_output_folder(args: argparse.Namespace, accelerator: Accelerator) ->
         raise CheckpointError(
             f"{args.output_dir} already holds a run: add --resume to go on with it, or choose another --output_dir."
         )
-    if not list_checkpoints(args.output_dir) and (args.output_dir / "run.json").is_file():
+    if not list_checkpoints(args.output_dir) and read_run(args.output_dir) is not None:
         raise CheckpointError(
             f"{args.output_dir} already holds a finished run without checkpoints: choose another --output_dir."
         )
@@ -530,6 +579,27 @@ def load_initial(
         raise OSError(f"--init_from {checkpoint} is no folder here, or cannot be read: {error}") from error
 
 
+def build_optimizer(model: PreTrainedModel, recipe: Recipe) -> torch.optim.Optimizer:
+    """Of the model where it is, on its device."""
+    groups = parameter_groups(
+        model, recipe.learning_rate, recipe.weight_decay, recipe.head_lr_multiplier, head_prefixes(model)
+    )
+    if recipe.optimizer == "muon":
+        return Muon(groups, lr=recipe.learning_rate)
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=model.device.type == "cuda")
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Warm-up and polynomial decay, gone on with after `step` steps."""
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    # A run at a constant rate may end inside its warm-up, to be gone on with.
+    end = max(recipe.max_steps, recipe.warmup_steps + 1)
+    return get_polynomial_decay_schedule_with_warmup(
+        optimizer, recipe.warmup_steps, end, 0.0, recipe.poly_power, last_epoch=step - 1
+    )
+
+
 def set_training_mode(model: nn.Module, recipe: Recipe) -> None:
     model.train()
     if recipe.freeze_batch_norm:
@@ -594,28 +664,23 @@ def build_distillation(args: argparse.Namespace, recipe: Recipe, accelerator: Ac
 
 
 def training_batches(
-    args: argparse.Namespace,
-    recipe: Recipe,
-    accelerator: Accelerator,
-    samples: Any,
-    dataset: RecipeDataset | None,
-    micro_batch_size: int,
-    step: int,
+    args: argparse.Namespace, data: Data, accelerator: Accelerator, step: int
 ) -> Iterator[dict[str, Any]]:
     """Batches of this process, from optimizer step `step` on."""
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    if dataset is None:
+    if data.training is None:
         start = step * args.gradient_accumulation_steps
         dataset = StreamedRecipeDataset(
-            samples, recipe, True, args.seed, **place, batch_size=micro_batch_size, start=start
+            data.samples, data.recipe, True, args.seed, **place, batch_size=data.micro_batch_size, start=start
         )
         sampler, num_workers = None, min(args.num_workers, dataset.max_workers)
     else:
-        sampler = EpochSampler(len(dataset), args.seed, start=step * recipe.batch_size, **place)
+        dataset = data.training
+        sampler = EpochSampler(len(dataset), args.seed, start=step * data.recipe.batch_size, **place)
         num_workers = args.num_workers
     loader = DataLoader(
         dataset,
-        micro_batch_size,
+        data.micro_batch_size,
         sampler=sampler,
         collate_fn=collate,
         num_workers=num_workers,
@@ -704,10 +769,10 @@ def mean_of_processes(value: float, accelerator: Accelerator) -> float:
     return accelerator.reduce(torch.tensor(value, device=accelerator.device), "mean").item()
 
 
-def check_losses(pending: list[tuple[int, list[str], torch.Tensor]]) -> list[float]:
+def check_losses(losses: list[tuple[int, list[str], torch.Tensor]]) -> list[float]:
     """The losses since the last check; an error that names the samples if one is not finite."""
-    values = torch.stack([loss for _, _, loss in pending]).float().tolist()
-    for (step, names, _), value in zip(pending, values, strict=True):
+    values = torch.stack([loss for _, _, loss in losses]).float().tolist()
+    for (step, names, _), value in zip(losses, values, strict=True):
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"The loss of step {step + 1} is {value}, for the samples {', '.join(names)}. Look at them with "
@@ -715,24 +780,6 @@ def check_losses(pending: list[tuple[int, list[str], torch.Tensor]]) -> list[flo
                 "learning_rate, or with max_grad_norm."
             )
     return values
-
-
-def is_due(every: int, step: int, recipe: Recipe) -> bool:
-    """Whether something that is done every so many steps, and at the end, is due after a step; 0 is never."""
-    return bool(every and step) and (step % every == 0 or step == recipe.max_steps)
-
-
-def steps_of_run(output_dir: Path) -> int | None:
-    """Steps of the finished run in a folder, whose model is in `final`; `None` where there is none."""
-    path = output_dir / "run.json"
-    return json.loads(path.read_text(encoding="utf-8"))["steps"] if path.is_file() else None
-
-
-def save(state: TrainingState, args: argparse.Namespace) -> None:
-    state.save(checkpoint_folder(args.output_dir, state.step))
-    if state.accelerator.is_main_process:
-        prune_checkpoints(args.output_dir, args.keep_checkpoints)
-    state.accelerator.wait_for_everyone()
 
 
 class RunLog:
@@ -777,14 +824,9 @@ def export_model(model: PreTrainedModel, recipe: Recipe, folder: Path) -> None:
         processor.save_pretrained(temporary)
 
 
-def write_summary(
-    args: argparse.Namespace,
-    recipe: Recipe,
-    accelerator: Accelerator,
-    state: TrainingState,
-    dataset: RecipeDataset | None,
-) -> None:
+def write_summary(args: argparse.Namespace, data: Data, accelerator: Accelerator, state: TrainingState) -> None:
     """`run.json`: what was run, for how long and on what; `scripts/evaluate.py` adds the test score to it."""
+    recipe, dataset = data.recipe, data.training
     settings = json.dumps(state.fingerprint, sort_keys=True)
     summary = {
         "recipe": recipe.name,
@@ -801,23 +843,16 @@ def write_summary(
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "settings": state.fingerprint,
     }
-    with atomic_file(args.output_dir / "run.json") as part:
+    with atomic_file(args.output_dir / RUN_NAME) as part:
         part.write_text(json.dumps(summary, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (
+    run_script(
+        main,
         CheckpointError,
         FloatingPointError,
-        OSError,
         PublishingError,
         StrictDataclassError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
-    except (Interrupted, KeyboardInterrupt) as error:
-        print("\nInterrupted: the same command with --resume goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(128 + getattr(error, "number", signal.SIGINT))  # as a shell has it
+        interrupted="Interrupted: the same command with --resume goes on from the last checkpoint.",
+    )

@@ -516,6 +516,14 @@ def test_the_report_says_what_was_measured(run_script, tiny_lemore, model_dir, d
     assert sum(map(sum, report["confusion_matrix"])) == NUM_IMAGES * 32 * 50
 
 
+def test_the_run_is_found_from_within_the_model_too(run_script, model_dir, data_dir, tmp_path, monkeypatch):
+    output, runs = tmp_path / "metrics.json", tmp_path / "runs.jsonl"
+    monkeypatch.chdir(model_dir)
+    run_script(*arguments(".", data_dir, output, "--runs", str(runs)))
+    assert json.loads(output.read_text())["run"] == {"name": model_dir.parent.name, "seed": 7, "hours": 1.5}
+    assert json.loads(runs.read_text())["seed"] == 7
+
+
 def test_scores_are_written_before_they_are_drawn(run_script, model_dir, data_dir, tmp_path, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("no font")

@@ -532,6 +532,12 @@ def load_recipe(
     return recipe
 
 
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds `--recipe` and `--data_dir`, the data set and where it lies."""
+    parser.add_argument("--recipe", required=True, help=f"{', '.join(recipe_names())}, or the path of a YAML file")
+    parser.add_argument("--data_dir", type=Path, help="local folder of the data set; without it, from the Hub")
+
+
 def add_recipe_arguments(parser: argparse.ArgumentParser, fields: Iterable[str] | None = None) -> None:
     """Adds an option for every field of a recipe that changes what is done. Only those given on the command line appear
     in the parsed namespace; `recipe_overrides` collects them.

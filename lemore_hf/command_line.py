@@ -1,0 +1,52 @@
+# Copyright 2026 The LeMoRe-HF contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""What the scripts have in common: options that are numbers within bounds, and errors that are one line."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import sys
+from collections.abc import Callable
+
+from .interruption import Interrupted
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """The type of an option that takes whole numbers from `minimum` on."""
+
+    def integer(text: str) -> int:
+        if int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {text}")
+        return int(text)
+
+    return integer
+
+
+def positive(text: str) -> float:
+    """The type of an option that takes finite numbers above 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0 and finite, got {text}")
+    return float(text)
+
+
+def run_script(main: Callable[[], int | None], *expected: type[Exception], interrupted: str | None = None) -> None:
+    """Run a script's `main`, whose result is the exit status; what a user can put right ends it in one line, not in a
+    traceback, and Ctrl-C with the status that a shell knows.
+
+    Args:
+        main: takes its arguments from the command line.
+        expected: errors that tell the user what to do, beside those of a wrong value or type, of files and of packages
+            that are not installed.
+        interrupted: what to say after Ctrl-C.
+    """
+    try:
+        if status := main():
+            sys.exit(status)
+    except (ImportError, OSError, TypeError, ValueError, *expected) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    except (Interrupted, KeyboardInterrupt) as error:
+        if interrupted:
+            print(f"\n{interrupted}", file=sys.stderr)
+        sys.exit(128 + getattr(error, "number", signal.SIGINT))
