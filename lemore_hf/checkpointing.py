@@ -9,6 +9,7 @@ states) and `state.json` (everything else, and the SHA-256 of the tensors). Noth
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -22,8 +23,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 TENSORS_NAME = "tensors.safetensors"
 STATE_NAME = "state.json"
+LOCK_NAME = ".lock"
 RUN_NAME = "run.json"  # of a training that has ended, beside its checkpoints
 # Folders that are being written, replaced or deleted, behind a dot and the name.
 _WRITING, _REPLACED, _DOOMED = ".writing", ".replaced", ".doomed"
@@ -105,6 +112,32 @@ def _share(files: Iterable[Path], folder: Path) -> None:
     for file in files:
         if file.is_file() and file.stat().st_mode | mode != file.stat().st_mode:
             file.chmod(file.stat().st_mode | mode)
+
+
+def claim_folder(folder: Path) -> int | None:
+    """Keep the runs of other processes out of a folder for as long as this process lives, however it ends.
+
+    Returns:
+        The descriptor of the lock's file, which nobody may close; `None` where the system has no such locks.
+
+    Raises:
+        `CheckpointError`: if another process has claimed it.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        # A lock of the process, not of the file that is open: forked loaders, which outlive one that was killed by
+        # seconds, do not hold it, so that the run can be resumed at once.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise CheckpointError(
+                f"Another process is training into {folder}: wait for its end, or choose another folder."
+            ) from error
+        return None  # a file system without locks
+    return descriptor
 
 
 def recover_folders(parent: Path) -> None:

@@ -44,6 +44,7 @@ from lemore_hf.checkpointing import (
     atomic_file,
     atomic_folder,
     checkpoint_folder,
+    claim_folder,
     clear_unfinished,
     list_checkpoints,
     load_checkpoint,
@@ -459,8 +460,10 @@ class Training:
 
 
 def prepare_output_folder(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Bring back what a kill has left half replaced; refuse to overwrite a run, or to resume none."""
+    """Keep others out, bring back what a kill has left half replaced; refuse to overwrite a run, or to resume none."""
     if accelerator.is_main_process:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        claim_folder(args.output_dir)
         recover_folders(args.output_dir)
     accelerator.wait_for_everyone()
     if args.resume and not list_checkpoints(args.output_dir):
@@ -476,7 +479,6 @@ def prepare_output_folder(args: argparse.Namespace, accelerator: Accelerator) ->
         )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
         clear_unfinished(args.output_dir)  # not before: a run that is refused must not disturb the one that is there
 
 

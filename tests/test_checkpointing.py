@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import pickle
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,7 @@ from lemore_hf.checkpointing import (
     atomic_file,
     atomic_folder,
     checkpoint_folder,
+    claim_folder,
     clear_unfinished,
     list_checkpoints,
     load_checkpoint,
@@ -227,3 +230,24 @@ def test_what_is_written_reaches_the_disk_before_its_name_does(tmp_path, monkeyp
     renamed = events.index("rename")
     assert {"tensors.safetensors", "state.json", ".checkpoint-0000001.writing"} <= set(events[:renamed])
     assert tmp_path.name in events[renamed:]
+
+
+def test_a_folder_is_claimed_by_one_process_and_free_when_that_is_killed(tmp_path):
+    """Although its loaders, forked from it, live on for seconds."""
+    claim = f"from pathlib import Path; from lemore_hf.checkpointing import claim_folder; claim_folder(Path({str(tmp_path)!r}))"
+    code = (
+        f"{claim}; import os, time; loader = os.fork(); print(loader, flush=True) if loader else None; time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        loader = int(other.stdout.readline())
+        try:
+            with pytest.raises(CheckpointError, match=re.escape(f"Another process is training into {tmp_path}")):
+                claim_folder(tmp_path)
+            other.kill()
+            other.wait()
+            claim_folder(tmp_path)
+        finally:
+            os.kill(loader, signal.SIGKILL)
+            other.kill()
+    again = subprocess.run([sys.executable, "-c", claim], capture_output=True, text=True)
+    assert "Another process is training into" in again.stderr, "now this one has it"

@@ -320,6 +320,19 @@ def test_an_interrupted_run_loses_no_step(tmp_path, recipe, data_dir, uninterrup
     assert log_of(tmp_path) == log_of(uninterrupted)
 
 
+def test_a_folder_is_trained_into_by_one_run_at_a_time(tmp_path, recipe, data_dir, run_here):
+    arguments = command(recipe, data_dir, tmp_path, "--max_steps", "2000", "--eval_every", "0", "--num_workers", "0")
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as other:
+        try:
+            while other.poll() is None and not list_checkpoints(tmp_path):
+                time.sleep(0.05)
+            run_here(
+                recipe, data_dir, tmp_path, "--resume", expect="CheckpointError: Another process is training into"
+            )
+        finally:
+            other.kill()
+
+
 def test_two_processes_that_are_interrupted_save_the_same_step(tmp_path, recipe, data_dir):
     """The launcher passes the signal on to its processes, which are in the midst of different things by then."""
     options = ("--save_every", "0", "--eval_every", "0", "--max_steps", "2000")
