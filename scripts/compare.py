@@ -28,7 +28,15 @@ import yaml
 from lemore_hf.checkpointing import list_checkpoints, read_run
 from lemore_hf.command_line import run_script
 from lemore_hf.data.loading import load_split
-from lemore_hf.data.recipes import DESCRIPTIVE_FIELDS, EVALUATION_FIELDS, Recipe, load_recipe, nearest, split_names
+from lemore_hf.data.recipes import (
+    DESCRIPTIVE_FIELDS,
+    EVALUATION_FIELDS,
+    Recipe,
+    load_recipe,
+    load_yaml,
+    nearest,
+    split_names,
+)
 
 SCRIPTS = Path(__file__).parent
 RECIPE_FIELDS = {field.name for field in fields(Recipe)}
@@ -80,7 +88,7 @@ def main() -> None:
 
 def load_plan(path: Path, data_dir: Path | None) -> dict[str, Any]:
     """The plan, whose every variant is known to be a valid recipe."""
-    plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    plan = load_yaml(path.read_text(encoding="utf-8"))
     if not isinstance(plan, dict) or not {"title", "recipe", "variants"} <= plan.keys() <= PLAN_KEYS:
         raise ValueError(
             f"{path} must be a mapping with title, recipe and variants, and may have {sorted(PLAN_KEYS)}."

@@ -323,7 +323,16 @@ class Training:
             BadSampleError, Interrupted: between two steps, on all processes, with the state saved.
             FloatingPointError: where a loss is not finite.
         """
-        batches = training_batches(self.args, self.data, self.accelerator, self.state.step)
+        data = self.data
+        batches = training_batches(
+            self.args,
+            self.recipe,
+            self.accelerator,
+            data.samples,
+            data.training,
+            data.micro_batch_size,
+            self.state.step,
+        )
         steps = batches_of_steps(batches, self.args.gradient_accumulation_steps, self.accelerator)
         try:
             if self.is_due(self.args.eval_every) and self.state.scored_step != self.state.step:
@@ -666,23 +675,28 @@ def build_distillation(args: argparse.Namespace, recipe: Recipe, accelerator: Ac
 
 
 def training_batches(
-    args: argparse.Namespace, data: Data, accelerator: Accelerator, step: int
+    args: argparse.Namespace,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    samples: Any,
+    dataset: RecipeDataset | None,
+    micro_batch_size: int,
+    step: int,
 ) -> Iterator[dict[str, Any]]:
     """Batches of this process, from optimizer step `step` on."""
     place = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
-    if data.training is None:
+    if dataset is None:
         start = step * args.gradient_accumulation_steps
         dataset = StreamedRecipeDataset(
-            data.samples, data.recipe, True, args.seed, **place, batch_size=data.micro_batch_size, start=start
+            samples, recipe, True, args.seed, **place, batch_size=micro_batch_size, start=start
         )
         sampler, num_workers = None, min(args.num_workers, dataset.max_workers)
     else:
-        dataset = data.training
-        sampler = EpochSampler(len(dataset), args.seed, start=step * data.recipe.batch_size, **place)
+        sampler = EpochSampler(len(dataset), args.seed, start=step * recipe.batch_size, **place)
         num_workers = args.num_workers
     loader = DataLoader(
         dataset,
-        data.micro_batch_size,
+        micro_batch_size,
         sampler=sampler,
         collate_fn=collate,
         num_workers=num_workers,

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lemore_hf.checkpointing import list_checkpoints
 from lemore_hf.data.scenes import load_scenes
@@ -274,6 +275,9 @@ def test_mistakes_in_a_plan_are_named(compare, tmp_path):
         compare({**PLAN, "variants": {"first": 3}})
     with pytest.raises(ValueError, match=r"the variants of .* are 8, 16"):  # which YAML reads as numbers
         compare({**PLAN, "variants": {8: None, 16: {"seed": 1}}}, "--only", "32")
+    (tmp_path / "twice.yaml").write_text("title: t\nrecipe: scenes\nvariants: {first: {}, first: {seed: 1}}\n")
+    with pytest.raises(yaml.YAMLError, match="first stands there twice"):
+        compare({}, "--plan", str(tmp_path / "twice.yaml"))
     # Before the first variant is trained.
     (tmp_path / "test.parquet").rename(tmp_path / "test.old")
     with pytest.raises(FileNotFoundError, match="no parquet file of the test split"):

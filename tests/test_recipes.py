@@ -386,3 +386,11 @@ def test_split_names():
     assert split_names("train+val") == ["train", "validation"]
     with pytest.raises(ValueError, match="'holdout'"):
         split_names("holdout")
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    """YAML readers keep the last, so that the first line would have no effect."""
+    file = tmp_path / "own.yaml"
+    file.write_text("dataset: folder\nclass_names: [a, b]\nlabel_map: {1: 0, 2: 1, 1: 255}\n")
+    with pytest.raises(ValueError, match=r"own\.yaml is not valid YAML: 1 stands there twice(?s:.)* line 3"):
+        load_recipe(file)

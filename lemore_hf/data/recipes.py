@@ -511,7 +511,7 @@ def load_recipe(
     """
     text, origin = _recipe_text(name_or_path)
     try:
-        values = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # a thousand names take the other long
+        values = load_yaml(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{origin} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
@@ -564,6 +564,36 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, fields: Iterable[str] 
 def recipe_overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The recipe's fields that were given on the command line, for `load_recipe`."""
     return {field: getattr(args, field) for field in _field_types() if field != "name" and hasattr(args, field)}
+
+
+def load_yaml(text: str) -> Any:
+    """Plain values of YAML.
+
+    Raises:
+        yaml.YAMLError: for what is no YAML, or has a key twice in one mapping, of which the last would count.
+    """
+    return yaml.load(text, _UniqueKeyLoader)
+
+
+class _UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # a thousand names take the other long
+    def get_single_node(self) -> yaml.Node | None:
+        root = super().get_single_node()
+        nodes, seen = [root], set()
+        while nodes:
+            node = nodes.pop()
+            if isinstance(node, yaml.ScalarNode | None) or id(node) in seen:  # an alias of one before
+                continue
+            seen.add(id(node))
+            if isinstance(node, yaml.SequenceNode):
+                nodes += node.value
+                continue
+            keys = set()
+            for key, value in node.value:
+                if (name := (key.tag, str(key.value))) in keys:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value} stands there twice", problem_mark=key.start_mark)
+                keys.add(name)
+                nodes.append(value)
+        return root
 
 
 def split_names(splits: str, field: str = "split") -> list[str]:
