@@ -78,6 +78,8 @@ _QUANTIZERS = {
     ("litert", "int8"): ("ai_edge_quantizer", "ai_edge_litert"),
     ("litert", "float16"): ("ai_edge_quantizer",),
 }
+_OF_ONE_SIZE = ("onnx", "openvino", "litert")  # formats whose graphs may be
+_ANY_LENGTH = 2**31  # of a constant
 _SAMPLE_SHAPE = (2, 328, 456)  # batch, height and width to trace with: no stride divides them, so none is special
 
 
@@ -195,9 +197,10 @@ def export_model(
         calibration_images (`Sequence[PIL.Image.Image]`): Pictures that the ranges of int8 are taken from.
         max_size, max_batch_size (`int`, *optional*): Upper limits of the graph. ExecuTorch plans its memory for them,
             and has 1024 pixels (or the native or the processor's size, if larger) and 4 images where they are not given.
-        image_size (`tuple[int, int]`, *optional*): Height and width of a LiteRT graph, which takes one image of one
-            size; by default the height and width that the processor brings pictures to, or else the native size. The
-            processor in the folder resizes to it.
+        image_size (`tuple[int, int]`, *optional*): Height and width of a graph that takes one image of this size alone,
+            for ONNX, OpenVINO and LiteRT: without branches and free axes, as compilers for other hardware want it. The
+            processor in the folder resizes to it. LiteRT has no other graphs; by default theirs is the height and width
+            that the processor brings pictures to, or else the native size.
         browser_page (`bool`): Whether to write a page beside an ONNX graph with post-processing, which runs it in a
             browser; see `lemore_hf.browser`.
 
@@ -233,6 +236,7 @@ def export_model(
         max_batch_size = max_batch_size or 4
     elif export_format == "litert":
         image_size = image_size or _fixed_size(image_processor) or model.config.native_size
+    if image_size is not None:
         resizing = {"do_resize": True, "size": dict(zip(("height", "width"), image_size, strict=True))}
         image_processor = type(image_processor).from_dict(image_processor.to_dict() | resizing)
         max_batch_size = 1
@@ -350,14 +354,15 @@ def _check_options(
 def _check_image_size(
     export_format: str, image_size: tuple[int, int] | None, max_size: int | None, max_batch_size: int | None
 ) -> None:
-    if export_format == "litert" and (max_size or max_batch_size):
+    if (export_format == "litert" or image_size is not None) and (max_size or max_batch_size):
+        graph = "A LiteRT graph" if export_format == "litert" else "With `image_size` a graph"
         raise ValueError(
-            "A LiteRT graph takes one image of one size: give it `image_size`, and leave out `max_size` and "
-            "`max_batch_size`."
+            f"{graph} takes one image of one size: give it `image_size`, and leave out `max_size` and `max_batch_size`."
         )
-    if image_size is not None and export_format != "litert":
+    if image_size is not None and export_format not in _OF_ONE_SIZE:
         raise ValueError(
-            f"`image_size` is for the format 'litert', a graph of {export_format!r} takes every size: leave it out."
+            f"`image_size` is for the formats {', '.join(map(repr, _OF_ONE_SIZE))}, a graph of {export_format!r} takes "
+            "every size: leave it out."
         )
     if image_size is not None and min(image_size) < MINIMUM_SIZE:
         size = "×".join(map(str, image_size))
@@ -449,8 +454,21 @@ def _normalization(image_processor: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return scale.expand(3)[:, None, None].clone(), offset.expand(3)[:, None, None].clone()
 
 
-def _trace_arguments(module: nn.Module, manifest: ExportManifest) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _sample(
+    module: nn.Module, manifest: ExportManifest, batch: int, height: int, width: int
+) -> dict[str, torch.Tensor]:
+    """Inputs by name."""
+    if manifest.with_postprocessing:
+        return {manifest.input_name: torch.zeros(batch, height, width, 3, dtype=torch.uint8)}
+    return {manifest.input_name: torch.zeros(batch, module.config.num_channels, height, width)}
+
+
+def _trace_arguments(
+    module: nn.Module, manifest: ExportManifest
+) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
     """Sample inputs by name, and which of their axes are free within what limits."""
+    if manifest.image_size is not None:
+        return _sample(module, manifest, 1, *manifest.image_size), None
     if manifest.format == "executorch":
         # Its memory plan does not go much beyond the sizes that it has seen.
         batch, height, width = manifest.max_batch_size, manifest.max_size, manifest.max_size
@@ -458,14 +476,11 @@ def _trace_arguments(module: nn.Module, manifest: ExportManifest) -> tuple[dict[
         batch, height, width = _SAMPLE_SHAPE
         height, width = (min(side, manifest.max_size or side) for side in (height, width))
         batch = min(batch, manifest.max_batch_size or batch)
-    if manifest.with_postprocessing:
-        rows, sample = 1, torch.zeros(batch, height, width, 3, dtype=torch.uint8)
-    else:
-        rows, sample = 2, torch.zeros(batch, module.config.num_channels, height, width)
+    rows = 1 if manifest.with_postprocessing else 2
     side = {"min": manifest.min_size, "max": manifest.max_size}
     dimension = torch.export.Dim.AUTO
     axes = {0: dimension(min=1, max=manifest.max_batch_size), rows: dimension(**side), rows + 1: dimension(**side)}
-    return {manifest.input_name: sample}, {manifest.input_name: axes}
+    return _sample(module, manifest, batch, height, width), {manifest.input_name: axes}
 
 
 def _trace(exporter: Any, config_class: type, module: nn.Module, manifest: ExportManifest) -> Any:
@@ -529,6 +544,8 @@ def _axis_views_of_any_size(original: Any) -> Any:
         return weight @ hidden_state if view.axis == 2 else hidden_state @ weight.t()
 
     def forward(self: LeMoReCartesianEncoder, hidden_state: torch.Tensor) -> torch.Tensor:
+        if isinstance(hidden_state.shape[2], int):  # a graph of one size
+            return original(self, hidden_state)
         return sum(_branch(self.axis_views, hidden_state.shape, product, hidden_state))
 
     return forward
@@ -545,6 +562,8 @@ def _axis_views_in_channels_last(original: Any) -> Any:
         return (weight @ volume.flatten(2)).unflatten(2, volume.shape[2:])  # (B, H, W·C)
 
     def forward(self: LeMoReCartesianEncoder, hidden_state: torch.Tensor) -> torch.Tensor:
+        if isinstance(hidden_state.shape[2], int):
+            return original(self, hidden_state)
         volume = hidden_state.permute(0, 2, 3, 1)
         return sum(_branch(self.axis_views, hidden_state.shape, product, volume)).permute(0, 3, 1, 2)
 
@@ -645,6 +664,7 @@ def _onnx_model(module: nn.Module, manifest: ExportManifest) -> "onnx_ir.Model":
 def _tidy_onnx(model: "onnx_ir.Model", manifest: ExportManifest) -> None:
     """Name the free axes, and drop the notes on where each node came from: a megabyte, with paths of this machine."""
     import onnx_ir
+    from onnxscript.optimizer import fold_constants
 
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
@@ -652,6 +672,10 @@ def _tidy_onnx(model: "onnx_ir.Model", manifest: ExportManifest) -> None:
         for value in node.outputs:
             value.metadata_props.clear()
     model.graph.metadata_props.clear()
+    if manifest.image_size is not None:
+        # What depends on the sizes alone: large filters too, which the exporter leaves for the runtime to compute.
+        fold_constants(model, input_size_limit=_ANY_LENGTH, output_size_limit=_ANY_LENGTH)
+        return
     (image,), (result,) = model.graph.inputs, model.graph.outputs
     if manifest.with_postprocessing:
         image.shape = onnx_ir.Shape(["batch", "height", "width", 3])
@@ -773,12 +797,7 @@ def _export_torch(
 def _export_litert(
     module: nn.Module, path: Path, manifest: ExportManifest, feeds: Iterable[dict], metadata: dict[str, str]
 ) -> None:
-    height, width = manifest.image_size
-    if manifest.with_postprocessing:
-        sample = torch.zeros(1, height, width, 3, dtype=torch.uint8)
-    else:
-        sample = torch.zeros(1, module.config.num_channels, height, width)
-    graph = litert_graph(module, {manifest.input_name: sample})
+    graph = litert_graph(module, _sample(module, manifest, 1, *manifest.image_size))
     if manifest.precision != "float32":
         graph = quantize_litert(graph, manifest.precision, feeds)
     path.write_bytes(graph)

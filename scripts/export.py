@@ -5,7 +5,7 @@
     python scripts/export.py --model CHECKPOINT --format onnx --output DIR
     python scripts/export.py --model CHECKPOINT --format onnx --output DIR --with-postprocessing --int8 PICTURES
 
-One graph serves every batch size, height and width; in LiteRT it takes one image of one size (`--image-size`).
+One graph serves every batch size, height and width; with `--image-size`, and in LiteRT, it takes one image of one size.
 `scripts/predict.py --model DIR` runs the result. With `--compare` the export is run in its own runtime on real pictures,
 and the labels are held against PyTorch's.
 """
@@ -63,7 +63,8 @@ def parse_arguments() -> argparse.Namespace:
         metavar=("HEIGHT", "WIDTH"),
         type=int,
         nargs=2,
-        help="the one size of a LiteRT graph (default: the image processor's, or the native size)",
+        help="make a graph for one image of this size alone, without branches and free axes (ONNX, OpenVINO, LiteRT; "
+        "LiteRT's default: the image processor's, or the native size)",
     )
     parser.add_argument(
         "--calibration-images", type=at_least(1), help="how many pictures of CALIBRATION_FOLDER to use (default: 64)"

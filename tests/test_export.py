@@ -187,6 +187,38 @@ def test_litert_takes_the_size_that_it_is_asked_for(model, image_processor, chec
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(("export_format", "with_postprocessing"), [("onnx", True), ("openvino", False)])
+def test_a_graph_of_one_size_has_neither_branches_nor_free_axes(
+    export_format, with_postprocessing, model, image_processor, checkpoint, frames, tmp_path
+):
+    for package in PACKAGES[export_format]:
+        pytest.importorskip(package, reason=f"{export_format} needs the extra lemore-hf[{export_format}]")
+    size = (300, 577)  # which PyTorch mixes along the axes from right to left
+    options = {"with_postprocessing": with_postprocessing, "image_size": size}
+    manifest = export_model(model, image_processor, tmp_path / "export", export_format, **options)
+    if export_format == "onnx":
+        import onnx_ir
+
+        graph = onnx_ir.load(tmp_path / "export" / manifest.file).graph
+        kinds = [node.op_type for node in graph]
+        lengths = [length for value in (*graph.inputs, *graph.outputs) for length in value.shape]
+    else:
+        import openvino
+
+        graph = openvino.Core().read_model(tmp_path / "export" / manifest.file)
+        kinds = [operation.get_type_name() for operation in graph.get_ops()]
+        lengths = [length.get_length() for port in (*graph.inputs, *graph.outputs) for length in port.partial_shape]
+    assert "If" not in kinds
+    assert all(isinstance(length, int) for length in lengths), lengths
+    network, reference = Segmenter(tmp_path / "export"), Segmenter(checkpoint)
+    for _ in range(2):  # the second time a runtime compiles it for its size
+        assert label_agreement(network, reference, frames, size, 1) >= 0.999
+    assert len(np.unique(network(frames[0]))) > 3
+    assert network(frames[0]).shape == frames[0].size[::-1]
+    with pytest.raises(ValueError, match=r"one image of 300×577 pixels, got 2 of 300×577: .*`--image-size`"):
+        network.segment_at(frames[:2], size)
+
+
 def test_a_litert_file_alone_says_what_it_takes_and_gives(exported):
     path = exported("litert", with_postprocessing=True) / "model.tflite"
     from ai_edge_litert.interpreter import Interpreter
@@ -479,7 +511,12 @@ def test_command_line_names_what_is_wrong(checkpoint, tmp_path, monkeypatch):
         ({"export_format": "torch", "max_size": 31}, "at least 32.*31"),
         ({"export_format": "onnx", "max_size": 127}, "`max_size` is 127, .* brings pictures to 128 pixels on a side"),
         ({"export_format": "torch", "max_batch_size": 0}, "at least 1.*0"),
-        ({"export_format": "onnx", "image_size": (96, 128)}, "for the format 'litert', .* 'onnx' takes every size"),
+        (
+            {"export_format": "torch", "image_size": (96, 128)},
+            "for the formats .* 'litert', .* 'torch' takes every size",
+        ),
+        ({"export_format": "onnx", "image_size": (96, 128), "max_batch_size": 2}, "With `image_size` .* one image"),
+        ({"export_format": "onnx", "image_size": (96, 31)}, "at least 32×32, got 96×31"),
         ({"export_format": "litert", "image_size": (31, 128)}, "at least 32×32, got 31×128"),
         ({"export_format": "litert", "max_size": 128}, "one image of one size: give it `image_size`"),
         ({"export_format": "litert", "max_batch_size": 2}, "leave out `max_size` and `max_batch_size`"),
