@@ -32,7 +32,7 @@ def positive(text: str) -> float:
 
 
 def run_script(main: Callable[[], int | None], *expected: type[Exception], interrupted: str | None = None) -> None:
-    """Run a script's `main`, whose result is the exit status; what a user can put right ends it in one line, not in a
+    """Run a script's `main`, and exit with the status that it returns, if any; what a user can put right ends it in one line, not in a
     traceback, and Ctrl-C with the status that a shell knows.
 
     Args:
@@ -42,7 +42,7 @@ def run_script(main: Callable[[], int | None], *expected: type[Exception], inter
         interrupted: what to say after Ctrl-C.
     """
     try:
-        if status := main():
+        if (status := main()) is not None:
             sys.exit(status)
     except (ImportError, OSError, TypeError, ValueError, *expected) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
