@@ -785,6 +785,9 @@ class LeMoRePreTrainedModel(PreTrainedModel):
                 "last one alone, with `drop_last`) or larger ones."
             )
 
+    def get_input_embeddings(self) -> None:
+        """There are none. Quantization by Transformers asks every model."""
+
     def fuse(self) -> LeMoRePreTrainedModel:
         """
         A copy for inference, faster and with the same outputs up to rounding; the model itself is left as it is.
