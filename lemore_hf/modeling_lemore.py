@@ -763,6 +763,7 @@ class LeMoRePreTrainedModel(PreTrainedModel):
         super().__init__(config, *inputs, **kwargs)  # which refuses what is no configuration
         config = self.config
         config.validate_architecture()  # again: `from_pretrained(..., field=value)` sets fields of a finished config
+        config.id2label = {int(index): name for index, name in config.id2label.items()}  # JSON has words for keys
         # A single label tells two classes apart, which may have a colour each.
         if config.palette is not None and len(config.palette) not in {config.num_labels, max(config.num_labels, 2)}:
             logger.warning(
@@ -783,6 +784,9 @@ class LeMoRePreTrainedModel(PreTrainedModel):
                 f"than one value; got shape {tuple(pixel_values.shape)}. Take more images in a batch (and leave out a "
                 "last one alone, with `drop_last`) or larger ones."
             )
+
+    def get_input_embeddings(self) -> None:
+        """There are none. Quantization by Transformers asks every model."""
 
     def fuse(self) -> LeMoRePreTrainedModel:
         """

@@ -1243,3 +1243,11 @@ def test_a_classifier_drops_features_in_training():
     model.classifier.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     model(torch.randn(4, 3, 64, 64))
     assert 0.3 < (seen[0] == 0).float().mean() < 0.7
+
+
+@pytest.mark.parametrize("model_class", MODEL_CLASSES)
+def test_no_layer_is_an_embedding(model_class):
+    """Transformers asks before it quantizes a layer with torchao, and takes no error for an answer."""
+    model = model_class(LeMoReConfig(hidden_sizes=(8, 8, 8, 8), stem_sizes=(8,), image_size=64))
+    assert model.get_input_embeddings() is None
+    assert model.get_output_embeddings() is None

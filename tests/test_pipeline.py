@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A saved folder in use: through pipelines, the Auto classes, and as remote code where `lemore_hf` is not installed."""
 
+import json
 import os
 import subprocess
 import sys
@@ -93,6 +94,16 @@ def test_pipeline_takes_paths_images_and_lists(folder, picture, capfd):
     for result in (segmenter(image), segmenter(str(picture)), *segmenter([image, str(picture)])):
         np.testing.assert_array_equal(label_map(result), expected)
     assert "not supported" not in capfd.readouterr().err
+
+
+def test_names_read_from_json_name_the_classes(folder, picture):
+    """Their keys are words: masks and classes have to be found by numbers all the same."""
+    names = json.loads(json.dumps(dict(enumerate(["a", "b", "c", "d"]))))
+    model = AutoModelForSemanticSegmentation.from_pretrained(folder, id2label=names)
+    segmenter = pipeline(
+        "image-segmentation", model=model, image_processor=LeMoReImageProcessor.from_pretrained(folder)
+    )
+    assert {segment["label"] for segment in segmenter(str(picture))} <= set("abcd")
 
 
 def test_classification_pipeline(folder, picture, capfd):
