@@ -42,6 +42,7 @@ class Segmenter:
         `CheckpointError`: for weights or graphs that are damaged, weights that are pickled or not those of a whole
             segmentation network.
         `ImportError`: naming the extra to install where the runtime is missing.
+        `ValueError`: for less than one thread.
     """
 
     def __init__(self, path: str | os.PathLike, num_threads: int | None = None):

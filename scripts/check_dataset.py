@@ -52,9 +52,17 @@ def parse_arguments() -> argparse.Namespace:
         type=at_least(0),
         help="processes that decode (default: 2, or 1 on one core); not with --streaming",
     )
-    parser.add_argument("--picture", type=Path, default=Path("dataset_check.png"), help="where the grid is written")
     parser.add_argument(
-        "--num_pictures", type=at_least(0), default=4, help="samples of each split in the grid; 0 for none"
+        "--picture",
+        type=Path,
+        default=Path("dataset_check.png"),
+        help="where the grid is written (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--num_pictures",
+        type=at_least(0),
+        default=4,
+        help="samples of each split in the grid (default: 4); 0 for none",
     )
     parser.add_argument("--all", action="store_true", help=f"list all samples of a reason, not the first {SHOWN}")
     add_recipe_arguments(parser, ALL_FIELDS - TRAINING_FIELDS)

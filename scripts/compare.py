@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train and evaluate the variants of a plan under one recipe, and tabulate what they score.
 
-    python scripts/compare.py --plan scripts/plans/camvid_ablation.yaml --data_dir DIR --output_dir OUT \
+    python scripts/compare.py --plan scripts/plans/camvid_ablation.yaml --data_dir DIR --output_dir OUT \\
         --runs model_cards/runs.jsonl --table model_cards/camvid_ablation.md
 
 A plan is a YAML file: options of `scripts/train.py` that all variants share, those in which each differs, and the splits

@@ -60,10 +60,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder that training or export.py has written, or Hub id")
     add_data_arguments(parser)
-    parser.add_argument("--split", default="test", help="train, validation or test, or several joined by '+'")
+    parser.add_argument(
+        "--split", default="test", help="train, validation or test, or several joined by '+' (default: test)"
+    )
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the scores")
     parser.add_argument("--streaming", action="store_true", help="read the data while evaluating, never all of it")
-    parser.add_argument("--num_workers", type=at_least(0), default=0, help="processes that load data for each process")
+    parser.add_argument(
+        "--num_workers", type=at_least(0), default=0, help="loaders of each process (default: 0, itself)"
+    )
     parser.add_argument(
         "--mixed_precision",
         choices=["no", "bf16", "fp16"],
@@ -250,7 +254,11 @@ def evaluate_model(
     if accelerator.is_main_process:
         print(class_table(scores, names))
     settings = {name: getattr(args, name) for name in ("scales", "flip", "window", "window_stride")}
-    settings |= {"resize": recipe.resize, "center_crop": args.center_crop}
+    settings |= {
+        "resize": recipe.resize,
+        "max_longest_edge": recipe.max_longest_edge,
+        "center_crop": args.center_crop,
+    }
     return without_nan(scores) | {"num_images": result.num_images, "inference": settings}, result
 
 

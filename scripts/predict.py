@@ -50,9 +50,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, type=Path, help="folder of a checkpoint or of an export")
     parser.add_argument("--input", required=True, nargs="+", help="pictures, videos, folders and glob patterns")
     parser.add_argument("--output", required=True, type=Path, help="folder to write to")
-    parser.add_argument("--write", choices=(*TARGETS, "both"), default="both")
+    parser.add_argument("--write", choices=(*TARGETS, "both"), default="both", help="what to write (default: both)")
     parser.add_argument("--alpha", type=float, help=f"opacity of the overlays, 0 to 1 (default: {DEFAULT_ALPHA})")
-    parser.add_argument("--processes", type=at_least(1), default=1, help="how many inputs to work on at once")
+    parser.add_argument(
+        "--processes", type=at_least(1), default=1, help="how many inputs to work on at once (default: 1)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="write again what is there")
     arguments = parser.parse_args()
     if arguments.alpha is None:

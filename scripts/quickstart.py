@@ -47,11 +47,18 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", type=Path, help="folder of your own data; without it, generated street scenes")
     parser.add_argument("--recipe", help="recipe that names the data set's classes; by default scenes, or folder")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--epochs", type=int, default=18)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=4e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("outputs/quickstart"),
+        help="folder of checkpoint, scores and pictures (default: %(default)s)",
+    )
+    parser.add_argument("--epochs", type=int, default=18, help="passes over the training data (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=16, help="pictures of a step (default: %(default)s)")
+    parser.add_argument("--learning_rate", type=float, default=4e-3, help="peak rate (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)"
+    )
     args = parser.parse_args()
     for option in ("epochs", "batch_size"):
         if getattr(args, option) < 1:

@@ -599,6 +599,9 @@ def test_another_size_than_the_processor_s_is_said(run_script, model_dir, data_d
             assert ("As the processor does it: --resize 32 64." in printed) is said
             report = json.loads(output.read_text())
             assert report["inference"]["resize"] == report["image_size"] == list(map(int, size))
+        run_script(*arguments(model_dir, data_dir, output, "--resize", "48", "--max_longest_edge", "64"))
+        inference = json.loads(output.read_text())["inference"]
+        assert (inference["resize"], inference["max_longest_edge"]) == (48, 64)
         run_script(*arguments(model_dir, data_dir, output, "--resize", "none"))
         assert "leaves images at their size, the image processor in" in capsys.readouterr().out
         native = json.loads((model_dir / "config.json").read_text())["image_size"]

@@ -324,6 +324,9 @@ def test_card_says_how_the_scores_were_made(folder):
     assert "233 images, in percent of the pixels at their own size; void pixels do not count:" in text
     text = write_card(folder, "x/lemore-test", {**RESULTS, "inference": inference | {"center_crop": None}}).read_text()
     assert "233 images, in percent" in text
+    limited = inference | {"resize": 900, "max_longest_edge": 1200}
+    text = write_card(folder, "x/lemore-test", {**RESULTS, "inference": limited}).read_text()
+    assert "resized to a shortest edge of 900 pixels and a longest one of at most 1200 for the network, in" in text
     middle = inference | {"center_crop": [270, 480]}
     text = write_card(folder, "x/lemore-test", {**RESULTS, "inference": middle}).read_text()
     assert "233 images, of each the middle 270×480 pixels, in percent" in text
