@@ -90,15 +90,19 @@ def parse_arguments() -> argparse.Namespace:
         choices=(*RUNTIMES, *CUDA_RUNTIMES),
         help=f"of the first table; the third has {', '.join(SIZE_RUNTIMES)}",
     )
-    parser.add_argument("--batch-sizes", type=at_least(1), nargs="+", help="of the first table")
-    parser.add_argument("--threads", type=at_least(1), nargs="+")
+    parser.add_argument(
+        "--batch-sizes", type=at_least(1), nargs="+", help="of the first table (default: 1 8; quick: 1)"
+    )
+    parser.add_argument(
+        "--threads", type=at_least(1), nargs="+", help="of each process (default: 1, and 2 where there are; quick: 2)"
+    )
     parser.add_argument(
         "--size",
         type=at_least(1),
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
         default=(512, 512),
-        help="of the first table's images; the second's have 512×512 pixels",
+        help="of the first table's images (default: 512 512); the second's have 512×512 pixels",
     )
     parser.add_argument(
         "--sizes",
@@ -116,7 +120,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=at_least(1), help="how often each process is started (default: 3; quick: 1)")
     parser.add_argument(
-        "--seconds", type=positive, default=1.0, help="how long each process repeats, at least three times"
+        "--seconds",
+        type=positive,
+        default=1.0,
+        help="how long each process repeats, at least three times (default: 1)",
     )
     parser.add_argument(
         "--keep-memory", action="store_true", help="let glibc keep freed memory, in every process: " + str(KEEP_MEMORY)
