@@ -33,8 +33,8 @@ from lemore_hf.data.recipes import (
     EVALUATION_FIELDS,
     Recipe,
     load_recipe,
-    load_yaml,
     nearest,
+    refuse_repeated_keys,
     split_names,
 )
 
@@ -88,7 +88,9 @@ def main() -> None:
 
 def load_plan(path: Path, data_dir: Path | None) -> dict[str, Any]:
     """The plan, whose every variant is known to be a valid recipe."""
-    plan = load_yaml(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    refuse_repeated_keys(text)
+    plan = yaml.safe_load(text)
     if not isinstance(plan, dict) or not {"title", "recipe", "variants"} <= plan.keys() <= PLAN_KEYS:
         raise ValueError(
             f"{path} must be a mapping with title, recipe and variants, and may have {sorted(PLAN_KEYS)}."

@@ -41,6 +41,7 @@ from ..configuration_lemore import LeMoReConfig
 
 IGNORE_INDEX = 255
 SPLITS = ("train", "validation", "test")
+_YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a thousand names take the other long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -511,7 +512,8 @@ def load_recipe(
     """
     text, origin = _recipe_text(name_or_path)
     try:
-        values = load_yaml(text)
+        refuse_repeated_keys(text)
+        values = yaml.load(text, _YAML_LOADER)
     except yaml.YAMLError as error:
         raise ValueError(f"{origin} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
@@ -566,34 +568,27 @@ def recipe_overrides(args: argparse.Namespace) -> dict[str, Any]:
     return {field: getattr(args, field) for field in _field_types() if field != "name" and hasattr(args, field)}
 
 
-def load_yaml(text: str) -> Any:
-    """Plain values of YAML.
+def refuse_repeated_keys(text: str) -> None:
+    """Refuse YAML that has a key twice in one mapping, of which readers keep the last.
 
     Raises:
-        yaml.YAMLError: for what is no YAML, or has a key twice in one mapping, of which the last would count.
+        yaml.YAMLError: naming the key and its line; for what is no YAML, too.
     """
-    return yaml.load(text, _UniqueKeyLoader)
-
-
-class _UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # a thousand names take the other long
-    def get_single_node(self) -> yaml.Node | None:
-        root = super().get_single_node()
-        nodes, seen = [root], set()
-        while nodes:
-            node = nodes.pop()
-            if isinstance(node, yaml.ScalarNode | None) or id(node) in seen:  # an alias of one before
-                continue
-            seen.add(id(node))
-            if isinstance(node, yaml.SequenceNode):
-                nodes += node.value
-                continue
-            keys = set()
-            for key, value in node.value:
-                if (name := (key.tag, str(key.value))) in keys:
-                    raise yaml.MarkedYAMLError(problem=f"{key.value} stands there twice", problem_mark=key.start_mark)
-                keys.add(name)
-                nodes.append(value)
-        return root
+    nodes, seen = [yaml.compose(text, _YAML_LOADER)], set()
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.ScalarNode | None) or id(node) in seen:  # an alias of one before
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+            continue
+        keys = set()
+        for key, value in node.value:
+            if (name := (key.tag, str(key.value))) in keys:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} stands there twice", problem_mark=key.start_mark)
+            keys.add(name)
+            nodes.append(value)
 
 
 def split_names(splits: str, field: str = "split") -> list[str]:
