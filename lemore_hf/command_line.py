@@ -32,8 +32,8 @@ def positive(text: str) -> float:
 
 
 def run_script(main: Callable[[], int | None], *expected: type[Exception], interrupted: str | None = None) -> None:
-    """Run a script's `main`, and exit with the status that it returns, if any; what a user can put right ends it in one line, not in a
-    traceback, and Ctrl-C with the status that a shell knows.
+    """Run a script's `main`, and exit with the status that it returns, if any. What a user can put right ends it in one
+    line instead of a traceback, and Ctrl-C with the status that a shell knows.
 
     Args:
         main: takes its arguments from the command line.

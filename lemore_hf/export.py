@@ -78,7 +78,7 @@ _QUANTIZERS = {
     ("litert", "int8"): ("ai_edge_quantizer", "ai_edge_litert"),
     ("litert", "float16"): ("ai_edge_quantizer",),
 }
-_OF_ONE_SIZE = ("onnx", "openvino", "litert")  # formats whose graphs may be
+_OF_ONE_SIZE = ("onnx", "openvino", "litert")  # formats that have graphs of one size
 _ANY_LENGTH = 2**31  # of a constant
 _SAMPLE_SHAPE = (2, 328, 456)  # batch, height and width to trace with: no stride divides them, so none is special
 
