@@ -25,6 +25,7 @@ class LoopbackHub(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), LoopbackHandler)
         self.repositories, self.objects, self.cut_repositories, self.requests = {}, {}, (), []
+        self.contested_repositories = ()
         self.private_repositories = set()
 
     @property
@@ -135,6 +136,8 @@ class LoopbackHandler(http.server.BaseHTTPRequestHandler):
         elif action == "tree" and len(parts) == 4:
             self.reply([self.entry(path, data) for path, data in files.items()])
         elif action == "preupload":
+            if repo_id in self.server.contested_repositories:  # Somebody else commits first.
+                self.server.commit(repo_id, files | {"notes.txt": b"theirs"})
             described = [
                 {"path": x["path"], "uploadMode": self.mode(x["path"]), "shouldIgnore": False}
                 for x in json.loads(body)["files"]

@@ -51,6 +51,17 @@ def test_the_loss_is_the_divergence_from_the_mean_of_the_teachers():
     assert all(teacher.logits.grad is None for teacher in teachers)
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_logits_of_half_precision_are_compared_in_single(half):
+    """As under autocast. Rounded logarithms would make equal distributions differ, or the divergence negative."""
+    teacher = Teacher(4.0, 0.5, -2.0)
+    logits, images = teacher.logits.detach().to(half), torch.zeros(1, 3, 32, 48)
+    for divergence in (DistillationLoss([teacher]), DistillationLoss([Teacher(4.0, 0.5, -2.0).to(half)])):
+        found = divergence(logits, images)
+        assert found.dtype == divergence.probabilities(images, (4, 6)).dtype == torch.float32
+        assert found.item() == pytest.approx(0, abs=1e-6)
+
+
 def test_probabilities_are_compared_where_they_are():
     """Left is one class and right another, at the teacher's stride and at the network's."""
     torch.manual_seed(0)

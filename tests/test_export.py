@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import pickle
 import runpy
 import shutil
 import signal
@@ -28,7 +29,15 @@ from lemore_hf.checkpointing import CheckpointError
 from lemore_hf.data.scenes import draw_scene
 from lemore_hf.export import ExportManifest, SegmentationGraph, export_model, network_input
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
-from lemore_hf.inference import Segmenter, comparison_sizes, label_agreement, read_picture, read_pictures
+from lemore_hf.inference import (
+    ExportedNetwork,
+    Segmenter,
+    comparison_sizes,
+    find_model,
+    label_agreement,
+    read_picture,
+    read_pictures,
+)
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "export.py"
@@ -284,6 +293,56 @@ def test_pictures_as_programs_have_them(checkpoint, frames, tmp_path):
             segmenter(picture)
     with pytest.raises(ValueError, match=r"`num_threads` must be at least 1.* got 0"):
         Segmenter(checkpoint, num_threads=0)
+
+
+def test_a_photo_that_is_open_is_turned_upright(checkpoint, frames):
+    lying = frames[0].transpose(Image.Transpose.ROTATE_90)
+    lying.getexif()[0x0112] = 6  # to be turned clockwise for display
+    segmenter = Segmenter(checkpoint)
+    np.testing.assert_array_equal(segmenter(lying), segmenter(frames[0]))
+
+
+def test_pytorch_has_as_many_threads_as_are_asked_for(checkpoint):
+    before = torch.get_num_threads()
+    try:
+        for number in (3, 1):
+            Segmenter(checkpoint, num_threads=number)
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_network_named_from_another_folder_is_found_where_it_lies(checkpoint, frames, tmp_path, monkeypatch):
+    """A process that is spawned need not run where this one did."""
+    monkeypatch.chdir(checkpoint.parent)
+    sent = pickle.dumps(Segmenter(checkpoint.name))
+    monkeypatch.chdir(tmp_path)
+    np.testing.assert_array_equal(pickle.loads(sent)(frames[0]), Segmenter(checkpoint)(frames[0]))
+
+
+def test_an_export_takes_images_of_half_precision(exported):
+    network, images = ExportedNetwork(exported("torch")), torch.randn(2, 3, 96, 128).half()
+    torch.testing.assert_close(network(images).logits, network(images.float()).logits)
+
+
+def test_only_the_graph_stands_for_its_folder(exported):
+    folder = exported("torch")
+    assert find_model(folder / "model.pt2") == folder
+    for other in ("config.json", "preprocessor_config.json"):
+        with pytest.raises(FileNotFoundError, match=rf"{other} is not the graph of an export"):
+            find_model(folder / other)
+
+
+@pytest.mark.parametrize("native", [(360, 480), (32, 32), (720, 960)])
+@pytest.mark.parametrize("max_size", [None, 640])
+def test_an_export_is_compared_at_sizes_that_it_takes(native, max_size):
+    manifest = ExportManifest("onnx", "model.onnx", max_size=max_size)
+    sizes = comparison_sizes(LeMoReConfig(image_size=native), manifest)
+    assert len(sizes) == 3
+    for size in sizes:
+        manifest.check_shape(1, *size)
+    if native == (360, 480) and max_size is None:
+        assert sizes == [native, (271, 361), (451, 601)], "odd ones, where rounding up shows"
 
 
 def test_padding_and_cropping_are_left_out(checkpoint, frames, tmp_path):

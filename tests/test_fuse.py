@@ -229,6 +229,20 @@ def test_a_checkpoint_is_loaded_as_what_it_is(auto_class, tmp_path):
     assert not auto_class.from_pretrained(tmp_path / "plain", config=model.config).config.is_fused
 
 
+def test_the_model_s_own_class_loads_a_checkpoint_as_what_it_is_too(tmp_path):
+    """Or what the names of a fused network lack would be random."""
+    model = trained()
+    model.save_pretrained(tmp_path / "plain")
+    model.fuse().save_pretrained(tmp_path / "fused")
+    for name, wanted in (("plain", True), ("fused", False)):
+        for options in (
+            {"is_fused": wanted},
+            {"config": LeMoReConfig(**model.config.to_dict() | {"is_fused": wanted})},
+        ):
+            with pytest.raises(ValueError, match=f"cannot be loaded with `is_fused={wanted}`"):
+                LeMoReForSemanticSegmentation.from_pretrained(tmp_path / name, **options)
+
+
 REMOTE_PROGRAM = """
 import sys
 sys.modules["lemore_hf"] = None  # importing it fails
@@ -384,6 +398,28 @@ def test_what_inference_mode_remembers_serves_outside_of_it():
     torch.testing.assert_close(logits.detach(), expected.clone())
 
 
+def test_what_is_made_in_inference_mode_serves_there():
+    """Its weights keep no count of their changes, by which what is remembered of others is known to hold."""
+    model, images = trained(), random_images(1, 90, 120)
+    expected = main_output(model, images)
+    with torch.inference_mode():
+        fused = model.fuse()
+        assert all(parameter.is_inference() for parameter in fused.parameters())
+        for _ in range(2):
+            assert relative_error(fused(images).logits, expected) < 2e-5
+
+
+def test_axis_weights_have_their_gradients_also_where_they_are_remembered():
+    axes = ("frontal.weight", "lateral.weight")
+    model, images, gradients = trained().double(), random_images(1, 90, 120, dtype=torch.float64), []
+    for network in (model, model.fuse()):
+        main_output(network, images)
+        network(images).logits.square().sum().backward()
+        gradients.append([weight.grad for name, weight in network.named_parameters() if name.endswith(axes)])
+    assert len(gradients[0]) == 8
+    torch.testing.assert_close(*gradients)
+
+
 # Memory
 
 COUNT_PAGE_FAULTS = """
@@ -424,3 +460,12 @@ def test_a_fresh_process_reuses_its_buffers(shape):
         env=environment,
     )
     assert int(result.stdout) < 500  # of 4 KiB; several thousand where each buffer is new
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_settings_of_the_environment_are_kept():
+    """Here those of a small machine, which gives all that is freed back to the system."""
+    environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
+    command = [sys.executable, "-c", COUNT_PAGE_FAULTS, "1", "3", "256", "256"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert int(result.stdout) > 1000

@@ -3,6 +3,7 @@
 """How much of the machine a process may use."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,3 +43,21 @@ def test_processes_of_torchrun_and_mpirun_know_of_each_other(variable, monkeypat
     assert not hardware.shares_cpu()
     monkeypatch.setenv(variable, "2")
     assert hardware.shares_cpu()
+
+
+@pytest.mark.parametrize(("kind", "shared"), [("cuda", False), ("xpu", False), ("mps", True)])
+def test_processes_with_a_gpu_each_share_no_cpu(kind, shared, monkeypatch):
+    """Or a training on several GPUs would be one on the CPU. Apple's GPU is one for all."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert hardware.shares_cpu() == shared
+
+
+def test_the_processor_has_the_name_that_the_system_gives_it():
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
+    if "model name" not in text:
+        pytest.skip("the system names its processor elsewhere")
+    assert f": {hardware.processor_name()}\n" in text
+    assert hardware.hardware_name("cpu").startswith(f"{hardware.processor_name()}, ")

@@ -169,6 +169,13 @@ def test_axis_initialization(initialization):
     assert torch.equal(weight, torch.eye(24) if initialization == "identity" else torch.zeros(24, 24))
 
 
+def test_normal_axis_weights_keep_the_variance_of_what_they_mix():
+    for size in (32, 128):
+        stage = tiny(LeMoReModel, axis_initialization="normal", image_size=4 * size).encoder.stages[0]
+        for view in stage.cartesian_encoder.axis_views:
+            assert view.weight.std().item() == pytest.approx(size**-0.5, rel=0.1)
+
+
 def test_axis_weights_that_start_at_zero_are_learned():
     model = LeMoReForSemanticSegmentation(LeMoReConfig(**TINY | {"axis_initialization": "zeros"})).train()
     views = [view for name, view in model.named_modules() if name.endswith(("frontal", "lateral"))]
@@ -176,6 +183,21 @@ def test_axis_weights_that_start_at_zero_are_learned():
     assert not any(view.weight.any() for view in views)
     model(random_images(), labels=random_labels()).loss.backward()
     assert all(view.weight.grad.any() for view in views)
+
+
+def test_a_cartesian_encoder_is_views_then_depthwise_convolutions_then_channel_attention():
+    encoder = tiny(LeMoReModel).encoder.stages[1].cartesian_encoder
+    volume = torch.randn(2, 12, 8, 12)
+    state = F.relu6(encoder.normalization(sum(view(volume) for view in encoder.views.values())))
+    for number, layer in enumerate(encoder.depthwise):
+        state = layer.normalization(layer.convolution(state))
+        state = F.relu6(state) if number % 2 else state  # after each pair
+    attention = encoder.channel_attention
+    for layer in (attention.squeeze, attention.excite):  # they start too small to show
+        nn.init.normal_(layer.weight)
+    squeezed = state.mean((2, 3)) @ attention.squeeze.weight.flatten(1).t() + attention.squeeze.bias
+    excited = F.relu(squeezed) @ attention.excite.weight.flatten(1).t() + attention.excite.bias
+    torch.testing.assert_close(encoder(volume), volume + state * excited.sigmoid()[..., None, None])
 
 
 # Axis weights at other sizes
@@ -195,6 +217,14 @@ def test_tent_filter_is_bilinear_resizing(native, size):
     torch.testing.assert_close(signal @ tent_filter(native, size, signal).t(), expected)
     if size == native:
         assert torch.equal(tent_filter(native, size, signal), torch.eye(native, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_tent_filters_of_half_precision_are_those_of_single(half):
+    """Half precision cannot count the positions of a large image."""
+    for size in (40, 129, 500):
+        expected = tent_filter(128, size, torch.zeros(()))
+        assert torch.equal(tent_filter(128, size, torch.zeros((), dtype=half)), expected)
 
 
 def test_axis_weights_are_exact_at_the_native_size():
@@ -317,7 +347,34 @@ def test_the_combined_map_multiplies_each_value():
     torch.testing.assert_close(attention(tokens)[0], attention.projection(attention.activation(context)))
 
 
+def test_the_feed_forward_network_is_active_between_its_convolutions():
+    block = tiny(LeMoReModel).global_block
+    tokens = torch.randn(2, 52, 3, 4)
+    attended = tokens + block.attention(tokens)[0]
+    network = block.feed_forward
+    hidden_state = F.relu6(network.depthwise(network.expansion(attended)))
+    torch.testing.assert_close(block(tokens), attended + network.projection(hidden_state))
+
+
 # The whole network
+
+
+@pytest.mark.parametrize("output_stride", [4, 8, 32])
+def test_the_head_classifies_the_active_sum_of_the_gated_scales(output_stride):
+    model, images = tiny(output_stride=output_stride), random_images(2, 128, 160)
+    features = model.lemore(images)
+    size = (128 // output_stride, 160 // output_stride)
+
+    def resized(state, size):
+        return F.interpolate(state, size=size, mode="bilinear", align_corners=False)
+
+    total = 0
+    for fusion, local in zip(model.decode_head.fusions, features.local_features, strict=True):
+        gate, value = fusion.gate(features.last_hidden_state).sigmoid(), fusion.value(features.last_hidden_state)
+        local = fusion.local(resized(local, size) if local.shape[2] > size[0] else local)
+        total += resized(local * resized(gate, local.shape[2:]) + resized(value, local.shape[2:]), size)
+    expected = model.decode_head.classifier(F.relu6(total))
+    torch.testing.assert_close(model(images).logits, expected)
 
 
 @pytest.mark.parametrize(
@@ -541,6 +598,22 @@ def test_classification_losses(num_labels, problem_type, labels):
     torch.testing.assert_close(outputs.loss, expected)
 
 
+def test_a_classifier_sees_the_average_of_the_global_features():
+    model, images = tiny(LeMoReForImageClassification), random_images(2, 128, 200)
+    average = model.lemore(images).last_hidden_state.flatten(2).mean(2)
+    torch.testing.assert_close(model(images).logits, model.classifier(average))
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "labels"),
+    [(5, torch.full((2, 5), 0.3)), (1, torch.tensor([[7.5], [-2.0]])), (1, torch.tensor([[7], [-2]]))],
+)
+def test_labels_that_are_no_classes_may_have_any_value(num_labels, labels):
+    """Shares of several labels at once, as mixing makes them, and numbers to be met."""
+    model = tiny(LeMoReForImageClassification, num_labels=num_labels)
+    assert model(random_images(), labels=labels).loss.isfinite()
+
+
 def test_classes_that_are_not_there_are_named():
     model, images = tiny(LeMoReForImageClassification, num_labels=5), random_images()
     for _ in range(2):  # also after labels that were fine
@@ -697,6 +770,11 @@ def test_a_palette_for_more_classes_is_left_out():
     assert "`palette` has 5 colours for 2 classes" in captured.out
     config.num_labels, config.palette = 1, default_palette(2)
     assert LeMoReForSemanticSegmentation(config).config.palette is not None, "for background and foreground"
+
+
+def test_a_palette_of_a_single_label_may_be_its_one_colour():
+    config = LeMoReConfig(**TINY | {"num_labels": 1}, palette=[[200, 0, 0]])
+    assert LeMoReForSemanticSegmentation(config).config.palette == [[200, 0, 0]]
 
 
 def test_functional_transforms():
@@ -1038,6 +1116,16 @@ def test_on_other_devices_only_some_training_steps_and_evaluation_look_at_labels
         model(random_images(), labels=elsewhere(random_labels()))
     for _ in range(7):
         model(random_images(), labels=elsewhere(random_labels()))
+
+
+def test_labels_without_values_give_a_loss_without_one():
+    """On the meta device, where shapes and memory are worked out."""
+    for model_class, labels in (
+        (LeMoReForSemanticSegmentation, random_labels()),
+        (LeMoReForImageClassification, torch.tensor([1, 4])),
+    ):
+        loss = tiny(model_class).to("meta")(random_images().to("meta"), labels=labels.to("meta")).loss
+        assert loss.shape == ()
 
 
 def test_labels_that_are_no_tensor_are_refused():

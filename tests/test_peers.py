@@ -60,6 +60,31 @@ def test_norms_start_as_the_identity_and_average_over_batches(name):
 
 
 @pytest.mark.parametrize("name", PEERS)
+def test_convolutions_start_by_the_fan_out_of_a_group(name):
+    """A depthwise one has a fan of nine, however many channels there are."""
+    torch.manual_seed(0)
+    for module_name, module in build_peer(name, 5).named_modules():
+        # The classifiers are those that give a score to each of the five classes.
+        if isinstance(module, torch.nn.Conv2d) and module.out_channels != 5:
+            fan_out = module.weight[:, 0].numel() / module.groups
+            assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.2), module_name
+
+
+def test_mobilenetv2_is_trained_as_deeplab_is():
+    """By Transformers' defaults 80 % of the features are dropped, and norms know the last batch alone."""
+    torch.manual_seed(0)
+    model, seen = build_peer("mobilenetv2-deeplabv3", 5), []
+    norm = next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    for module in (norm, model.segmentation_head.classifier):
+        module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    model(torch.randn(4, 3, 96, 128))
+    in_norm, in_classifier = seen
+    torch.testing.assert_close(norm.running_mean, 0.003 * in_norm.mean((0, 2, 3)))
+    dropped = (in_classifier == 0).flatten(2).all(2).float().mean()
+    assert dropped.item() == pytest.approx(0.1, abs=0.05)
+
+
+@pytest.mark.parametrize("name", PEERS)
 def test_a_saved_peer_loads_with_the_auto_class(name, tmp_path):
     id2label = {0: "road", 1: "sky", 2: "tree"}
     model = build_peer(name, 3, id2label).eval()
@@ -82,6 +107,16 @@ def test_lraspp_is_torchvisions_network_before_its_last_upsampling():
     assert logits.shape == (1, 4, 12, 17)
     upsampled = torch.nn.functional.interpolate(logits, size=(90, 130), mode="bilinear", align_corners=False)
     torch.testing.assert_close(upsampled, reference(pixel_values)["out"])
+
+
+def test_lraspp_has_the_loss_and_the_outputs_of_transformers_models():
+    model = build_peer("lraspp-mobilenet-v3-large", 4).eval()
+    pixel_values, labels = torch.randn(1, 3, 64, 64), torch.randint(4, (1, 64, 64))
+    labels[:, :20] = 255
+    expected = model(pixel_values, labels=labels)
+    model.config.semantic_loss_ignore_index = -100
+    loss, logits = model(pixel_values, labels=labels.masked_fill(labels == 255, -100), return_dict=False)
+    torch.testing.assert_close((loss, logits), (expected.loss, expected.logits))
 
 
 def test_lraspp_with_another_number_of_labels_takes_over_the_rest(tmp_path):

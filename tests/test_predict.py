@@ -595,6 +595,13 @@ def test_inputs_from_files_folders_and_patterns(pictures, tmp_path):
         find_inputs([str(tmp_path / "absent.heic")], output)
 
 
+def test_links_to_nothing_are_passed_over(pictures, tmp_path):
+    """As where a data set's disk is not there."""
+    (pictures / "elsewhere.png").symlink_to(tmp_path / "disk" / "picture.png")
+    found = find_inputs([str(pictures)], tmp_path / "results")
+    assert {str(name) for name in found.values()} == {"one.png", "two.png", "more/one.jpg", "damaged.jpg"}
+
+
 def test_films_that_cannot_be_written_are_left_out(tmp_path, predict, checkpoint, capsys):
     av = pytest.importorskip("av", reason="needs the extra lemore-hf[video]")
     with av.open(str(tmp_path / "thin.mkv"), "w") as film:

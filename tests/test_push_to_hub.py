@@ -182,6 +182,22 @@ def test_card_may_show_only_pictures_of_the_folder(folder, link):
     validate_folder(folder)  # which no folder has to hold
 
 
+def test_pictures_of_html_in_a_card_are_published_too(folder):
+    (folder / "README.md").write_text('<img width="90" src="confusion_matrix.png"> <img src=\'figures/gone.png\'/>')
+    with pytest.raises(PublishingError, match=r"not in the folder: figures/gone\.png\."):
+        validate_folder(folder)
+    (folder / "README.md").write_text('<img width="90" src="confusion_matrix.png">')
+    assert Path("confusion_matrix.png") in validate_folder(folder)
+
+
+def test_weights_that_are_infinite_are_refused(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["decode_head.classifier.bias"][1] = -torch.inf
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(PublishingError, match=r"NaN or infinity, in decode_head\.classifier\.bias:"):
+        validate_folder(folder)
+
+
 # The card
 
 
@@ -349,6 +365,31 @@ def test_card_names_the_hubs_data_sets_alone(folder):
     assert {result.dataset_type for result in card.data.eval_results} == {"zhoubolei/scene_parse_150"}
     text = write_card(folder, "someone/lemore-test", recipe=load_recipe("folder")).read_text()
     assert "Local folder" not in text
+
+
+def test_card_shows_no_hidden_pictures(folder):
+    """Such as macOS leaves beside those that it copies."""
+    (folder / "._confusion_matrix.png").write_bytes(b"x")
+    text = write_card(folder, "someone/lemore-test", RESULTS).read_text()
+    assert text.count(".png)") == text.count("confusion_matrix.png)") == 1
+    assert "._" not in text
+
+
+def test_scores_of_classes_without_names_are_in_the_labels_order(folder):
+    results = {**RESULTS, "per_class_iou": [0.9, 0.4625, None]}
+    text = write_card(folder, "someone/lemore-test", results).read_text()
+    assert "| sky | 90.00 |\n| road | 46.25 |\n| car | – |\n" in text
+    with pytest.raises(PublishingError, match=r"not of this model: they hold the IoU of the classes 0, 1, 2, 3, the"):
+        write_card(folder, "someone/lemore-test", {**RESULTS, "per_class_iou": [0.9, 0.4625, None, 0.5]})
+
+
+def test_results_know_better_than_the_folder_of_which_run_they_are(folder):
+    run = {"steps": 300, "epochs": 5.1, "train_on": "train", "seed": 3, "hours": 1.25, "hardware": "a CPU"}
+    run |= {"versions": {"torch": "2.14.1"}, "settings": {"init_from": None}}
+    (folder.parent / "run.json").write_text(json.dumps(run | {"steps": 40, "epochs": 1.0}))
+    text = write_card(folder, "someone/lemore-test", {**RESULTS, "run": run}).read_text()
+    assert "300 steps, 5.1 epochs" in text
+    assert "40 steps" not in text
 
 
 def test_a_licence_of_ones_own_is_kept(folder):
@@ -587,3 +628,31 @@ def test_failures_are_explained_and_leave_everything_as_it_was(hub, folder, tmp_
     assert "connection" not in unclear
     assert sum(path == "/api/models/someone/replaced/commit/main" for _, path in hub.requests) == 1
     assert contents(folder) == before
+
+
+def test_a_repository_of_the_same_files_is_completed_and_one_of_other_weights_is_kept(hub, folder, tmp_path):
+    write_card(folder, "someone/begun")
+    published = {path.as_posix(): (folder / path).read_bytes() for path in validate_folder(folder)}
+    begun = {name: content for name, content in published.items() if name != "confusion_matrix.png"}
+    hub.commit("someone/begun", {".gitattributes": b"", **begun})
+    weights = published["model.safetensors"]
+    other = {".gitattributes": b"", **begun, "model.safetensors": weights[:-1] + bytes([weights[-1] ^ 1])}
+    hub.commit("someone/other", dict(other))  # of as many bytes, as another training leaves them
+    shutil.copytree(folder, tmp_path / "other")
+    write_card(tmp_path / "other", "someone/other")
+    hub.commit("someone/contested", {".gitattributes": b""})
+    hub.contested_repositories = ("someone/contested",)
+    shutil.copytree(folder, tmp_path / "contested")
+    write_card(tmp_path / "contested", "someone/contested")
+    runs = [(hub.token, "someone/begun")]
+    runs += [(hub.token, f"someone/{name}", "--model", str(tmp_path / name)) for name in ("other", "contested")]
+    script = REPOSITORY / "scripts" / "push_to_hub.py"
+    result = run_client(["-c", textwrap.dedent(PUBLISH_EACH)], hub, tmp_path, script, folder, json.dumps(runs))
+    assert result.returncode == 0, result.stderr
+    completed, refused, contested = json.loads(result.stdout.splitlines()[-1])
+    assert completed is None
+    assert hub.repositories["someone/begun"] == {".gitattributes": b"", **published}
+    assert "already holds other content (README.md, model.safetensors)" in refused
+    assert hub.repositories["someone/other"] == other
+    assert "The repository changed meanwhile: look at it" in contested
+    assert set(hub.repositories["someone/contested"]) == {".gitattributes", "notes.txt"}

@@ -66,6 +66,14 @@ def test_every_class_is_common_and_void_is_a_thin_band(scenes):
     assert (lowest < highest).mean() > 0.9
 
 
+def test_void_lies_between_any_two_classes(scenes):
+    _, labels = pixels(scenes["train"])
+    for axis in (1, 2):
+        one, other = labels, np.roll(labels, -1, axis)
+        touching = (one != other) & (one != VOID) & (other != VOID)
+        assert not np.delete(touching, -1, axis).any()
+
+
 def test_sky_is_above_the_ground_and_cars_stand_on_it(scenes):
     """The layout is that of a street, which is what context means here."""
     _, labels = pixels(scenes["train"])
@@ -179,6 +187,14 @@ def test_draw_scene_checks_its_arguments():
         draw_scene(-1)
     with pytest.raises(ValueError, match=r"32 to 2048"):
         draw_scene(0, (8, 8))
+
+
+def test_a_truth_value_is_no_number():
+    """What a switch that came into the wrong place would be."""
+    with pytest.raises(ValueError, match="seed must be a non-negative integer, not True"):
+        draw_scene(True)
+    with pytest.raises(ValueError, match=r"num_train .*not False"):
+        load_scenes(num_train=False)
 
 
 def test_by_day_things_have_their_own_colours():

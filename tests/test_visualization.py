@@ -267,6 +267,11 @@ def test_a_binary_networks_label_is_drawn_over_a_background(image):
     assert drawn.tobytes() == draw_segmentation(image, segmentation, {0: "background", 1: "road"}, alpha=1).tobytes()
 
 
+def test_a_palette_of_thousands_of_classes_ends_where_the_default_one_does(image, labels):
+    drawn = draw_segmentation(image, labels, NAMES, config=SegformerConfig(num_labels=1100))
+    assert drawn.tobytes() == draw_segmentation(image, labels, NAMES).tobytes()
+
+
 @pytest.mark.parametrize(
     "convert",
     [
@@ -302,6 +307,13 @@ def test_a_picture_of_floats_is_drawn_as_one_of_bytes(scale, image, labels, tmp_
         draw_segmentation(tmp_path / "bright.tiff", labels, NAMES)
 
 
+def test_a_picture_of_floats_below_zero_is_refused(image, labels):
+    levels = np.asarray(image.convert("L"), np.float32)
+    for floats in (levels - 255, levels / 255 - np.float32(0.9)):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\] or \[0, 255\], got \[-"):
+            draw_segmentation(Image.fromarray(floats), labels, NAMES)
+
+
 # --- the pipeline's segments -------------------------------------------------------------------------------------
 
 
@@ -329,6 +341,12 @@ def test_segments_without_names_are_numbered_as_they_come(image, labels):
     _, legend = picture_and_legend(draw_segmentation(image, segments), image.size)
     assert set(swatches(legend)) == set(default_palette(3))
     np.testing.assert_array_equal(segments_to_map([], (2, 3))[0], np.full((2, 3), 255))
+
+
+def test_no_segment_is_numbered_as_void(labels):
+    classes, names = segments_to_map(as_segments(labels), (60, 80), ignore_index=1)
+    assert names == {0: "sky", 2: "road", 3: "traffic sign"}
+    np.testing.assert_array_equal(classes == 1, labels == 255)
 
 
 def test_bad_segments_are_named(labels):
@@ -404,6 +422,21 @@ def test_curve_bears_gaps_repeats_and_long_runs():
     assert len(ink(plot_training_curve(records, title="a run"), (0, 114, 178))) > 100
 
 
+def test_curve_is_the_same_in_whatever_order_the_records_come():
+    records = [{"step": step, "loss": 2 - step / 50, "mean_iou": step / 100} for step in range(10, 90, 10)]
+    expected = np.asarray(plot_training_curve(records))
+    np.testing.assert_array_equal(plot_training_curve([*records[3:], *records[:3]]), expected)
+
+
+def test_curve_marks_the_best_of_the_scores_that_are_numbers():
+    records = [{"step": 10, "mean_iou": 0.2}, {"step": 20, "mean_iou": 0.6}, {"step": 30, "mean_iou": 0.4}]
+    marks = [
+        len(ink(plot_training_curve(scores), (213, 94, 0)))
+        for scores in (records, [*records, {"step": 15, "mean_iou": float("nan")}])
+    ]
+    assert marks[1] == pytest.approx(marks[0], rel=0.2), "the mark itself, not the one in the legend alone"
+
+
 def test_curve_needs_something_to_plot():
     with pytest.raises(ValueError, match=r"None of the 1 records.*mean_iou"):
         plot_training_curve([{"step": 1, "epoch": 2}])
@@ -429,6 +462,16 @@ def test_confusion_matrix_leaves_absent_classes_white():
     pictures = [plot_confusion_matrix([[0, first], [0, 5]], ["a", "b"]) for first in (0, 5)]
     full_blue = [len(ink(picture.filter(ImageFilter.MedianFilter(3)), (8, 48, 107))) for picture in pictures]
     assert full_blue[1] > 1.5 * full_blue[0]
+
+
+def test_confusion_matrix_writes_percentages_into_their_own_cells():
+    pixels = np.asarray(plot_confusion_matrix([[0, 0], [30, 70]], ["a", "b"]))
+    color = np.array(matplotlib.colormaps["Blues"](0.7)[:3]) * 255
+    cell = ink(Image.fromarray(pixels[:, : int(0.75 * pixels.shape[1])]), tuple(color.round().astype(int)))
+    (top, left), (bottom, right) = cell.min(0) + 4, cell.max(0) - 4
+    assert (pixels[top:bottom, left:right] == 255).all(-1).any(), "the number, in white"
+    side = bottom - top + 8
+    assert (pixels[top - side : bottom - side, left:right] == 255).all(), "no number above, where no pixel is"
 
 
 @pytest.mark.parametrize("number", [11, 150])

@@ -4,15 +4,21 @@
 and in Chromium by the page that the export writes."""
 
 import base64
+import contextlib
 import functools
 import http.server
 import json
 import platform
 import re
+import runpy
 import shutil
+import socket
+import struct
 import subprocess
 import sys
 import threading
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -343,3 +349,51 @@ def test_server_says_what_it_lacks(tmp_path):
         page_server(tmp_path, port=server.server_port)
     with pytest.raises(OSError, match="from 1 to 65535"):
         page_server(tmp_path, port=70000)
+
+
+SERVE = [sys.executable, str(ROOT / "scripts" / "serve_page.py")]
+
+
+@pytest.mark.parametrize("host", [None, "0.0.0.0"])
+def test_server_sends_one_folder_to_those_who_may_come(host, tmp_path):
+    folder = tmp_path / "export"
+    folder.mkdir()
+    (folder / PAGE).write_text("page", encoding="utf-8")
+    options = ["--port", "0"] + (["--host", host] if host else [])
+    with subprocess.Popen([*SERVE, folder, *options], stdout=subprocess.PIPE, text=True, cwd=tmp_path) as server:
+        try:
+            address = urllib.parse.urlsplit(server.stdout.readline().split()[0])
+            assert address.hostname == (socket.gethostname().lower() if host else "localhost"), "which others can open"
+            with urllib.request.urlopen(f"http://127.0.0.1:{address.port}/") as answer:
+                assert answer.read() == b"page"
+            isolated = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
+            assert isolated.items() <= dict(answer.headers).items(), "or browsers run one thread"
+            assert answer.headers["Cache-Control"] == "no-cache", "or a new export goes unseen"
+            # Another address of this machine, which stands for one of its network.
+            reached = contextlib.nullcontext() if host else pytest.raises(OSError, match=r"refused|timed out|route")
+            with reached, socket.create_connection(("127.0.0.2", address.port), timeout=5):
+                pass
+        finally:
+            server.terminate()
+
+
+def test_server_s_command_line_says_in_one_line_what_it_lacks(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [*SERVE[1:], str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"^FileNotFoundError: .* has no index\.html: export .*--browser-page`\.$"):
+        runpy.run_path(SERVE[1], run_name="__main__")
+
+
+def test_server_says_nothing_of_downloads_that_are_broken_off(tmp_path, capfd):
+    """As when a page is loaded anew."""
+    (tmp_path / PAGE).write_text("page", encoding="utf-8")
+    (tmp_path / "model.onnx").write_bytes(bytes(2**25))  # more than the system sends ahead
+    with page_server(tmp_path, port=0) as server:
+        assert server.server_address[0] == "127.0.0.1", "for this machine alone, unless another host is asked for"
+        server.daemon_threads = False  # so that its end waits for theirs
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with socket.create_connection(server.server_address) as browser:
+            browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            browser.sendall(b"GET /model.onnx HTTP/1.0\r\n\r\n")
+            browser.recv(100)
+        server.shutdown()
+    assert capfd.readouterr().err == ""

@@ -4,6 +4,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import pickle
 import runpy
@@ -32,6 +33,7 @@ from lemore_hf.data.loading import RecipeDataset
 from lemore_hf.data.recipes import load_recipe
 from lemore_hf.data.scenes import CLASS_NAMES, draw_scene, load_scenes
 from lemore_hf.metrics import trainer_metrics
+from lemore_hf.peers import build_peer
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 TINY_MODEL = {"stem_sizes": [8], "hidden_sizes": [8, 8, 16, 16], "decoder_hidden_size": 16}
@@ -208,6 +210,29 @@ def test_fine_tuning_with_trainer(tmp_path, freeze_encoder):
     with torch.no_grad():
         torch.testing.assert_close(loaded(pixel_values).logits, model.eval()(pixel_values).logits)
     assert loaded.config.id2label == model.config.id2label
+
+
+@pytest.mark.parametrize("kind", ["classifier", "peer"])
+def test_trainer_averages_the_loss_of_accumulated_batches(kind, tmp_path):
+    """Their sum would make steps as many times as large, and is what `Trainer` takes where models do not tell."""
+    torch.manual_seed(0)
+    if kind == "classifier":  # of several labels at once, whose loss no `num_items_in_batch` divides
+        config = LeMoReConfig(**TINY_MODEL, image_size=64, num_labels=3, problem_type="multi_label_classification")
+        model, labels, start = LeMoReForImageClassification(config), torch.ones(3), math.log(2)
+    else:
+        model, start = build_peer("lraspp-mobilenet-v3-large", 3), math.log(3)
+        labels = torch.randint(3, (64, 64))
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        report_to="none",
+        use_cpu=True,
+    )
+    samples = [{"pixel_values": torch.randn(3, 64, 64), "labels": labels} for _ in range(8)]
+    loss = Trainer(model, arguments, train_dataset=samples).train().training_loss
+    assert loss == pytest.approx(start, rel=0.3)
 
 
 def test_quickstart_reuses_a_checkpoint_of_the_same_data_and_settings_alone(tmp_path, monkeypatch, capsys):
