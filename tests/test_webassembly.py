@@ -369,10 +369,14 @@ def test_server_sends_one_folder_to_those_who_may_come(host, tmp_path):
             isolated = {"Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp"}
             assert isolated.items() <= dict(answer.headers).items(), "or browsers run one thread"
             assert answer.headers["Cache-Control"] == "no-cache", "or a new export goes unseen"
-            # Another address of this machine, which stands for one of its network.
-            reached = contextlib.nullcontext() if host else pytest.raises(OSError, match=r"refused|timed out|route")
-            with reached, socket.create_connection(("127.0.0.2", address.port), timeout=5):
-                pass
+            if (
+                sys.platform == "linux"
+            ):  # where this machine has other addresses, one of which stands for its network's
+                reached = (
+                    contextlib.nullcontext() if host else pytest.raises(OSError, match=r"refused|timed out|route")
+                )
+                with reached, socket.create_connection(("127.0.0.2", address.port), timeout=5):
+                    pass
         finally:
             server.terminate()
 
