@@ -140,6 +140,11 @@ def claim_folder(folder: Path) -> int | None:
     return descriptor
 
 
+def release_folder(folder: Path) -> None:
+    """Take the claim back; its file goes too."""
+    (folder / LOCK_NAME).unlink(missing_ok=True)
+
+
 def recover_folders(parent: Path) -> None:
     """Bring back, in a folder, what `atomic_folder` was replacing when it was killed."""
     for replaced in parent.glob(f".*{_REPLACED}"):

@@ -51,6 +51,7 @@ from lemore_hf.checkpointing import (
     prune_checkpoints,
     read_run,
     recover_folders,
+    release_folder,
     require_safetensors,
 )
 from lemore_hf.command_line import at_least, positive, run_script
@@ -214,6 +215,7 @@ def main() -> None:
     training.run()
     if accelerator.is_main_process:
         training.publish()
+        release_folder(args.output_dir)
     training.close()
 
 
