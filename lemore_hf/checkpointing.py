@@ -114,35 +114,35 @@ def _share(files: Iterable[Path], folder: Path) -> None:
             file.chmod(file.stat().st_mode | mode)
 
 
-def claim_folder(folder: Path) -> int | None:
-    """Keep the runs of other processes out of a folder for as long as this process lives, however it ends.
-
-    Returns:
-        The descriptor of the lock's file, which nobody may close; `None` where the system has no such locks.
+@contextlib.contextmanager
+def claimed_folder(folder: Path) -> Iterator[None]:
+    """Within `with`, no other process can claim the folder, however this one ends. Windows has no such locks.
 
     Raises:
         `CheckpointError`: if another process has claimed it.
     """
     if fcntl is None:
-        return None
-    descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        yield
+        return
+    path = folder / LOCK_NAME
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        # A lock of the process, not of the file that is open: forked loaders, which outlive one that was killed by
-        # seconds, do not hold it, so that the run can be resumed at once.
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        try:
+            # A lock of the process, not of the file that is open: forked loaders, which outlive one that was killed by
+            # seconds, do not hold it, so that the run can be resumed at once.
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise CheckpointError(
+                    f"Another process is training into {folder}: wait for its end, or choose another folder."
+                ) from error
+            # Else the file system has no locks.
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
         os.close(descriptor)
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise CheckpointError(
-                f"Another process is training into {folder}: wait for its end, or choose another folder."
-            ) from error
-        return None  # a file system without locks
-    return descriptor
-
-
-def release_folder(folder: Path) -> None:
-    """Take the claim back; its file goes too."""
-    (folder / LOCK_NAME).unlink(missing_ok=True)
 
 
 def recover_folders(parent: Path) -> None:

@@ -44,14 +44,13 @@ from lemore_hf.checkpointing import (
     atomic_file,
     atomic_folder,
     checkpoint_folder,
-    claim_folder,
+    claimed_folder,
     clear_unfinished,
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
     read_run,
     recover_folders,
-    release_folder,
     require_safetensors,
 )
 from lemore_hf.command_line import at_least, positive, run_script
@@ -201,6 +200,15 @@ def main() -> None:
     )
     # For Accelerate its environment variable goes before what it is given; here the option does.
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
+    with contextlib.ExitStack() as claim:
+        if accelerator.is_main_process:
+            args.output_dir.mkdir(parents=True, exist_ok=True)
+            claim.enter_context(claimed_folder(args.output_dir))
+        train(args, accelerator)
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """A run from its beginning, or its last checkpoint, to its model."""
     prepare_output_folder(args, accelerator)
     recipe = load_recipe(args.recipe, recipe_overrides(args), args.data_dir)
     for option in ("eval_every", "save_every"):
@@ -215,7 +223,6 @@ def main() -> None:
     training.run()
     if accelerator.is_main_process:
         training.publish()
-        release_folder(args.output_dir)
     training.close()
 
 
@@ -471,10 +478,8 @@ class Training:
 
 
 def prepare_output_folder(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Keep others out, bring back what a kill has left half replaced; refuse to overwrite a run, or to resume none."""
+    """Bring back what a kill has left half replaced; refuse to overwrite a run, or to resume none."""
     if accelerator.is_main_process:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        claim_folder(args.output_dir)
         recover_folders(args.output_dir)
     accelerator.wait_for_everyone()
     if args.resume and not list_checkpoints(args.output_dir):

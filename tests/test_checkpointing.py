@@ -23,7 +23,7 @@ from lemore_hf.checkpointing import (
     atomic_file,
     atomic_folder,
     checkpoint_folder,
-    claim_folder,
+    claimed_folder,
     clear_unfinished,
     list_checkpoints,
     load_checkpoint,
@@ -234,20 +234,26 @@ def test_what_is_written_reaches_the_disk_before_its_name_does(tmp_path, monkeyp
 
 def test_a_folder_is_claimed_by_one_process_and_free_when_that_is_killed(tmp_path):
     """Although its loaders, forked from it, live on for seconds."""
-    claim = f"from pathlib import Path; from lemore_hf.checkpointing import claim_folder; claim_folder(Path({str(tmp_path)!r}))"
-    code = (
-        f"{claim}; import os, time; loader = os.fork(); print(loader, flush=True) if loader else None; time.sleep(60)"
-    )
+    code = f"""
+import os, time
+from pathlib import Path
+from lemore_hf.checkpointing import claimed_folder
+with claimed_folder(Path({str(tmp_path)!r})):
+    if loader := os.fork():
+        print(loader, flush=True)
+    time.sleep(60)
+"""
+    refusal = re.escape(f"Another process is training into {tmp_path}")
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
         loader = int(other.stdout.readline())
         try:
-            with pytest.raises(CheckpointError, match=re.escape(f"Another process is training into {tmp_path}")):
-                claim_folder(tmp_path)
+            with pytest.raises(CheckpointError, match=refusal), claimed_folder(tmp_path):
+                pass
             other.kill()
             other.wait()
-            claim_folder(tmp_path)
+            with claimed_folder(tmp_path):
+                assert list(tmp_path.iterdir())
+            assert not list(tmp_path.iterdir())
         finally:
             os.kill(loader, signal.SIGKILL)
             other.kill()
-    again = subprocess.run([sys.executable, "-c", claim], capture_output=True, text=True)
-    assert "Another process is training into" in again.stderr, "now this one has it"

@@ -321,16 +321,18 @@ def test_an_interrupted_run_loses_no_step(tmp_path, recipe, data_dir, uninterrup
 
 
 def test_a_folder_is_trained_into_by_one_run_at_a_time(tmp_path, recipe, data_dir, run_here):
-    arguments = command(recipe, data_dir, tmp_path, "--max_steps", "2000", "--eval_every", "0", "--num_workers", "0")
-    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as other:
-        try:
-            while other.poll() is None and not list_checkpoints(tmp_path):
-                time.sleep(0.05)
-            run_here(
-                recipe, data_dir, tmp_path, "--resume", expect="CheckpointError: Another process is training into"
-            )
-        finally:
-            other.kill()
+    claim = "import sys; from pathlib import Path; from lemore_hf.checkpointing import claimed_folder"
+    code = f"{claim}\nwith claimed_folder(Path({str(tmp_path)!r})): print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        for option in ((), ("--resume",)):
+            message = "CheckpointError: Another process is training into"
+            run_here(recipe, data_dir, tmp_path, "--max_steps", "1", *option, expect=message)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"], "and nothing was touched"
+        other.stdin.close()
+    run_here(recipe, data_dir, tmp_path, "--max_steps", "1", "--eval_every", "0")
+    run_here(recipe, data_dir, tmp_path, "--max_steps", "1", "--eval_every", "0", expect="already holds a")
+    assert not list(tmp_path.glob(".*")), "neither a finished run nor a refused one leaves a claim"
 
 
 def test_two_processes_that_are_interrupted_save_the_same_step(tmp_path, recipe, data_dir):
