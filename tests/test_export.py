@@ -419,8 +419,14 @@ def check_static_per_channel(path: Path) -> None:
     assert first.input[0] == graph.input[0].name
     assert constants[first.input[1]].dtype == constants[last.input[1]].dtype == np.float32
     assert constants[last.input[1]].shape[0] == 11
-    assert {makers[name].op_type for node in convolutions for name in node.input[:2]} == {"DequantizeLinear"}
-    for weight, scale in (makers[node.input[1]].input[:2] for node in convolutions):
+    lines = [
+        node for node in convolutions if constants.get(node.input[1], np.empty(0)).shape[1:] in ((1, 3, 1), (1, 1, 3))
+    ]
+    assert len(lines) == 16, "two pairs of depthwise rows and columns in each of four blocks, which stay in float32"
+    assert {constants[node.input[1]].dtype for node in lines} == {np.dtype(np.float32)}
+    quantized = [node for node in convolutions if node not in lines]
+    assert {makers[name].op_type for node in quantized for name in node.input[:2]} == {"DequantizeLinear"}
+    for weight, scale in (makers[node.input[1]].input[:2] for node in quantized):
         assert constants[weight].dtype == np.int8
         assert constants[scale].size == constants[weight].shape[0]
 
