@@ -1,6 +1,7 @@
 # Copyright 2026 The LeMoRe-HF contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""The README's own lines: its Python runs, its options exist, its links lead somewhere, its tables are what scripts print."""
+"""The README's own lines, and those of the pages that it sends its readers to: its Python runs, its options exist, links
+lead somewhere, tables are what scripts print."""
 
 import json
 import re
@@ -25,6 +26,11 @@ from lemore_hf.export import export_model
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "model_cards" / f"{name}.md" for name in ("camvid_results", "complexity", "speed")),
+]
+TEXT = "\n\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 RELEASED = ROOT / "model_cards" / "lemore-camvid"
 
 
@@ -128,14 +134,16 @@ def test_options_exist(words, monkeypatch):
     assert parse(), "argparse ends the process where it does not know an option"
 
 
-def test_links_lead_somewhere():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    assert len(links) > 5
-    assert not [link for link in links if not (ROOT / link.split("#")[0]).exists()]
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    own = path.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", own) if "://" not in link]
+    assert len(links) > (5 if path.name == "README.md" else 0)
+    assert not [link for link in links if not (path.parent / link.split("#")[0]).exists()]
     anchors = [link.split("#") for link in links if "#" in link]
-    assert anchors
+    assert anchors or path.name != "README.md"
     for page, anchor in anchors:
-        text = (ROOT / page).read_text(encoding="utf-8") if page else README
+        text = (path.parent / page).read_text(encoding="utf-8") if page else own
         titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
         slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}  # as GitHub makes them
         assert anchor in slugs
@@ -191,7 +199,7 @@ def table_rows(text: str) -> dict[str, list[str]]:
 )
 def test_the_results_of_one_recipe_are_their_table_s(table, seeds, others, columns):
     kept = (ROOT / "model_cards" / table).read_text(encoding="utf-8")
-    shown = table_rows(README.split(f"model_cards/{table}", 1)[1].split("\n\n", 2)[1])
+    shown = table_rows(TEXT.split(f"({table})", 1)[1].split("\n\n", 2)[1])
     known = table_rows(kept)
     assert shown.keys() == {"", "---", *seeds, *others}
     for name, variant in (seeds | others).items():
@@ -206,6 +214,13 @@ def test_the_results_of_one_recipe_are_their_table_s(table, seeds, others, colum
         expected = re.findall(r"(\d+\.\d+) ± (\d+\.\d+) \(3 seeds\)", summary)
         for score, spread in zip(scores, expected, strict=True):
             assert list(map(float, score.split(" ± "))) == pytest.approx(list(map(float, spread)), abs=0.051)
+
+
+def test_means_of_seeds_in_the_text_are_the_tables():
+    results = (ROOT / "model_cards" / "camvid_results.md").read_text(encoding="utf-8")
+    means = re.findall(r"\d+\.\d ± \d\.\d", " ".join(README.split()))
+    assert len(means) > 3
+    assert not [mean for mean in means if f"| {mean} |" not in results]
 
 
 SPEED_MODELS = {
@@ -235,9 +250,10 @@ def fastest(file: str) -> dict[tuple, float]:
 
 
 def check_figures(header: str, expected: Callable[[str, int], float], first: int = 0) -> None:
-    """The figures of the README's table with a header that begins so, by row and column from `first` on, to the digits
-    that it shows."""
-    rows = table_rows(header + README.split(header, 1)[1].split("\n\n", 1)[0])
+    """The figures of the one table with a header that begins so, by row and column from `first` on, to the digits that it
+    shows."""
+    (text,) = TEXT.split(header)[1:]
+    rows = table_rows(header + text.split("\n\n", 1)[0])
     cells = [(name, *cell) for name, row in list(rows.items())[2:] for cell in enumerate(row[first:]) if cell[1]]
     assert len(cells) > 7
     for name, column, cell in cells:
@@ -274,7 +290,7 @@ def test_times_beside_other_networks_are_the_benchmark_s(header, settings):
 
 def test_times_by_size_are_the_benchmark_s():
     header = "| pixels | 256×256 |"
-    (line,) = [line for line in README.splitlines() if line.startswith(header)]
+    (line,) = [line for line in TEXT.splitlines() if line.startswith(header)]
     sizes = [tuple(map(int, cell.split("×"))) for cell in line.strip("|").split("|")[1:]]
     seconds = fastest("benchmark.json")
     check_figures(
@@ -309,9 +325,7 @@ def test_speeds_on_a_gpu_are_the_benchmark_s():
 def test_the_counts_are_what_the_script_prints():
     complexity = runpy.run_path(str(ROOT / "scripts" / "complexity.py"))
     for table in ("ablation_table", "input_size_table"):
-        assert complexity["render"](complexity[table](), markdown=True) in README, (
-            "run scripts/complexity.py --markdown"
-        )
+        assert complexity["render"](complexity[table](), markdown=True) in TEXT, "run scripts/complexity.py --markdown"
 
 
 def test_figures_of_litert_are_those_that_were_measured():
@@ -321,7 +335,7 @@ def test_figures_of_litert_are_those_that_were_measured():
         for result in results
         if result["kind"] == "inference" and result["threads"] == 2
     }
-    text = " ".join(README.split("There, in LiteRT", 1)[1].split("(two rounds", 1)[0].split())
+    text = " ".join(TEXT.split("There, in LiteRT", 1)[1].split("(two rounds", 1)[0].split())
     said = {
         "segformer-b0": r"SegFormer-B0 took (\S+) times as long as LeMoRe's \S+ ms in float32 and (\S+) times",
         "lraspp-mobilenet-v3-large": r"LR-ASPP with logits at stride 8 (\S+) and (\S+) times",
