@@ -19,7 +19,7 @@ from torch import nn
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 from transformers.pipelines import image_segmentation
 
-from lemore_hf import loss_lemore, modeling_lemore
+from lemore_hf import loss_lemore, modeling_lemore, visualization
 from lemore_hf.benchmarking import cell as cell_module
 from lemore_hf.benchmarking import models, preparation, rounds
 from lemore_hf.benchmarking.cell import Cell, measure, summary
@@ -372,6 +372,14 @@ def test_chart():
     assert (np.asarray(chart).min(axis=2) < 250).sum() > (np.asarray(lighter).min(axis=2) < 250).sum()  # bubbles
     with pytest.raises(ValueError, match="nothing to plot"):
         plot_speed({})
+
+
+def test_chart_shows_how_many_times_as_fast_the_first_is(monkeypatch):
+    monkeypatch.setattr(visualization, "_rendered", lambda figure: figure)
+    small = {"name": "small", "seconds": 0.01, "parameters": 1.6e6, "multiply_accumulates": 0.8e9}
+    large = {"name": "large", "seconds": 0.04, "parameters": 3.8e6, "multiply_accumulates": 8e9}
+    (axes,) = plot_speed({"one runtime": [small, large]}).axes
+    assert [tuple(line.get_xydata()[0]) for line in axes.lines] == [(1.6, 1.0), (3.8, 0.25)]
 
 
 # The command line

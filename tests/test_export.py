@@ -671,6 +671,12 @@ def test_pictures_are_looked_for_beyond_those_that_cannot_be_read(tmp_path):
     assert len(read_pictures(tmp_path, 2)) == 1
 
 
+def test_pictures_are_known_by_their_ending_in_whatever_letters(tmp_path):
+    for name in ("DSC_0001.JPG", "scan.Tiff", "notes.TXT"):
+        Image.new("RGB", (40, 40)).save(tmp_path / name, format="PNG")
+    assert [path.name for path in read_pictures(tmp_path, 8).paths] == ["DSC_0001.JPG", "scan.Tiff"]
+
+
 def test_calibration_pictures_are_spread_over_the_folder(tmp_path):
     for number in range(9):
         Image.new("RGB", (40 + number, 40)).save(tmp_path / f"{number}.png")

@@ -156,6 +156,14 @@ def test_pictures_and_maps_of_every_source_are_read_alike(processor_class, sourc
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """Refuses Python's own name, as Wikimedia's servers do."""
+
+    def do_GET(self) -> None:
+        if self.headers["User-Agent"].startswith("Python-urllib"):
+            self.send_error(403)
+        else:
+            super().do_GET()
+
     def log_message(self, *arguments: object) -> None:
         pass
 

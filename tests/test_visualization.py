@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageFilter
 from transformers import SegformerConfig
 
-from lemore_hf import LeMoReConfig
+from lemore_hf import LeMoReConfig, visualization
 from lemore_hf.visualization import (
     default_palette,
     draw_segmentation,
@@ -115,6 +115,13 @@ def test_the_legend_holds_exactly_the_classes_present(image, labels):
     assert set(found) == {palette[0], palette[1], palette[3]}
     # Most frequent first: road 40 %, sky 38 %, traffic sign 13 %.
     assert sorted(found, key=lambda color: found[color][1]) == [palette[1], palette[0], palette[3]]
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.0004, "< 0.1 %"), (0.001, "0.1 %"), (0.0994, "9.9 %"), (0.0996, "10 %"), (1.0, "100 %")]
+)
+def test_shares_in_the_legend(share, text):
+    assert visualization._percent(share) == text
 
 
 def test_void_is_in_the_legend_only_if_present(image, labels):
@@ -435,6 +442,17 @@ def test_curve_marks_the_best_of_the_scores_that_are_numbers():
         for scores in (records, [*records, {"step": 15, "mean_iou": float("nan")}])
     ]
     assert marks[1] == pytest.approx(marks[0], rel=0.2), "the mark itself, not the one in the legend alone"
+
+
+def test_curves_show_the_values_that_were_logged(monkeypatch):
+    monkeypatch.setattr(visualization, "_rendered", lambda figure: figure)
+    records = [{"step": step, "loss": 7.0 * step, "mean_iou": step / 200} for step in range(100)]
+    loss, score = plot_training_curve(records).axes
+    values, running_mean = (line.get_xydata() for line in loss.lines)
+    np.testing.assert_allclose(values[:, 1], 7 * values[:, 0])
+    np.testing.assert_allclose(running_mean[:, 1], 7 * running_mean[:, 0])  # of a straight line, the line itself
+    assert len(running_mean) == 96
+    np.testing.assert_allclose(score.lines[0].get_xydata(), [(step, step / 2) for step in range(100)])
 
 
 def test_curve_needs_something_to_plot():
