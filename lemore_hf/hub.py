@@ -300,7 +300,10 @@ def _card_data(
     license: str | None,
 ) -> ModelCardData:
     hub_dataset = recipe.dataset if recipe and "/" in (recipe.dataset or "") else None
-    name = (recipe.title or recipe.name) if recipe else results.get("dataset") or "custom"
+    if recipe and recipe.name == "folder":  # whose title is of the recipe, not of data
+        name = "custom"
+    else:
+        name = (recipe.title or recipe.name) if recipe else results.get("dataset") or "custom"
     terms = recipe.license if recipe else ""
     if license is None:
         is_free = terms.lower() == "apache-2.0" and not _initial_weights(results)

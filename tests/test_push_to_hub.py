@@ -365,6 +365,10 @@ def test_card_names_the_hubs_data_sets_alone(folder):
     assert {result.dataset_type for result in card.data.eval_results} == {"zhoubolei/scene_parse_150"}
     text = write_card(folder, "someone/lemore-test", recipe=load_recipe("folder")).read_text()
     assert "Local folder" not in text
+    results = {**RESULTS, "dataset": "Local folder"}
+    text = write_card(folder, "someone/lemore-test", results, recipe=load_recipe("folder")).read_text()
+    assert "Local folder" not in text
+    assert "On pictures of a local folder, split `test`" in text
 
 
 def test_card_shows_no_hidden_pictures(folder):
