@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import signal
 import sys
@@ -33,7 +34,7 @@ def positive(text: str) -> float:
 
 def run_script(main: Callable[[], int | None], *expected: type[Exception], interrupted: str | None = None) -> None:
     """Run a script's `main`, and exit with the status that it returns, if any. What a user can put right ends it in one
-    line instead of a traceback, and Ctrl-C with the status that a shell knows.
+    line instead of a traceback, and Ctrl-C or another signal with the status that a shell knows.
 
     Args:
         main: takes its arguments from the command line.
@@ -48,5 +49,6 @@ def run_script(main: Callable[[], int | None], *expected: type[Exception], inter
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     except (Interrupted, KeyboardInterrupt) as error:
         if interrupted:
-            print(f"\n{interrupted}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # the terminal may be what is gone
+                print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(128 + getattr(error, "number", signal.SIGINT))

@@ -1,6 +1,6 @@
 # Copyright 2026 The LeMoRe-HF contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C and SIGTERM, as a scheduler sends it, heeded where work can be saved."""
+"""Ctrl-C, SIGTERM, as a scheduler sends it, and SIGHUP, as a lost connection does, heeded where work can be saved."""
 
 import os
 import signal
@@ -8,6 +8,7 @@ import time
 from types import FrameType
 from typing import Any
 
+_HEEDED = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # Windows has none
 _SAME_KEYSTROKE = 1.0  # Seconds: a launcher passes on to its processes what the terminal has sent them already.
 
 
@@ -27,7 +28,7 @@ class Interrupted(Exception):  # noqa: N818  Not an error.
 
 
 class InterruptionRequest:
-    """Within `with`, the first SIGINT or SIGTERM is only kept, in `number`; a second Ctrl-C ends the program as ever.
+    """Within `with`, the first SIGINT, SIGTERM or SIGHUP is only kept, in `number`; a second Ctrl-C ends the program as ever.
 
     ```python
     with InterruptionRequest() as request:
@@ -41,8 +42,8 @@ class InterruptionRequest:
     """Of the signal, 0 while there was none."""
 
     def __enter__(self) -> "InterruptionRequest":
-        # What is ignored stays so: a shell has its background jobs ignore Ctrl-C.
-        heeded = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+        # What is ignored stays so: a shell has its background jobs ignore Ctrl-C, and nohup has them ignore SIGHUP.
+        heeded = [number for number in _HEEDED if signal.getsignal(number) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._keep) for number in heeded}
         return self
 

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import runpy
+import select
 import shutil
 import signal
 import subprocess
@@ -318,6 +319,33 @@ def test_an_interrupted_run_loses_no_step(tmp_path, recipe, data_dir, uninterrup
     run(recipe, data_dir, tmp_path, "--resume")
     assert weights_of(tmp_path) == weights_of(uninterrupted)
     assert log_of(tmp_path) == log_of(uninterrupted)
+
+
+def test_a_terminal_that_goes_away_costs_no_step(tmp_path, recipe, data_dir):
+    """As when a connection breaks: a signal comes, and nothing can be written any more."""
+    pty, fcntl, termios = (
+        pytest.importorskip(name, reason="needs a Unix terminal") for name in ("pty", "fcntl", "termios")
+    )
+    terminal, its_end = pty.openpty()
+    log, arguments = (
+        tmp_path / "log.jsonl",
+        command(recipe, data_dir, tmp_path, "--save_every", "0", "--max_steps", "2000"),
+    )
+    with subprocess.Popen(
+        arguments,
+        **dict.fromkeys(("stdin", "stdout", "stderr"), its_end),
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(its_end, termios.TIOCSCTTY, 0),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        os.close(its_end)
+        while process.poll() is None and not (log.is_file() and log.read_text()):
+            if select.select([terminal], [], [], 0.01)[0]:
+                os.read(terminal, 4096)
+        os.close(terminal)
+        assert process.wait(timeout=200) == 128 + signal.SIGHUP
+    (checkpoint,) = list_checkpoints(tmp_path)
+    assert 2 <= load_checkpoint(checkpoint)[1]["step"] < 2000
 
 
 def test_a_folder_is_trained_into_by_one_run_at_a_time(tmp_path, recipe, data_dir, run_here):
