@@ -16,10 +16,10 @@ CAMVID_DIR = Path(os.environ.get("LEMORE_CAMVID", Path(__file__).resolve().paren
 
 # Modules go to the processes as they come: what takes longest first, so that none ends long after the others.
 LONGEST = (
+    "test_export",
     "test_train",
     "test_workflow",
     "test_released",
-    "test_export",
     "test_evaluate",
     "test_predict",
     "test_loading",

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import math
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
-from launching import launch
+from launching import run_forked
 from loopback_hub import run_client, running_hub
 from PIL import Image
 from sklearn.metrics import confusion_matrix
@@ -469,10 +468,10 @@ def test_two_processes_give_exactly_the_counts_of_one(model_dir, data_dir, tmp_p
     reports = []
     for processes in (1, 2):
         output = tmp_path / f"{processes}.json"
-        command = launch(processes, SCRIPT, *arguments(model_dir, data_dir, output, "--scales", "1", "1.5"))
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Pixel accuracy") == 1, "one process should report"
+        words = arguments(model_dir, data_dir, output, "--scales", "1", "1.5")
+        status, printed = run_forked(processes, SCRIPT, *words)
+        assert status == 0, printed
+        assert printed.count("Pixel accuracy") == 1, "one process should report"
         assert Image.open(tmp_path / f"{processes}_worst_images.png").size[0] > 0
         reports.append(json.loads(output.read_text()))
         assert reports[-1].pop("num_processes") == processes

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from launching import run_forked
 from sklearn.metrics import confusion_matrix, jaccard_score
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
@@ -39,12 +40,10 @@ def random_maps(num_classes=7, shape=(4, 33, 47), void=0.1, seed=0):
     return torch.from_numpy(predictions), torch.from_numpy(labels)
 
 
-def run_python(code, *args, processes=1, timeout=300):
-    """Run a program in fresh processes, single-threaded, and return the standard output of the first."""
+def run_python(code, *args, timeout=300):
+    """Run a program in a fresh process, single-threaded, and return its standard output."""
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(REPOSITORY), CUDA_VISIBLE_DEVICES="")
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", "--no-python"]
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
-    command = command if processes == 1 else [sys.executable, *launcher, *command]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout
@@ -382,9 +381,19 @@ TRAINER_PROGRAM = """
 """
 
 
-def test_two_processes_count_what_one_counts_in_trainer_and_in_a_loop():
-    # Eleven images: no batch divides them, and Trainer repeats samples to fill the last one.
-    one, two = (json.loads(run_python(TRAINER_PROGRAM, 32, 5, "9,11", processes=n).splitlines()[-1]) for n in (1, 2))
+def test_two_processes_count_what_one_counts_in_trainer_and_in_a_loop(tmp_path, monkeypatch):
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(TRAINER_PROGRAM))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+    def count(processes):
+        # Eleven images: no batch divides them, and Trainer repeats samples to fill the last one.
+        status, printed = run_forked(processes, program, 32, 5, "9,11")
+        assert status == 0, printed[-4000:]
+        (line,) = [line for line in printed.splitlines() if line.startswith('{"results"')]
+        return json.loads(line)
+
+    one, two = count(1), count(2)
     assert two["counts"] == [one["counts"][0]] * 2
     assert two["results"] == one["results"]
     assert one["results"][-1] == scores_from_confusion_matrix(torch.tensor(one["counts"][0]))["mean_iou"]

@@ -24,7 +24,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from launching import kill, launch
+from launching import kill, launch, run_forked, start_forked
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
@@ -83,22 +83,20 @@ def recipe(tmp_path_factory) -> Path:
     return path
 
 
-def command(
-    recipe: Path, data_dir: Path, output_dir: Path, *options: str, processes: int = 1, cached: bool = True
+def script_and_options(
+    recipe: Path, data_dir: Path, output_dir: Path, *options: str, cached: bool = True
 ) -> list[str]:
     places = ["--recipe", str(recipe), "--data_dir", str(data_dir), "--output_dir", str(output_dir)]
     every = ["--save_every", "3", "--eval_every", "8", "--log_every", "2", "--num_workers", "1"]
     cache = ["--cache", "memory"] if cached else []
-    return launch(processes, ROOT / "scripts" / "train.py", *places, *every, *cache, *options)
+    return [str(ROOT / "scripts" / "train.py"), *places, *every, *cache, *options]
 
 
-def run(*args, expect: str | None = None, **kwargs) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        command(*args, **kwargs), capture_output=True, text=True, env=environment, check=False, timeout=400
-    )
-    assert (result.returncode != 0) == (expect is not None), result.stderr[-3000:]
-    return result.stdout + result.stderr
+def run(*args, processes: int = 1, expect: str | None = None, cached: bool = True) -> str:
+    """Runs the script in processes of their own."""
+    status, printed = run_forked(processes, *script_and_options(*args, cached=cached))
+    assert (status != 0) == (expect is not None), printed[-3000:]
+    return printed
 
 
 @pytest.fixture
@@ -106,7 +104,7 @@ def run_here(monkeypatch):
     """Runs the script in this process, which spares the imports; `expect` matches the line that it ends with."""
 
     def run_here(*places: Path | str, expect: str | None = None, cached: bool = True) -> str:
-        words = command(*places[:3], "--num_workers", "0", *places[3:], cached=cached)[1:]
+        words = script_and_options(*places[:3], "--num_workers", "0", *places[3:], cached=cached)
         monkeypatch.setattr(sys, "argv", words)
         if expect is None:
             runpy.run_path(words[0], run_name="__main__")
@@ -266,27 +264,25 @@ def test_scores_that_no_checkpoint_knows_of_are_logged_once(tmp_path, recipe, da
 
 def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_weights(tmp_path, recipe, data_dir, uninterrupted):
     kills, chance = 0, random.Random(0)
-    arguments = command(recipe, data_dir, tmp_path, "--resume")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = script_and_options(recipe, data_dir, tmp_path, "--resume")
     for attempt in range(3):
         leftover = bool(list(tmp_path.glob(".checkpoint-*")))  # of the kill before, until the run clears it away
         seen = set(tmp_path.glob("checkpoint-*"))
-        with open(tmp_path / f"log{attempt}.txt", "w") as log:
-            process = subprocess.Popen(arguments, stdout=log, stderr=log, env=environment)
-            # In turn: while a checkpoint is being written (or at the latest after the second), and some time after one.
-            while process.poll() is None:
-                written = len(set(tmp_path.glob("checkpoint-*")) - seen)
-                writing = bool(list(tmp_path.glob(".checkpoint-*")))
-                leftover = leftover and writing
-                if attempt % 2 == 0 and (written >= 2 or (writing and not leftover)):
-                    break
-                if attempt % 2 and written:
-                    time.sleep(chance.uniform(0, 0.1))
-                    break
-                time.sleep(0.002)  # who never sleeps is made to wait while the run goes on
-            if process.poll() is None:
-                kill(process)
-                kills += 1
+        process = start_forked(*arguments, log=tmp_path / f"log{attempt}.txt")
+        # In turn: while a checkpoint is being written (or at the latest after the second), and some time after one.
+        while process.is_alive():
+            written = len(set(tmp_path.glob("checkpoint-*")) - seen)
+            writing = bool(list(tmp_path.glob(".checkpoint-*")))
+            leftover = leftover and writing
+            if attempt % 2 == 0 and (written >= 2 or (writing and not leftover)):
+                break
+            if attempt % 2 and written:
+                time.sleep(chance.uniform(0, 0.1))
+                break
+            time.sleep(0.002)  # who never sleeps is made to wait while the run goes on
+        if process.is_alive():
+            kill(process)
+            kills += 1
         for folder in list_checkpoints(tmp_path):
             load_checkpoint(folder)
     assert kills == 3, "the run ended before it could be killed"
@@ -309,7 +305,7 @@ def interrupt(arguments: list[str], output_dir: Path, number: signal.Signals) ->
 
 
 def test_an_interrupted_run_loses_no_step(tmp_path, recipe, data_dir, uninterrupted):
-    arguments = command(recipe, data_dir, tmp_path, "--resume", "--save_every", "0")
+    arguments = launch(1, *script_and_options(recipe, data_dir, tmp_path, "--resume", "--save_every", "0"))
     status, errors = interrupt(arguments, tmp_path, signal.SIGTERM)
     assert status == 128 + signal.SIGTERM, errors
     assert "Interrupted: the same command with --resume goes on" in errors
@@ -366,7 +362,7 @@ def test_a_folder_is_trained_into_by_one_run_at_a_time(tmp_path, recipe, data_di
 def test_two_processes_that_are_interrupted_save_the_same_step(tmp_path, recipe, data_dir):
     """The launcher passes the signal on to its processes, which are in the midst of different things by then."""
     options = ("--save_every", "0", "--eval_every", "0", "--max_steps", "2000")
-    arguments = command(recipe, data_dir, tmp_path, *options, processes=2)
+    arguments = launch(2, *script_and_options(recipe, data_dir, tmp_path, *options))
     status, errors = interrupt(arguments, tmp_path, signal.SIGTERM)
     assert status != 0
     assert errors.count("Interrupted: the same command with --resume") == 2, errors[-3000:]
@@ -461,12 +457,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_processes_do_not_wait_for_each_other_forever_at_the_end(tmp_path, recipe, data_dir):
     # A wrapper that outlived the process group could hang, which one run in fifty did; so none may be left by then.
     (tmp_path / "watched.py").write_text(NOTHING_WRAPPED_AT_THE_END)
-    options = command(recipe, data_dir, tmp_path / "out", "--max_steps", "2", "--eval_every", "0")[2:]
-    watched = launch(2, tmp_path / "watched.py", ROOT / "scripts" / "train.py", *options)
-    result = subprocess.run(
-        watched, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, timeout=200
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    words = script_and_options(recipe, data_dir, tmp_path / "out", "--max_steps", "2", "--eval_every", "0")
+    status, printed = run_forked(2, tmp_path / "watched.py", *words)
+    assert status == 0, printed[-3000:]
 
 
 def test_a_checkpoint_that_was_being_replaced_is_brought_back(tmp_path, recipe, data_dir, uninterrupted, run_here):
@@ -1078,7 +1071,7 @@ def test_the_seed_draws_weights_order_and_augmentation(train, tmp_path, recipe, 
     for seed in (5, 6):
         options = ["--seed", str(seed), "--max_steps", "1", "--eval_every", "0", "--num_workers", "0"]
         options += ["--learning_rate", "1e-12"]
-        monkeypatch.setattr(sys, "argv", command(recipe, data_dir, tmp_path / str(seed), *options)[1:])
+        monkeypatch.setattr(sys, "argv", script_and_options(recipe, data_dir, tmp_path / str(seed), *options))
         train["main"]()
         assert (seen["RecipeDataset"].transform.seed, seen["EpochSampler"].seed) == (seed, seed)
         classifiers.append(seen["build_model"].decode_head.classifier.weight)
@@ -1096,7 +1089,7 @@ def test_the_optimizer_has_the_recipes_decay_and_rates(train, tmp_path, recipe, 
 
     monkeypatch.setattr(torch.optim, "AdamW", Optimizer)
     options = ["--weight_decay", "0.07", "--head_lr_multiplier", "3", "--max_steps", "1", "--eval_every", "0"]
-    monkeypatch.setattr(sys, "argv", command(recipe, data_dir, tmp_path, *options, "--num_workers", "0")[1:])
+    monkeypatch.setattr(sys, "argv", script_and_options(recipe, data_dir, tmp_path, *options, "--num_workers", "0"))
     train["main"]()
     assert set(seen) == {(2e-3, 0.07), (2e-3, 0.0), (6e-3, 0.07), (6e-3, 0.0)}
 
