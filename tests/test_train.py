@@ -323,12 +323,10 @@ def test_a_terminal_that_goes_away_costs_no_step(tmp_path, recipe, data_dir):
         pytest.importorskip(name, reason="needs a Unix terminal") for name in ("pty", "fcntl", "termios")
     )
     terminal, its_end = pty.openpty()
-    log, arguments = (
-        tmp_path / "log.jsonl",
-        command(recipe, data_dir, tmp_path, "--save_every", "0", "--max_steps", "2000"),
-    )
+    log = tmp_path / "log.jsonl"
+    words = script_and_options(recipe, data_dir, tmp_path, "--save_every", "0", "--max_steps", "2000")
     with subprocess.Popen(
-        arguments,
+        launch(1, *words),
         **dict.fromkeys(("stdin", "stdout", "stderr"), its_end),
         start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(its_end, termios.TIOCSCTTY, 0),
