@@ -449,7 +449,8 @@ class Training:
         if self.accelerator.is_main_process:
             best = f"best {state.best['score']:.4f} at step {state.best['step']}"
             name = {"mean_iou": "mean IoU"}.get(name, name)
-            self.progress.write(f"Step {state.step}: {name} {score:.4f} ({best})", file=sys.stderr)
+            with contextlib.suppress(OSError):  # of a terminal that is gone: what is to be saved comes after this
+                self.progress.write(f"Step {state.step}: {name} {score:.4f} ({best})", file=sys.stderr)
 
     def publish(self) -> None:
         """The trained model in `OUT/final`, its curves and `run.json`; on the Hub too where that was asked for."""
