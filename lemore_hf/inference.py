@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -206,7 +206,15 @@ class PictureFiles(Sequence[Image.Image]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Image.Image:
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "PictureFiles": ...
+
+    def __getitem__(self, index: int | slice) -> "Image.Image | PictureFiles":
+        if isinstance(index, slice):
+            return PictureFiles(self.paths[index])
         return read_picture(self.paths[index])
 
 
