@@ -12,7 +12,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from .checkpointing import CheckpointError
@@ -50,7 +50,7 @@ class Segmenter:
         folder = find_model(Path(path))
         exported = is_export(folder)
         self.manifest = ExportManifest.load(folder) if exported else ExportManifest("pytorch", "model.safetensors")
-        self.config = AutoConfig.from_pretrained(folder)
+        self.config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
         self.image_processor = AutoImageProcessor.from_pretrained(folder)
         if exported:
             require_packages(self.manifest.format, RUNTIME_PACKAGES[self.manifest.format])
