@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
 import textwrap
 import zipfile
 from pathlib import Path
@@ -449,16 +450,16 @@ def test_results_that_cannot_be_reported_are_refused_and_the_old_card_stays(fold
 
 def test_an_installed_wheel_is_whole_and_renders_cards(folder, tmp_path):
     source, site = tmp_path / "source", tmp_path / "site"
-    for name in ("lemore_hf", "model_cards"):
+    for name in ("lemore_hf", "model_cards", "tests"):
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
     build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path)]
     subprocess.run([sys.executable, *build, str(source)], check=True, timeout=120)
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(site)
     for path in (REPOSITORY / "lemore_hf").rglob("*"):
-        if path.suffix in (".py", ".yaml"):
+        if path.suffix in (".py", ".yaml", ".html", ".typed"):
             assert (site / path.relative_to(REPOSITORY)).is_file()
 
     render = "import sys, lemore_hf.hub as hub; hub.write_card(sys.argv[1], 'someone/x'); print(hub.__file__)"
@@ -467,6 +468,16 @@ def test_an_installed_wheel_is_whole_and_renders_cards(folder, tmp_path):
     )
     assert result.stdout.strip() == str(site / "lemore_hf" / "hub.py"), result.stderr
     assert "have not been evaluated" in (folder / "README.md").read_text()
+
+    pack = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run(
+        [sys.executable, "-c", pack, str(tmp_path)], cwd=source, check=True, capture_output=True, timeout=120
+    )
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"LICENSE", "lemore_hf/py.typed", "lemore_hf/recipes/camvid.yaml", "model_cards/template.md"} <= names
+    assert not any(name.startswith("tests/") for name in names)  # setuptools would take a part of them
 
 
 # The Hub
