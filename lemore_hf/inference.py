@@ -117,6 +117,7 @@ class Segmenter:
             `TypeError`: for what is no picture, such as a list of them, or an array of another shape or type.
             `ValueError`: for a size that the network, or this export of it, does not take, and floats of another range
                 than 0…1 or 0…255.
+            `OSError`: for a file that is missing or cannot be read as a picture.
             `RuntimeError`: in a process that was forked from the one where the network was opened.
         """
         self._check_process()
@@ -131,7 +132,12 @@ class Segmenter:
         Segment a batch of pictures at a size, given as `(height, width)`, whatever the image processor says.
 
         Returns:
-            `np.ndarray` of shape `(batch, height, width)`: labels.
+            `np.ndarray` of int64, or of uint8 from a graph with post-processing, and shape `(batch, height, width)`: the
+            labels.
+
+        Raises:
+            `ValueError`: for a size that the network, or this export of it, does not take.
+            `RuntimeError`: in a process that was forked from the one where the network was opened.
         """
         self._check_process()
         result = self.run(network_input(images, self.image_processor, self.manifest.with_postprocessing, size))
