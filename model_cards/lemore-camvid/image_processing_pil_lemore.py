@@ -290,7 +290,8 @@ class LeMoReImageProcessorMixin:
                 (`do_center_crop`): most of what lies around the middle was never seen.
         """
         requires_backends(self, ["torch"])
-        logits = torch.as_tensor(outputs.logits).detach()
+        # A tensor would be moved to where `torch.set_default_device` says.
+        logits = outputs.logits.detach() if is_torch_tensor(outputs.logits) else torch.as_tensor(outputs.logits)
         if logits.ndim != 4 or 0 in logits.shape[1:]:
             raise ValueError(
                 f"Expected logits of shape (batch, num_labels, height, width), got {tuple(logits.shape)}."
