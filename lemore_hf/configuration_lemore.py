@@ -3,6 +3,7 @@
 """LeMoRe model configuration."""
 
 import math
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -145,7 +146,13 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
     semantic_loss_ignore_index: int = 255
     palette: list[list[int] | tuple[int, ...]] | None = None
 
-    def __post_init__(self, **kwargs):
+    if TYPE_CHECKING:
+        # Transformers takes these beside the fields, where type checkers do not look for them.
+        num_labels: int = 2
+        out_features: list[str] | None = None
+        out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
         self.stem_sizes = list(self.stem_sizes)
         self.hidden_sizes = list(self.hidden_sizes)
         self.views = list(self.views)
@@ -179,7 +186,7 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
         """Channels S of the token pyramid and of the global features: the stages' channels together."""
         return sum(self.hidden_sizes)
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Refuse values that are out of range or contradict each other."""
         self._check_stages()
         self._check_views()

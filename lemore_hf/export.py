@@ -409,6 +409,8 @@ def network_input(
         steps |= {"do_rescale": False, "do_normalize": False}
     if size is not None:
         steps |= {"do_resize": True, "size": {"height": size[0], "width": size[1]}}
+    # The processor takes lists alone for several pictures.
+    images = images if isinstance(images, Image.Image) else list(images)
     if not with_postprocessing:
         return image_processor(images, return_tensors="np", **steps).pixel_values
     # One by one: stacked they would be moved to channels first and back.

@@ -7,12 +7,12 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from .checkpointing import CheckpointError
@@ -50,7 +50,7 @@ class Segmenter:
         folder = find_model(Path(path))
         exported = is_export(folder)
         self.manifest = ExportManifest.load(folder) if exported else ExportManifest("pytorch", "model.safetensors")
-        self.config = AutoConfig.from_pretrained(folder)
+        self.config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
         self.image_processor = AutoImageProcessor.from_pretrained(folder)
         if exported:
             require_packages(self.manifest.format, RUNTIME_PACKAGES[self.manifest.format])
@@ -117,6 +117,7 @@ class Segmenter:
             `TypeError`: for what is no picture, such as a list of them, or an array of another shape or type.
             `ValueError`: for a size that the network, or this export of it, does not take, and floats of another range
                 than 0…1 or 0…255.
+            `OSError`: for a file that is missing or cannot be read as a picture.
             `RuntimeError`: in a process that was forked from the one where the network was opened.
         """
         self._check_process()
@@ -131,7 +132,12 @@ class Segmenter:
         Segment a batch of pictures at a size, given as `(height, width)`, whatever the image processor says.
 
         Returns:
-            `np.ndarray` of shape `(batch, height, width)`: labels.
+            `np.ndarray` of int64, or of uint8 from a graph with post-processing, and shape `(batch, height, width)`: the
+            labels.
+
+        Raises:
+            `ValueError`: for a size that the network, or this export of it, does not take.
+            `RuntimeError`: in a process that was forked from the one where the network was opened.
         """
         self._check_process()
         result = self.run(network_input(images, self.image_processor, self.manifest.with_postprocessing, size))
@@ -206,7 +212,15 @@ class PictureFiles(Sequence[Image.Image]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Image.Image:
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "PictureFiles": ...
+
+    def __getitem__(self, index: int | slice) -> "Image.Image | PictureFiles":
+        if isinstance(index, slice):
+            return PictureFiles(self.paths[index])
         return read_picture(self.paths[index])
 
 

@@ -23,6 +23,7 @@ from .post_processing_lemore import segment_logits
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import EvalPrediction
+    from typing_extensions import Self  # in `typing` from Python 3.11 on
 
 # What `Trainer` fills labels and predictions up with where the batches of two processes differ in height.
 _TRAINER_PADDING = -100
@@ -192,7 +193,7 @@ class _StreamingCounts(ABC):
                 )
             self.counts = self.counts + counts.to(self.counts.device)
 
-    def reduce(self, accelerator: Accelerator | None = None):
+    def reduce(self, accelerator: Accelerator | None = None) -> Self:
         """A new metric with the sum over all processes, on every process; this one keeps its own counts.
 
         Collective: every process must call it, once, when all have counted. Without an `accelerator` the default group
@@ -218,7 +219,7 @@ class _StreamingCounts(ABC):
         """Forget everything counted."""
         self.counts = torch.zeros_like(self.counts)
 
-    def to(self, device: torch.device | str):
+    def to(self, device: torch.device | str) -> Self:
         """Move the counts, and keep them on `device` from now on."""
         self.device = torch.device(device)
         self.counts = self.counts.to(device)
@@ -362,7 +363,9 @@ class TrainerMetrics(NamedTuple):
 
 
 def trainer_metrics(
-    num_labels: int, id2label: Mapping[int, str] | Sequence[str] | None = None, ignore_index: int = 255
+    num_labels: int,
+    id2label: Mapping[int, str] | Mapping[str, str] | Sequence[str] | None = None,
+    ignore_index: int = 255,
 ) -> TrainerMetrics:
     """Streaming mean IoU for `Trainer`; set `TrainingArguments(batch_eval_metrics=True)` so that nothing accumulates.
 
@@ -415,7 +418,9 @@ def trainer_metrics(
     return TrainerMetrics(compute_metrics, preprocess_logits_for_metrics)
 
 
-def _class_names(num_classes: int, num_labels: int, id2label: Mapping[int, str] | Sequence[str] | None) -> list[str]:
+def _class_names(
+    num_classes: int, num_labels: int, id2label: Mapping[int, str] | Mapping[str, str] | Sequence[str] | None
+) -> list[str]:
     if id2label is None:
         return [str(index) for index in range(num_classes)]
     if len(id2label) != num_labels:

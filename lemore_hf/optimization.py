@@ -8,10 +8,12 @@ import copy
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def parameter_groups(
@@ -20,7 +22,7 @@ def parameter_groups(
     weight_decay: float,
     head_lr_multiplier: float,
     head_prefixes: tuple[str, ...],
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """
     Parameter groups for AdamW or `Muon`: no decay on norms and biases, another rate for the head (TopFormer's settings).
 
@@ -163,7 +165,7 @@ def freeze_batch_norm_statistics(model: nn.Module) -> None:
             module.eval()
 
 
-class ExponentialMovingAverage:
+class ExponentialMovingAverage(Generic[Network]):
     """
     Exponential moving average of a model's weights and batch-norm statistics.
 
@@ -175,7 +177,7 @@ class ExponentialMovingAverage:
         decay (`float`): The decay in the long run, in [0, 1).
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: Network, decay: float):
         self.decay = decay
         self.num_updates = 0
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
@@ -192,7 +194,7 @@ class ExponentialMovingAverage:
 
 
 @torch.no_grad()
-def average_models(models: Sequence[nn.Module]) -> nn.Module:
+def average_models(models: Sequence[Network]) -> Network:
     """
     The mean of models' weights and batch-norm statistics (model soups, Wortsman et al., ICML 2022), in the first of them.
 

@@ -108,7 +108,7 @@ def _as_seen(colors: np.ndarray) -> np.ndarray:
 def draw_segmentation(
     image: ImageInput,
     segmentation: SegmentationInput,
-    id2label: Mapping[int | str, str] | None = None,
+    id2label: Mapping[int, str] | Mapping[str, str] | None = None,
     palette: Sequence[Sequence[int]] | None = None,
     *,
     config: PreTrainedConfig | None = None,
@@ -197,7 +197,7 @@ def palette_of(config: PreTrainedConfig) -> Sequence[Sequence[int]]:
 def segments_to_map(
     segments: Sequence[Mapping[str, Any]],
     size: tuple[int, int],
-    id2label: Mapping[int, str] | None = None,
+    id2label: Mapping[int, str] | Mapping[str, str] | None = None,
     ignore_index: int = 255,
 ) -> tuple[np.ndarray, dict[int, str]]:
     """The list of `pipeline("image-segmentation")` as one map of class numbers.

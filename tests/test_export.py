@@ -683,6 +683,15 @@ def test_calibration_pictures_are_spread_over_the_folder(tmp_path):
     pictures = read_pictures(tmp_path, 3)
     assert [image.width - 40 for image in pictures] == [0, 4, 8]
     assert pictures[0] is not pictures[0]  # read anew each time, so that none is kept
+    assert [image.width - 40 for image in pictures[1:]] == [4, 8]
+
+
+def test_pictures_are_compared_as_they_are_read(checkpoint, tmp_path):
+    for number in range(3):
+        Image.new("RGB", (48, 40), (90 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    network, pictures = Segmenter(checkpoint), read_pictures(tmp_path, 3)
+    assert label_agreement(network, network, pictures, (64, 96), 2) == 1
+    assert (network.segment_at(pictures, (64, 96)) == network.segment_at(list(pictures), (64, 96))).all()
 
 
 @pytest.mark.parametrize("steps", [{"do_normalize": False}, {"do_rescale": False, "image_mean": [100.0] * 3}])

@@ -666,6 +666,14 @@ def test_target_sizes_as_a_tensor():
     assert [tuple(labels.shape) for labels in maps] == [(30, 40), (50, 60)]
 
 
+def test_another_default_device_changes_no_labels():
+    logits = torch.randn(1, 20, 16, 24, generator=torch.Generator().manual_seed(0))
+    (expected,) = label_maps(logits, [(250, 301)])
+    with torch.device("meta"):
+        (labels,) = label_maps(logits, [(250, 301)])
+    assert torch.equal(labels, expected)
+
+
 def test_binary_labels_are_where_the_sigmoid_exceeds_half(monkeypatch):
     logits = torch.randn(2, 1, 12, 10, generator=torch.Generator().manual_seed(0))
     sizes = [(100, 90), (12, 10)]

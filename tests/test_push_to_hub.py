@@ -462,7 +462,7 @@ def test_an_installed_wheel_is_whole_and_renders_cards(folder, tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(site)
     for path in (REPOSITORY / "lemore_hf").rglob("*"):
-        if path.suffix in (".py", ".yaml"):
+        if path.suffix in (".py", ".yaml", ".html", ".typed"):
             assert (site / path.relative_to(REPOSITORY)).is_file()
 
     render = "import sys, lemore_hf.hub as hub; hub.write_card(sys.argv[1], 'someone/x'); print(hub.__file__)"

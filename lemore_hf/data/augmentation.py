@@ -31,7 +31,10 @@ def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 
 def normalize(
-    pixel_values: torch.Tensor, recipe: Recipe, device: torch.device | str | None = None, dtype=torch.float32
+    pixel_values: torch.Tensor,
+    recipe: Recipe,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """uint8 pixels (B, 3, H, W) as the network wants them: moved to `device`, scaled to 0…1, less the recipe's mean,
     over its standard deviation."""

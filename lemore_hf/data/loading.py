@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, overload
 
 import datasets
 import numpy as np
@@ -52,6 +52,7 @@ _SPLIT_ALIASES = {
     "test": ("test", "testing"),
 }
 _LARGEST_STORED_LABEL = 65535
+Samples = TypeVar("Samples", datasets.Dataset, datasets.IterableDataset)
 _NAMES_SHOWN = 10
 
 
@@ -84,6 +85,24 @@ def raise_together(error: BadSampleError | None) -> None:
 # -------------------------------------------------------------------------------------------------------------------
 # Splits
 # -------------------------------------------------------------------------------------------------------------------
+
+
+@overload
+def load_split(
+    recipe: Recipe, split: str, data_dir: str | Path | None = None, streaming: Literal[False] = False
+) -> datasets.Dataset: ...
+
+
+@overload
+def load_split(
+    recipe: Recipe, split: str, data_dir: str | Path | None = None, *, streaming: Literal[True]
+) -> datasets.IterableDataset: ...
+
+
+@overload
+def load_split(
+    recipe: Recipe, split: str, data_dir: str | Path | None = None, streaming: bool = False
+) -> datasets.Dataset | datasets.IterableDataset: ...
 
 
 def load_split(
@@ -930,7 +949,7 @@ def collate(samples: list[dict[str, Any] | None]) -> dict[str, Any] | None:
     return batch
 
 
-def without_decoding(samples):
+def without_decoding(samples: Samples) -> Samples:
     """The samples with pictures as they are stored, bytes or path, so that a broken one fails under its own name."""
     for column, feature in (samples.features or {}).items():
         if isinstance(feature, datasets.Image):

@@ -7,9 +7,9 @@ The torchvision backend imports the shared half from here, so that this file wor
 
 import base64
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Literal, Union, overload
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -22,7 +22,6 @@ from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
     ChannelDimension,
-    ImageInput,
     PILImageResampling,
     SizeDict,
     get_image_size_for_max_height_width,
@@ -44,6 +43,9 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = 255
 """Label of pixels that no class is given for, and of padding."""
+
+ImageInput = Union[Image.Image, np.ndarray, "torch.Tensor", str, os.PathLike, list[Any], tuple[Any, ...]]
+"""One image, or a (nested) list of them; Transformers' type of this name leaves out paths and lists of several kinds."""
 
 # One channel, read as it is: Pillow clips or refuses most of these when asked for RGB.
 _GREY_MODES = ("1", "L", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")
@@ -82,6 +84,18 @@ class LeMoReImageProcessorMixin:
     do_normalize = True
     do_reduce_labels = False
     rescale_factor = 1 / 255
+
+    def __init__(self, **kwargs: Unpack[LeMoReImageProcessorKwargs]):
+        super().__init__(**kwargs)
+
+    def __call__(
+        self,
+        images: ImageInput,
+        segmentation_maps: ImageInput | None = None,
+        **kwargs: Unpack[LeMoReImageProcessorKwargs],
+    ) -> BatchFeature:
+        """The same as `preprocess`."""
+        return self.preprocess(images, segmentation_maps, **kwargs)
 
     def preprocess(
         self,
@@ -227,10 +241,27 @@ class LeMoReImageProcessorMixin:
         }
         return {**super().to_dict(), "auto_map": {"AutoImageProcessor": auto_map}}
 
+    @overload
     def post_process_semantic_segmentation(
         self,
         outputs: Any,
-        target_sizes: Union[list[tuple[int, int]], "torch.Tensor", None] = None,
+        target_sizes: Union[Sequence[Sequence[int]], "torch.Tensor", None] = None,
+        return_segmentation_scores: Literal[False] = False,
+    ) -> list["torch.Tensor"]: ...
+
+    @overload
+    def post_process_semantic_segmentation(
+        self,
+        outputs: Any,
+        target_sizes: Union[Sequence[Sequence[int]], "torch.Tensor", None] = None,
+        *,
+        return_segmentation_scores: Literal[True],
+    ) -> list[SemanticSegmentationPostProcessorOutput]: ...
+
+    def post_process_semantic_segmentation(
+        self,
+        outputs: Any,
+        target_sizes: Union[Sequence[Sequence[int]], "torch.Tensor", None] = None,
         return_segmentation_scores: bool = False,
     ) -> list["torch.Tensor"] | list[SemanticSegmentationPostProcessorOutput]:
         """Turns the output of [`LeMoReForSemanticSegmentation`] into label maps.
@@ -259,7 +290,8 @@ class LeMoReImageProcessorMixin:
                 (`do_center_crop`): most of what lies around the middle was never seen.
         """
         requires_backends(self, ["torch"])
-        logits = torch.as_tensor(outputs.logits).detach()
+        # A tensor would be moved to where `torch.set_default_device` says.
+        logits = outputs.logits.detach() if is_torch_tensor(outputs.logits) else torch.as_tensor(outputs.logits)
         if logits.ndim != 4 or 0 in logits.shape[1:]:
             raise ValueError(
                 f"Expected logits of shape (batch, num_labels, height, width), got {tuple(logits.shape)}."

@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,9 @@ from .operations_lemore import (
     trains_on_gpu,
     without_autocast,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in `typing` from Python 3.11 on
 
 # Below "transformers", so that its verbosity settings hold wherever this file is imported from.
 logger = logging.get_logger("transformers.models.lemore")
@@ -788,7 +791,7 @@ class LeMoRePreTrainedModel(PreTrainedModel):
     def get_input_embeddings(self) -> None:
         """There are none. Quantization by Transformers asks every model."""
 
-    def fuse(self) -> LeMoRePreTrainedModel:
+    def fuse(self) -> Self:
         """
         A copy for inference, faster and with the same outputs up to rounding; the model itself is left as it is.
 
@@ -826,7 +829,7 @@ class LeMoRePreTrainedModel(PreTrainedModel):
         fused._fuse_parts()
         return fused
 
-    def train(self, mode: bool = True) -> LeMoRePreTrainedModel:
+    def train(self, mode: bool = True) -> Self:
         """
         As in PyTorch, but for frozen batch norms: where `requires_grad` of their weights is off, as under adapters or in
         an encoder below a head that is trained alone, they stay in evaluation mode. Otherwise what is frozen would give
@@ -872,7 +875,7 @@ class LeMoRePreTrainedModel(PreTrainedModel):
         *model_args: Any,
         config: LeMoReConfig | str | os.PathLike | None = None,
         **kwargs: Any,
-    ) -> LeMoRePreTrainedModel:
+    ) -> Self:
         """As in all of Transformers; on a CPU, in the same precision, size and memory layout, the outputs are,
         bit for bit, those of the model that was saved.
 
@@ -896,7 +899,7 @@ class LeMoRePreTrainedModel(PreTrainedModel):
         _align_weights(loaded[0] if isinstance(loaded, tuple) else loaded)  # with `output_loading_info` a pair
         return loaded
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         # Any class of the family loads what another one saved, also as remote code.
         self.config.auto_map = {
             auto_class: f"modeling_lemore.{model_class.__name__}" for auto_class, model_class in AUTO_CLASSES.items()
@@ -937,7 +940,7 @@ class LeMoReModel(LeMoRePreTrainedModel):
         self.post_init()
 
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> LeMoReModelOutput:
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> LeMoReModelOutput:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
@@ -973,7 +976,7 @@ class LeMoReBackbone(BackboneMixin, LeMoRePreTrainedModel):
 
     @can_return_tuple
     @filter_output_hidden_states
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BackboneOutput:
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BackboneOutput:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
@@ -1116,13 +1119,13 @@ class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: torch.Tensor, labels: torch.LongTensor | None = None, **kwargs
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any
     ) -> SemanticSegmenterOutput:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
                 Normalized images, at least 32×32 pixels.
-            labels (`torch.LongTensor` of shape `(batch_size, label_height, label_width)`, *optional*):
+            labels (`torch.Tensor` of shape `(batch_size, label_height, label_width)`, *optional*):
                 Ground truth in `[0, num_labels)` (`{0, 1}` where `num_labels` is 1, of any dtype) or
                 `config.semantic_loss_ignore_index`. The logits are upsampled to its size for the loss: cross-entropy,
                 or binary cross-entropy where `num_labels` is 1, averaged over the pixels that are not void; 0 where
@@ -1220,7 +1223,7 @@ class LeMoReForImageClassification(LeMoRePreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Any
     ) -> ImageClassifierOutput:
         r"""
         Args:

@@ -117,15 +117,16 @@ class _Axis:
 
     @classmethod
     def of(cls, length: int, target: int, device: torch.device) -> _Axis:
-        scale = torch.tensor(length, dtype=torch.float32) / target
-        position = (torch.arange(target, dtype=torch.float32) + 0.5) * scale - 0.5
+        # On the CPU, whatever `torch.set_default_device` says: a GPU would be waited for.
+        scale = torch.tensor(length, dtype=torch.float32, device="cpu") / target
+        position = (torch.arange(target, dtype=torch.float32, device="cpu") + 0.5) * scale - 0.5
         below = position.floor()
         cells = below.long() + 1
         counts = torch.bincount(cells, minlength=length + 1)
         ends = counts.cumsum(0)
-        pixels = (ends - counts)[:, None] + torch.arange(int(counts.max()))
+        pixels = (ends - counts)[:, None] + torch.arange(int(counts.max()), device="cpu")
         pixels = pixels.minimum(ends[:, None] - 1).clamp(min=0)
-        corners = torch.arange(-1, length + 1).clamp(0, length - 1)
+        corners = torch.arange(-1, length + 1, device="cpu").clamp(0, length - 1)
         weights = (position - below)[pixels]
         return cls(
             corners.to(device),
