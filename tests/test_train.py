@@ -323,21 +323,20 @@ def test_a_terminal_that_goes_away_costs_no_step(tmp_path, recipe, data_dir):
         pytest.importorskip(name, reason="needs a Unix terminal") for name in ("pty", "fcntl", "termios")
     )
     terminal, its_end = pty.openpty()
+
+    def take_the_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which the tests may ignore, started by nohup
+        fcntl.ioctl(its_end, termios.TIOCSCTTY, 0)
+
     log = tmp_path / "log.jsonl"
-    options = (
-        "--save_every",
-        "0",
-        "--max_steps",
-        "2000",
-        "--eval_every",
-        "1",
-    )  # which writes to the terminal each time
+    # Each validation writes to the terminal.
+    options = ("--save_every", "0", "--max_steps", "2000", "--eval_every", "1")
     words = script_and_options(recipe, data_dir, tmp_path, *options)
     with subprocess.Popen(
         launch(1, *words),
         **dict.fromkeys(("stdin", "stdout", "stderr"), its_end),
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(its_end, termios.TIOCSCTTY, 0),
+        preexec_fn=take_the_terminal,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as process:
         os.close(its_end)
