@@ -6,7 +6,8 @@
     python scripts/export.py --model CHECKPOINT --format onnx --output DIR --with-postprocessing --int8 PICTURES
 
 One graph serves every batch size, height and width; with `--image-size`, and in LiteRT, it takes one image of one size.
-`scripts/predict.py --model DIR` runs the result. With `--compare` the export is run in its own runtime on real pictures,
+`scripts/predict.py --model DIR` runs the result; with `--transformers-js`, which wraps it for Transformers.js,
+`scripts/predict.py --model DIR/onnx`. With `--compare` the export is run in its own runtime on real pictures,
 and the labels are held against PyTorch's.
 """
 
@@ -24,6 +25,7 @@ from lemore_hf.command_line import at_least, run_script
 from lemore_hf.evaluation import load_trained_model
 from lemore_hf.export import FILES, export_model
 from lemore_hf.inference import Segmenter, comparison_sizes, label_agreement, read_pictures
+from lemore_hf.transformers_js import GRAPH_FOLDER, export_for_transformers_js
 
 ENOUGH_AGREEMENT = 0.999
 
@@ -55,6 +57,12 @@ def parse_arguments() -> argparse.Namespace:
         "(--format onnx --with-postprocessing)",
     )
     parser.add_argument(
+        "--transformers-js",
+        action="store_true",
+        help='write a folder that `pipeline("image-segmentation", ...)` of Transformers.js takes (--format onnx, without '
+        "post-processing)",
+    )
+    parser.add_argument(
         "--max-size", type=int, help="largest height and width (default: none; ExecuTorch: 1024, or the native size)"
     )
     parser.add_argument("--max-batch-size", type=int, help="most images at once (default: any; ExecuTorch: 4)")
@@ -77,6 +85,8 @@ def parse_arguments() -> argparse.Namespace:
         arguments.calibration_images = 64
     elif arguments.int8 is None:
         parser.error("--calibration-images is for --int8: leave it out, or give the folder of the pictures")
+    if arguments.transformers_js and (arguments.format != "onnx" or arguments.with_postprocessing):
+        parser.error("--transformers-js is for --format onnx without --with-postprocessing")
     return arguments
 
 
@@ -91,28 +101,30 @@ def main() -> None:
 
     # Either takes a minute, with large networks several.
     print(f"Exporting to {arguments.format} in {precision} ...", file=sys.stderr)
-    manifest = export_model(
-        model,
-        image_processor,
-        arguments.output,
-        arguments.format,
-        with_postprocessing=arguments.with_postprocessing,
-        precision=precision,
-        calibration_images=calibration_images,
-        max_size=arguments.max_size,
-        max_batch_size=arguments.max_batch_size,
-        image_size=tuple(arguments.image_size) if arguments.image_size else None,
-        browser_page=arguments.browser_page,
-    )
-    graph = arguments.output / manifest.file
-    size = sum(file.stat().st_size for file in arguments.output.glob(f"{graph.stem}.*"))
+    options = {
+        "with_postprocessing": arguments.with_postprocessing,
+        "precision": precision,
+        "calibration_images": calibration_images,
+        "max_size": arguments.max_size,
+        "max_batch_size": arguments.max_batch_size,
+        "image_size": tuple(arguments.image_size) if arguments.image_size else None,
+        "browser_page": arguments.browser_page,
+    }
+    if arguments.transformers_js:
+        manifest = export_for_transformers_js(model, image_processor, arguments.output, **options)
+        folder = arguments.output / GRAPH_FOLDER
+    else:
+        manifest = export_model(model, image_processor, arguments.output, arguments.format, **options)
+        folder = arguments.output
+    graph = folder / manifest.file
+    size = sum(file.stat().st_size for file in folder.glob(f"{graph.stem}.*"))
     print(f"{graph}: {precision}, {size / 1e6:.1f} MB")
     if arguments.browser_page:
         print(f"To open its page: python scripts/serve_page.py {shlex.quote(str(arguments.output))}")
 
     if arguments.compare:
         print(f"Comparing on {len(images)} pictures ...", file=sys.stderr)
-        exported, reference = Segmenter(arguments.output), Segmenter(arguments.model)
+        exported, reference = Segmenter(folder), Segmenter(arguments.model)
         agreements = []
         for height, width in comparison_sizes(model.config, manifest):
             for batch_size in sorted({1, min(3, len(images), manifest.max_batch_size or 3)}):

@@ -38,6 +38,7 @@ from lemore_hf.inference import (
     read_picture,
     read_pictures,
 )
+from lemore_hf.transformers_js import export_for_transformers_js
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "export.py"
@@ -592,6 +593,65 @@ def test_options_that_cannot_be_met(options, message, model, image_processor, tm
     with pytest.raises(ValueError, match=message):
         export_model(model, image_processor, **{"output_dir": tmp_path / "out"} | options)
     assert not (tmp_path / "out").exists()
+
+
+# Transformers.js, which tests/test_webassembly.py runs
+
+
+def test_folder_for_transformers_js_holds_an_export_like_any_other(checkpoint, frames, tmp_path, monkeypatch, capsys):
+    for package in PACKAGES["onnx"]:
+        pytest.importorskip(package, reason="needs the extra lemore-hf[onnx]")
+    folder, pictures = tmp_path / "js", tmp_path / "pictures"
+    for kept in (folder, pictures):
+        kept.mkdir()
+    (folder / "README.md").write_text("a card", encoding="utf-8")
+    frames[0].save(pictures / "frame.png")
+    words = ["--model", checkpoint, "--format", "onnx", "--transformers-js", "--image-size", 96, 128]
+    for _ in range(2):  # the second in place of the first
+        run_here(monkeypatch, SCRIPT, *words, "--output", folder, "--compare", pictures)
+    printed = capsys.readouterr().out
+    assert printed.count(f"{folder / 'onnx' / 'model.onnx'}: float32") == 2
+    assert printed.count("96×128, batch 1: ") == 2
+
+    assert (folder / "README.md").read_text() == "a card"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "segformer"
+    assert config["id2label"] == {str(number): name for number, name in CLASSES.items()}
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    assert (settings["size"], settings["do_resize"]) == ({"height": 96, "width": 128}, True)
+    assert LeMoReConfig.from_pretrained(folder / "onnx").model_type == "lemore"
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings", "options", "message"),
+    [
+        ({"num_labels": 1}, {}, {}, "the model has a single label"),
+        ({"num_channels": 4}, {}, {}, "RGB images, the model takes 4 channels"),
+        ({}, {"size": {"max_height": 96, "max_width": 128}}, {}, "no `size` such as .*'max_height': 96"),
+        ({}, {}, {"with_postprocessing": True}, "leave `with_postprocessing` out"),
+        ({}, {}, {"precision": "int4"}, "'int4'"),
+    ],
+)
+def test_what_transformers_js_would_take_for_something_else(fields, settings, options, message, tmp_path):
+    small = LeMoReForSemanticSegmentation(LeMoReConfig(hidden_sizes=(8, 12, 16, 24), **fields))
+    with pytest.raises(ValueError, match=message):
+        export_for_transformers_js(small, LeMoReImageProcessor(**settings), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_not_replaced_by_what_transformers_js_takes(checkpoint, model, image_processor):
+    files = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
+    with pytest.raises(ValueError, match=r"config\.json is another model's"):
+        export_for_transformers_js(model, image_processor, checkpoint)
+    assert {file.name: file.read_bytes() for file in checkpoint.iterdir()} == files
+
+
+@pytest.mark.parametrize("options", [["--format", "torch"], ["--format", "onnx", "--with-postprocessing"]])
+def test_command_line_says_what_transformers_js_is_for(options, checkpoint, tmp_path, monkeypatch, capsys):
+    words = ("--model", checkpoint, "--output", tmp_path / "out", "--transformers-js", *options)
+    with pytest.raises(SystemExit):
+        run_here(monkeypatch, SCRIPT, *words)
+    assert "--format onnx without --with-postprocessing" in capsys.readouterr().err
 
 
 def test_a_damaged_export_is_told_from_a_missing_one(exported, tmp_path):

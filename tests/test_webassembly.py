@@ -1,7 +1,7 @@
 # Copyright 2026 The LeMoRe-HF contributors.
 # SPDX-License-Identifier: Apache-2.0
 """ONNX exports in WebAssembly: onnxruntime-web labels pictures as ONNX Runtime does here, in Node.js by the README's lines,
-and in Chromium by the page that the export writes."""
+and in Chromium by the page that the export writes and by Transformers.js."""
 
 import base64
 import contextlib
@@ -33,11 +33,14 @@ from lemore_hf.evaluation import load_trained_model
 from lemore_hf.export import ExportManifest, export_model
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 from lemore_hf.image_processing_pil_lemore import target_size
+from lemore_hf.inference import Segmenter
+from lemore_hf.transformers_js import export_for_transformers_js
 
 ROOT = Path(__file__).parents[1]
 RELEASED = ROOT / "model_cards" / "lemore-camvid"
 RUNTIME = "onnxruntime-web@1.30.0"  # no other, so that a new release breaks nothing here
 CHROMIUM = ("@sparticuz/chromium@147.0.0", "puppeteer-core@24.43.1")
+TRANSFORMERS_JS = "@huggingface/transformers@4.3.2"
 HEIGHT, WIDTH = 190, 251
 # Stands in for what a browser has: a canvas of the picture's own size, and files.
 BROWSER = """
@@ -126,6 +129,44 @@ process.exit(0);
 """
 
 
+# A page of the reader's own. Without a bundler it says itself what the names of packages stand for.
+PAGE_WITH_TRANSFORMERS_JS = """<!doctype html>
+<script type="importmap">{"imports": {
+  "@huggingface/transformers": "/package/dist/transformers.web.min.js",
+  "onnxruntime-web/webgpu": "/node_modules/onnxruntime-web/dist/ort.webgpu.min.mjs",
+  "onnxruntime-common": "/node_modules/onnxruntime-common/dist/esm/index.js"
+}}</script>
+<script type="module">
+import { env } from "@huggingface/transformers";
+env.allowRemoteModels = false;
+env.allowLocalModels = true;
+env.localModelPath = "/";
+env.backends.onnx.wasm.wasmPaths = "/node_modules/onnxruntime-web/dist/";
+README
+window.seen = segments.map(({ label, mask }) => [
+  label, mask.height, mask.width, btoa(Array.from(mask.data, byte => String.fromCharCode(byte)).join("")),
+]);
+</script>
+"""
+READER_OF_THAT_PAGE = """
+import { writeFileSync } from "node:fs";
+import chromium from "@sparticuz/chromium";
+import puppeteer from "puppeteer-core";
+
+const [address, output] = process.argv.slice(2);
+const browser = await puppeteer.launch({
+  executablePath: await chromium.executablePath(), headless: "shell", args: ["--no-sandbox"],
+});
+const page = await browser.newPage();
+page.on("pageerror", error => { console.error(error); process.exit(1); });
+await page.goto(address);
+const seen = await page.waitForFunction("window.seen", { timeout: 300000 });
+writeFileSync(output, JSON.stringify(await seen.jsonValue()));
+browser.process().kill("SIGKILL");
+process.exit(0);
+"""
+
+
 def npm_install(folder: Path, *packages: str) -> None:
     command = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", *packages]
     installed = subprocess.run(command, cwd=folder, capture_output=True, text=True)
@@ -204,6 +245,24 @@ def other_server(browser_runtime):
         server.shutdown()
 
 
+@pytest.fixture(scope="module")
+def chromium(browser_runtime):
+    """Runs a script of Node.js that has Chromium to read pages with."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        pytest.skip("npm has this build of Chromium for Linux on x86-64 alone")
+    npm_install(browser_runtime, *CHROMIUM)
+
+    def run(script: str, *arguments: str | Path) -> None:
+        (browser_runtime / "reader.mjs").write_text(script, encoding="utf-8")
+        command = ["node", "reader.mjs", *arguments]
+        done = subprocess.run(command, cwd=browser_runtime, capture_output=True, text=True, timeout=400)
+        if "error while loading shared libraries" in done.stderr:
+            pytest.skip(f"Chromium needs a library of the system: {done.stderr.strip().splitlines()[0]}")
+        assert done.returncode == 0, done.stderr
+
+    return run
+
+
 def save_film(path: Path) -> None:
     av = pytest.importorskip("av", reason="needs the extra lemore-hf[video]")
     with av.open(path, "w") as container:
@@ -215,12 +274,8 @@ def save_film(path: Path) -> None:
         container.mux(stream.encode(None))
 
 
-def test_page_labels_a_photo_a_film_and_the_camera_in_chromium(browser_runtime, exported, other_server, tmp_path):
+def test_page_labels_a_photo_a_film_and_the_camera_in_chromium(chromium, exported, other_server, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra lemore-hf[onnx]")
-    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
-        pytest.skip("npm has this build of Chromium for Linux on x86-64 alone")
-    npm_install(browser_runtime, *CHROMIUM)
-    (browser_runtime / "reader.mjs").write_text(READER, encoding="utf-8")
     folder = shutil.copytree(exported, tmp_path / "export")
     page = (folder / PAGE).read_text(encoding="utf-8")
     public = f"https://cdn.jsdelivr.net/npm/{RUNTIME}/"
@@ -239,13 +294,9 @@ def test_page_labels_a_photo_a_film_and_the_camera_in_chromium(browser_runtime, 
         try:
             address = server.stdout.readline().split()[0]
             files = [tmp_path / name for name in ("photo.jpg", "text.png", "film.webm", "seen")]
-            command = ["node", "reader.mjs", address, *files]
-            done = subprocess.run(command, cwd=browser_runtime, capture_output=True, text=True, timeout=400)
+            chromium(READER, address, *files)
         finally:
             server.terminate()
-    if "error while loading shared libraries" in done.stderr:
-        pytest.skip(f"Chromium needs a library of the system: {done.stderr.strip().splitlines()[0]}")
-    assert done.returncode == 0, done.stderr
     seen = json.loads((tmp_path / "seen").read_text(encoding="utf-8"))
 
     assert "Choose a picture" in seen["ready"]
@@ -275,6 +326,47 @@ def test_page_labels_a_photo_a_film_and_the_camera_in_chromium(browser_runtime, 
     assert seen["button_of_the_camera"] == "Stop the camera"
     assert seen["videos"] == [1, 0], "of the camera alone, and none once it is stopped"
     assert seen["dropped"], "or the browser would leave the page for the picture"
+
+
+def test_transformers_js_labels_a_picture_by_its_pipeline(chromium, browser_runtime, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="needs the extra lemore-hf[onnx]")
+    processor = LeMoReImageProcessor.from_pretrained(RELEASED, size={"height": HEIGHT, "width": WIDTH})
+    export_for_transformers_js(
+        load_trained_model(RELEASED), processor, browser_runtime / "EXPORT", precision="float16"
+    )
+    picture = draw_scene(1, (HEIGHT, WIDTH), daylight=True)[0]
+    picture.save(browser_runtime / "street.png")
+    packed = subprocess.run(
+        ["npm", "pack", "--silent", TRANSFORMERS_JS], cwd=browser_runtime, capture_output=True, text=True
+    )
+    assert packed.returncode == 0, packed.stderr
+    shutil.unpack_archive(browser_runtime / packed.stdout.strip(), browser_runtime)
+    (lines,) = re.findall(
+        r"```javascript\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    for there, here in (('"NAME"', '"EXPORT"'), ('"street.jpg"', '"/street.png"')):
+        assert there in lines
+        lines = lines.replace(there, here)
+    page = PAGE_WITH_TRANSFORMERS_JS.replace("README", lines)
+    (browser_runtime / "own.html").write_text(page, encoding="utf-8")
+
+    handler = functools.partial(_OtherServer, directory=browser_runtime)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        chromium(READER_OF_THAT_PAGE, f"http://127.0.0.1:{server.server_port}/own.html", tmp_path / "seen")
+        server.shutdown()
+    segments = json.loads((tmp_path / "seen").read_text(encoding="utf-8"))
+
+    segmenter = Segmenter(browser_runtime / "EXPORT" / "onnx")
+    expected = segmenter(picture)
+    labels = np.full_like(expected, -1)
+    for name, height, width, mask in segments:
+        inside = np.frombuffer(base64.b64decode(mask), np.uint8).reshape(height, width) > 0
+        labels[inside] = segmenter.config.label2id[name]
+    assert {name for name, *_ in segments} == {segmenter.config.id2label[label] for label in np.unique(expected)}
+    assert len(segments) > 3
+    assert (labels == expected).mean() > 0.999
 
 
 def notes_of(page: str) -> dict:
