@@ -35,6 +35,7 @@ from torch.utils.data import IterableDataset, Sampler, get_worker_info
 from torchvision.transforms.v2 import functional as F
 from tqdm.auto import tqdm
 
+from ..image_processing_pil_lemore import open_picture
 from ..modeling_lemore import MINIMUM_SIZE
 from ..pictures import files_below, to_rgb
 from .augmentation import (
@@ -44,7 +45,7 @@ from .augmentation import (
     resized_size,
     sample_generator,
 )
-from .recipes import IGNORE_INDEX, SPLITS, Recipe, split_names
+from .recipes import IGNORE_INDEX, SPLITS, Recipe, read_text, split_names
 
 _SPLIT_ALIASES = {
     "train": ("train", "training"),
@@ -404,7 +405,7 @@ def _listed_names(recipe: Recipe, split: str, folder: Path) -> set[str]:
     for alias in _aliases(recipe, split):
         path = folder / recipe.split_file.format(split=alias)
         if path.is_file():
-            return {line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()}
+            return {line.strip() for line in read_text(path).splitlines() if line.strip()}
     raise FileNotFoundError(f"There is no list of the {split} split at {folder / recipe.split_file}.")
 
 
@@ -676,7 +677,7 @@ def _open(value: Any, is_label_map: bool = False) -> Image.Image:
     if isinstance(value, dict):
         source = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"]
         # A local file of a Dataset; of a stream, `xopen`-able addresses come with their bytes.
-        value = Image.open(source)
+        value = open_picture(source)
     elif not isinstance(value, Image.Image):
         value = Image.fromarray(np.asarray(value))
     if is_label_map and value.format in ("JPEG", "MPO"):
