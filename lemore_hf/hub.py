@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import html
 import json
 import math
 import re
@@ -29,7 +30,7 @@ from huggingface_hub.utils.sha import git_hash
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
-from .checkpointing import pickled_files, sha256_of
+from .checkpointing import atomic_file, pickled_files, sha256_of
 from .configuration_lemore import LeMoReConfig
 from .data.recipes import Recipe
 from .modeling_lemore import LeMoReForImageClassification, LeMoReForSemanticSegmentation
@@ -110,6 +111,11 @@ def _code_files(folder: Path) -> tuple[list[str], list[str]]:
             if not auto_map:
                 missing.append(f"auto_map in {name}")
             pending += re.findall(r'"(\w+)\.\w+"', json.dumps(auto_map))
+            if other := re.findall(r'"([^"]+)--[^"]*"', json.dumps(auto_map)):
+                raise PublishingError(
+                    f"{folder / name} takes its code from another repository ({other[0]}), which whoever loads the model "
+                    "would run: save model and image processor anew with `save_pretrained`."
+                )
     found: list[str] = []
     while pending:
         name = f"{pending.pop()}.py"
@@ -251,7 +257,8 @@ def write_card(
         pictures=_pictures(folder),
     )
     # Rendered in full before the old card goes.
-    (folder / CARD).write_text(str(card), encoding="utf-8")
+    with atomic_file(folder / CARD) as part:  # what an old one links to stays as it is
+        part.write_text(str(card), encoding="utf-8")
     licence = folder / LICENSE
     if not licence.is_file() or licence.read_text(encoding="utf-8").startswith(_CODE_TERMS):  # not a text of one's own
         licence.unlink(missing_ok=True)
@@ -391,7 +398,15 @@ def _per_class(results: Mapping[str, Any], config: LeMoReConfig) -> list[tuple[s
             f"the results are not of this model: they hold the IoU of the classes {', '.join(map(str, scores))}, the "
             f"model has {', '.join(names)}"
         )
-    return [(name, "–" if iou is None or math.isnan(iou) else f"{100 * iou:.2f}") for name, iou in scores.items()]
+    scores = {name: None if isinstance(iou, float) and math.isnan(iou) else iou for name, iou in scores.items()}
+    if bad := [f"{name}={iou!r}" for name, iou in scores.items() if iou is not None and not _is_fraction(iou)]:
+        raise PublishingError(f"the results hold IoU of classes that are not numbers in 0…1: {', '.join(bad[:5])}")
+    return [(_in_table(name), "–" if iou is None else f"{100 * iou:.2f}") for name, iou in scores.items()]
+
+
+def _in_table(text: Any) -> str:
+    """Text as a cell of Markdown shows it: with no line, column, link or HTML of its own."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
 
 
 def _num_parameters(folder: Path) -> int:
