@@ -191,11 +191,20 @@ def _load_parquet(
 
 
 def _read_parquet(files: list[Path], streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
-    if not any(pq.read_metadata(file).num_rows for file in files):
+    if sum(_num_rows(file) for file in files) == 0:
         raise ValueError(f"There is no sample in {_listed([str(file) for file in files])}.")
     return datasets.load_dataset(
         "parquet", data_files=[str(file) for file in files], split="train", streaming=streaming
     )
+
+
+def _num_rows(file: Path) -> int:
+    try:
+        if not file.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
+        return pq.read_metadata(file).num_rows
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as parquet ({error}): copy or download it again.") from error
 
 
 def _load_saved(
@@ -395,6 +404,10 @@ def _files_by_name(folder: Path, suffix: str) -> dict[str, Path]:
         if not path.stem.endswith(suffix):
             continue
         name = path.relative_to(folder).with_suffix("").as_posix().removesuffix(suffix)
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"The file name {str(path)!r} is not in UTF-8: rename it, as convmv does.") from error
         if name in found:
             raise ValueError(f"{found[name]} and {path} have the same name; keep one of them.")
         found[name] = path
