@@ -107,7 +107,7 @@ def _code_files(folder: Path) -> tuple[list[str], list[str]]:
     pending, missing = [], []
     for name in (CONFIG, PROCESSOR):
         if (folder / name).is_file():
-            auto_map = _read_json(folder / name).get("auto_map")
+            auto_map = read_json(folder / name).get("auto_map")
             if not auto_map:
                 missing.append(f"auto_map in {name}")
             pending += re.findall(r'"(\w+)\.\w+"', json.dumps(auto_map))
@@ -151,25 +151,30 @@ def _check_weights(folder: Path) -> None:
         raise PublishingError(f"{path} holds NaN or infinity, in {', '.join(not_finite[:5])}: training has diverged.")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        PublishingError: naming the file, where there is none.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise PublishingError(f"{path} is not readable JSON ({error}).") from error
     if not isinstance(content, dict):
-        raise PublishingError(f"{path} must hold a JSON object, not {type(content).__name__}.")
+        raise PublishingError(f"{path} is not the JSON object that belongs there, but a {type(content).__name__}.")
     return content
 
 
 def _load_config(folder: Path) -> LeMoReConfig:
     try:
-        return LeMoReConfig.from_dict(_read_json(folder / CONFIG))
+        return LeMoReConfig.from_dict(read_json(folder / CONFIG))
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise PublishingError(f"{folder / CONFIG} is no valid LeMoRe configuration: {error}") from error
 
 
 def _model_class(folder: Path) -> type[torch.nn.Module]:
-    architectures = _read_json(folder / CONFIG).get("architectures") or [None]
+    architectures = read_json(folder / CONFIG).get("architectures") or [None]
     if architectures[0] not in _MODEL_CLASSES:
         raise PublishingError(
             f"{folder / CONFIG} names the architecture {architectures[0]}; published are {', '.join(_MODEL_CLASSES)}."
@@ -246,7 +251,7 @@ def write_card(
         repo_id=repo_id,
         pipeline_tag=_PIPELINE_TAGS[architecture],
         config=config,
-        processor=_read_json(folder / PROCESSOR),
+        processor=read_json(folder / PROCESSOR),
         num_parameters=_num_parameters(folder),
         results=results,
         scores=[(name, f"{100 * scores[key]:.2f}") for key, name in _SCORES.items() if key in scores],
@@ -348,7 +353,7 @@ _CODE_TERMS = "# Licence\n\nThe code in this folder is licensed under the Apache
 def _run_beside(folder: Path) -> dict[str, Any]:
     """`run.json` of the training that a model comes from, which lies beside its folder; empty where there is none."""
     path = folder.resolve().parent / "run.json"
-    return _read_json(path) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _initial_weights(results: Mapping[str, Any]) -> list[str]:
@@ -418,7 +423,7 @@ def _pictures(folder: Path) -> list[tuple[str, str]]:
     """(caption, path) of the pictures beside the card."""
     paths = sorted(path for place in (folder, folder / "figures") for path in place.glob("*"))
     return [
-        (path.stem.replace("_", " ").replace("-", " "), quote(path.relative_to(folder).as_posix()))
+        (re.sub(r"[][_\s-]", " ", path.stem), quote(path.relative_to(folder).as_posix()))
         for path in paths
         if path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
     ]

@@ -694,3 +694,17 @@ def test_card_takes_the_place_of_a_link_and_not_of_its_file(folder, tmp_path):
     write_card(folder, "someone/lemore-test")
     assert (tmp_path / "notes.md").read_text() == "mine"
     assert "# lemore-test" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000])
+def test_damaged_results_are_named(folder, tmp_path, content):
+    (tmp_path / "scores.json").write_text(content)
+    push = runpy.run_path(str(REPOSITORY / "scripts" / "push_to_hub.py"))["main"]
+    with pytest.raises(SystemExit, match=r"scores\.json is not readable JSON"):
+        push(["--model", str(folder), "--repo_id", "someone/x", "--results", str(tmp_path / "scores.json")])
+
+
+def test_pictures_of_any_name_are_shown(folder):
+    Image.new("RGB", (8, 8)).save(folder / "a](b_c.png")
+    write_card(folder, "someone/lemore-test")
+    assert Path("a](b_c.png") in validate_folder(folder)
