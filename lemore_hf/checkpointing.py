@@ -214,9 +214,19 @@ def checkpoint_folder(output_dir: Path, step: int) -> Path:
 
 
 def read_run(output_dir: Path) -> dict[str, Any] | None:
-    """`run.json` of the finished training in a folder; `None` where there is none."""
+    """`run.json` of the finished training in a folder; `None` where there is none.
+
+    Raises:
+        `CheckpointError`: if it is damaged.
+    """
     path = output_dir / RUN_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}): delete it or bring back a copy.") from error
+    if not isinstance(run, dict | None):
+        raise CheckpointError(f"{path} is not what a training has written: move it away.")
+    return run
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

@@ -11,6 +11,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+from huggingface_hub.errors import StrictDataclassError
+
 from .interruption import Interrupted
 
 
@@ -45,7 +47,7 @@ def run_script(main: Callable[[], int | None], *expected: type[Exception], inter
     try:
         if (status := main()) is not None:
             sys.exit(status)
-    except (ImportError, OSError, TypeError, ValueError, *expected) as error:
+    except (ImportError, OSError, StrictDataclassError, TypeError, ValueError, *expected) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     except (Interrupted, KeyboardInterrupt) as error:
         if interrupted:

@@ -158,8 +158,11 @@ class ExportManifest:
             `CheckpointError`: for a manifest that is damaged or that another release has written.
         """
         try:
-            return cls(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
+            manifest = cls(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+            if manifest.file != FILES.get(manifest.format):  # which may also be one that lies elsewhere
+                raise ValueError(f"the format {manifest.format!r} has no file {manifest.file!r}")
+            return manifest
+        except (RecursionError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{folder / MANIFEST} is damaged, or of another release ({error}): export the model again."
             ) from error

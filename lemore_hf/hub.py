@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import html
 import json
 import math
 import re
@@ -29,7 +30,7 @@ from huggingface_hub.utils.sha import git_hash
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
-from .checkpointing import pickled_files, sha256_of
+from .checkpointing import atomic_file, pickled_files, sha256_of
 from .configuration_lemore import LeMoReConfig
 from .data.recipes import Recipe
 from .modeling_lemore import LeMoReForImageClassification, LeMoReForSemanticSegmentation
@@ -106,10 +107,15 @@ def _code_files(folder: Path) -> tuple[list[str], list[str]]:
     pending, missing = [], []
     for name in (CONFIG, PROCESSOR):
         if (folder / name).is_file():
-            auto_map = _read_json(folder / name).get("auto_map")
+            auto_map = read_json(folder / name).get("auto_map")
             if not auto_map:
                 missing.append(f"auto_map in {name}")
             pending += re.findall(r'"(\w+)\.\w+"', json.dumps(auto_map))
+            if other := re.findall(r'"([^"]+)--[^"]*"', json.dumps(auto_map)):
+                raise PublishingError(
+                    f"{folder / name} takes its code from another repository ({other[0]}), which whoever loads the model "
+                    "would run: save model and image processor anew with `save_pretrained`."
+                )
     found: list[str] = []
     while pending:
         name = f"{pending.pop()}.py"
@@ -145,25 +151,30 @@ def _check_weights(folder: Path) -> None:
         raise PublishingError(f"{path} holds NaN or infinity, in {', '.join(not_finite[:5])}: training has diverged.")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        PublishingError: naming the file, where there is none.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise PublishingError(f"{path} is not readable JSON ({error}).") from error
     if not isinstance(content, dict):
-        raise PublishingError(f"{path} must hold a JSON object, not {type(content).__name__}.")
+        raise PublishingError(f"{path} is not the JSON object that belongs there, but a {type(content).__name__}.")
     return content
 
 
 def _load_config(folder: Path) -> LeMoReConfig:
     try:
-        return LeMoReConfig.from_dict(_read_json(folder / CONFIG))
+        return LeMoReConfig.from_dict(read_json(folder / CONFIG))
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise PublishingError(f"{folder / CONFIG} is no valid LeMoRe configuration: {error}") from error
 
 
 def _model_class(folder: Path) -> type[torch.nn.Module]:
-    architectures = _read_json(folder / CONFIG).get("architectures") or [None]
+    architectures = read_json(folder / CONFIG).get("architectures") or [None]
     if architectures[0] not in _MODEL_CLASSES:
         raise PublishingError(
             f"{folder / CONFIG} names the architecture {architectures[0]}; published are {', '.join(_MODEL_CLASSES)}."
@@ -240,7 +251,7 @@ def write_card(
         repo_id=repo_id,
         pipeline_tag=_PIPELINE_TAGS[architecture],
         config=config,
-        processor=_read_json(folder / PROCESSOR),
+        processor=read_json(folder / PROCESSOR),
         num_parameters=_num_parameters(folder),
         results=results,
         scores=[(name, f"{100 * scores[key]:.2f}") for key, name in _SCORES.items() if key in scores],
@@ -251,7 +262,8 @@ def write_card(
         pictures=_pictures(folder),
     )
     # Rendered in full before the old card goes.
-    (folder / CARD).write_text(str(card), encoding="utf-8")
+    with atomic_file(folder / CARD) as part:  # what an old one links to stays as it is
+        part.write_text(str(card), encoding="utf-8")
     licence = folder / LICENSE
     if not licence.is_file() or licence.read_text(encoding="utf-8").startswith(_CODE_TERMS):  # not a text of one's own
         licence.unlink(missing_ok=True)
@@ -341,7 +353,7 @@ _CODE_TERMS = "# Licence\n\nThe code in this folder is licensed under the Apache
 def _run_beside(folder: Path) -> dict[str, Any]:
     """`run.json` of the training that a model comes from, which lies beside its folder; empty where there is none."""
     path = folder.resolve().parent / "run.json"
-    return _read_json(path) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _initial_weights(results: Mapping[str, Any]) -> list[str]:
@@ -391,7 +403,15 @@ def _per_class(results: Mapping[str, Any], config: LeMoReConfig) -> list[tuple[s
             f"the results are not of this model: they hold the IoU of the classes {', '.join(map(str, scores))}, the "
             f"model has {', '.join(names)}"
         )
-    return [(name, "–" if iou is None or math.isnan(iou) else f"{100 * iou:.2f}") for name, iou in scores.items()]
+    scores = {name: None if isinstance(iou, float) and math.isnan(iou) else iou for name, iou in scores.items()}
+    if bad := [f"{name}={iou!r}" for name, iou in scores.items() if iou is not None and not _is_fraction(iou)]:
+        raise PublishingError(f"the results hold IoU of classes that are not numbers in 0…1: {', '.join(bad[:5])}")
+    return [(_in_table(name), "–" if iou is None else f"{100 * iou:.2f}") for name, iou in scores.items()]
+
+
+def _in_table(text: Any) -> str:
+    """Text as a cell of Markdown shows it: with no line, column, link or HTML of its own."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
 
 
 def _num_parameters(folder: Path) -> int:
@@ -403,7 +423,7 @@ def _pictures(folder: Path) -> list[tuple[str, str]]:
     """(caption, path) of the pictures beside the card."""
     paths = sorted(path for place in (folder, folder / "figures") for path in place.glob("*"))
     return [
-        (path.stem.replace("_", " ").replace("-", " "), quote(path.relative_to(folder).as_posix()))
+        (re.sub(r"[][_\s-]", " ", path.stem), quote(path.relative_to(folder).as_posix()))
         for path in paths
         if path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
     ]

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import SemanticSegmenterOutput
 from .checkpointing import CheckpointError
 from .export import MANIFEST, ExportManifest, network_input, require_packages
 from .hardware import usable_cores
+from .image_processing_pil_lemore import open_picture
 from .pictures import files_below, in_levels
 from .post_processing_lemore import segment_logits
 
@@ -31,6 +32,9 @@ class Segmenter:
 
     The threads of the runtimes do not survive a fork: make one in each process. What is pickled is where the network lies,
     so that one sent to a process that was spawned opens it there.
+
+    An export of the format `torch` is a program, which PyTorch reads by unpickling: open those of people alone whose code you
+    would run. The other formats and checkpoints hold no code that is run.
 
     Args:
         path (`str` or `os.PathLike`): A checkpoint folder, an export folder, or the graph inside an export folder.
@@ -278,7 +282,7 @@ def _picture_of(image: Any) -> Image.Image:
 
 def read_picture(path: Path) -> Image.Image:
     """The upright picture of a file, in its own mode, read to its end. Floats of 0…1 become such of 0…255."""
-    with Image.open(path) as image:
+    with open_picture(path) as image:
         image.load()
         return ImageOps.exif_transpose(in_levels(image))
 

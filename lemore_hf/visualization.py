@@ -13,6 +13,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from transformers import PreTrainedConfig
@@ -288,7 +289,10 @@ def _legend(entries: Sequence[tuple[str, tuple[int, int, int] | None, float]], h
     margin, row = letter, round(letter * 1.6)
     rows = max((height - 2 * margin) // row, math.ceil(3 * math.sqrt(len(entries))), 1)
     columns = [entries[start : start + rows] for start in range(0, len(entries), rows)]
-    texts = [[f"{name}  {_percent(share)}" for name, _, share in column] for column in columns]
+    texts = [
+        [f"{_shortened(str(name), font, 50 * letter)}  {_percent(share)}" for name, _, share in column]
+        for column in columns
+    ]
     widths = [math.ceil(max(map(font.getlength, column))) + row + margin for column in texts]
     panel_height = max(height, min(rows, len(entries)) * row + 2 * margin)
     panel = Image.new("RGB", (margin + sum(widths), panel_height), "white")
@@ -381,7 +385,11 @@ def image_grid(
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    if font.getlength(text) <= width:
+    text, whole = (
+        text[:width],
+        text,
+    )  # a letter takes a pixel: measuring all of a long text again and again takes minutes
+    if text == whole and font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:
         text = text[:-1]
@@ -517,6 +525,8 @@ def plot_confusion_matrix(
 
 
 def _rendered(figure: Figure) -> Image.Image:
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a name with two dollar signs is no formula
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

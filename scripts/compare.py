@@ -34,6 +34,7 @@ from lemore_hf.data.recipes import (
     Recipe,
     load_recipe,
     nearest,
+    read_text,
     refuse_repeated_keys,
     split_names,
 )
@@ -88,7 +89,7 @@ def main() -> None:
 
 def load_plan(path: Path, data_dir: Path | None) -> dict[str, Any]:
     """The plan, whose every variant is known to be a valid recipe."""
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     refuse_repeated_keys(text)
     plan = yaml.safe_load(text)
     if not isinstance(plan, dict) or not {"title", "recipe", "variants"} <= plan.keys() <= PLAN_KEYS:

@@ -11,7 +11,6 @@ writes exactly these files to a local folder instead.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 import lemore_hf
 from lemore_hf.checkpointing import atomic_folder
 from lemore_hf.data.recipes import load_recipe
-from lemore_hf.hub import CARD, PICTURE_SUFFIXES, PublishingError, ensure_card, push_folder, validate_folder
+from lemore_hf.hub import CARD, PICTURE_SUFFIXES, PublishingError, ensure_card, push_folder, read_json, validate_folder
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -59,9 +58,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     try:
-        results = json.loads(args.results.read_text(encoding="utf-8")) if args.results else None
-        if not isinstance(results, dict | None):
-            raise PublishingError(f"--results {args.results} is not the JSON object that scripts/evaluate.py writes.")
+        results = read_json(args.results) if args.results else None
         name = args.recipe or (results or {}).get("recipe")
         card = {"results": results, "recipe": load_recipe(name) if name else None, "license": args.license}
         card["training_notes"] = args.training_notes.read_text(encoding="utf-8") if args.training_notes else None

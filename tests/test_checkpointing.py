@@ -28,6 +28,7 @@ from lemore_hf.checkpointing import (
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
+    read_run,
     recover_folders,
     save_checkpoint,
 )
@@ -257,3 +258,10 @@ with claimed_folder(Path({str(tmp_path)!r})):
         finally:
             os.kill(loader, signal.SIGKILL)
             other.kill()
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, "[1]", "\udc00"])
+def test_a_damaged_summary_is_named(tmp_path, content):
+    (tmp_path / "run.json").write_text(content, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(CheckpointError, match=r"run\.json is"):
+        read_run(tmp_path)

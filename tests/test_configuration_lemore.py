@@ -34,6 +34,7 @@ def test_native_grids_are_rounded_up():
         ("stem_sizes", [16, 0]),
         ("image_size", 31),
         ("image_size", (512, 16)),
+        ("image_size", 10**9),
         ("image_size", (512, 512, 3)),
         ("views", []),
         ("views", ["transverse", "sagittal"]),

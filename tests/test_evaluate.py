@@ -412,6 +412,13 @@ def test_only_whole_and_unpickled_models_are_loaded(tiny_lemore, tmp_path):
     assert torch.equal(
         load_trained_model(folder).decode_head.classifier.weight, tiny_lemore.decode_head.classifier.weight
     )
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(json.dumps(json.loads(config) | {"decoder_hidden_size": 10**9}))
+    with pytest.raises(
+        CheckpointError, match=r"does not hold the weights of the network that its config\.json describes"
+    ):
+        load_trained_model(folder)
+    (folder / "config.json").write_text(config)
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1000])

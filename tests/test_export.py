@@ -819,3 +819,18 @@ def test_labels_of_a_graph_are_never_blended(exported, frames):
     (raw,) = graph.run(network_input(frames[0], graph.image_processor, True))
     expected = Image.fromarray(raw).resize(frames[0].size, Image.Resampling.NEAREST)
     np.testing.assert_array_equal(graph(frames[0]), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("format", "pickle"), ("format", ["onnx"]), ("format", "pytorch"), ("file", "../model.onnx")]
+)
+def test_manifest_names_a_graph_of_its_own_folder(tmp_path, field, value):
+    ExportManifest("onnx", "model.onnx").save(tmp_path)
+    assert ExportManifest.load(tmp_path).file == "model.onnx"
+    path = tmp_path / "lemore_export.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(CheckpointError, match=r"lemore_export\.json is damaged, or of another release"):
+        ExportManifest.load(tmp_path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"lemore_export\.json is damaged"):
+        ExportManifest.load(tmp_path)

@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -21,9 +22,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
-from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation, post_processing_lemore
+from lemore_hf import (
+    LeMoReConfig,
+    LeMoReForSemanticSegmentation,
+    image_processing_pil_lemore,
+    post_processing_lemore,
+)
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 from lemore_hf.image_processing_pil_lemore import LeMoReImageProcessorPil
+from lemore_hf.inference import read_picture
 
 ROOT = Path(__file__).parents[1]
 PROCESSORS = [LeMoReImageProcessor, LeMoReImageProcessorPil]
@@ -153,6 +160,23 @@ def test_pictures_and_maps_of_every_source_are_read_alike(processor_class, sourc
     assert (outputs["pixel_values"][0] == 78).all(), "20000 / 257"
     assert (outputs["pixel_values"][1] == 255).all(), "white"
     assert (np.stack(outputs["labels"]) == 7).all()
+
+
+def test_postscript_is_not_run_whatever_its_name(tmp_path, monkeypatch):
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/was_run\n")  # in the place of Ghostscript
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "photo.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    for read in (LeMoReImageProcessorPil(), read_picture):
+        with pytest.raises(ValueError, match="PostScript is a program"):
+            read(tmp_path / "photo.png")
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_a_server_that_never_answers_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(image_processing_pil_lemore, "_SECONDS_TO_WAIT", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(TimeoutError):
+        LeMoReImageProcessorPil()(f"http://127.0.0.1:{server.getsockname()[1]}/picture.png")
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):

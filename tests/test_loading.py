@@ -5,6 +5,7 @@
 import functools
 import io
 import itertools
+import os
 import pickle
 import subprocess
 import sys
@@ -985,3 +986,26 @@ def test_a_hub_data_set_is_read_at_the_recipes_revision(monkeypatch):
     with pytest.raises(OSError, match="offline"):
         load_split(recipe, "validation")
     assert (asked["names"], asked["revision"]) == ((recipe.dataset, "full"), "abc")
+
+
+@pytest.mark.parametrize("kind", ["damaged", "folder", "pipe"])
+def test_parquet_that_cannot_be_read_is_named(tmp_path, kind):
+    path = tmp_path / "train.parquet"
+    if kind == "damaged":
+        path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    elif kind == "folder":
+        path.mkdir()
+    elif hasattr(os, "mkfifo"):
+        os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"train\.parquet cannot be read as parquet"):
+        load_split(load_recipe("camvid"), "train", tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_file_name_that_is_no_text_is_named(tmp_path):
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+        with open(os.fsencode(tmp_path / folder) + b"/stra\xdfe.png", "wb") as file:
+            picture(0).save(file, "PNG")
+    with pytest.raises(ValueError, match=r"file name '.*stra\\udcdfe\.png' is not in UTF-8: rename it"):
+        load_split(load_recipe("folder", {"class_names": ["a", "b"]}), "train", tmp_path)

@@ -4,8 +4,11 @@
 
 import copy
 import functools
+import json
 import os
 import re
+import runpy
+import shutil
 import struct
 import subprocess
 from fractions import Fraction
@@ -21,6 +24,7 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation, LeMoReModel
 from lemore_hf import prediction as prediction_module
+from lemore_hf.command_line import run_script
 from lemore_hf.export import GRAPH_FILES, export_model
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 from lemore_hf.inference import Segmenter
@@ -702,3 +706,14 @@ def test_a_films_overlays_have_the_opacity_asked_for_and_even_sides(segmenter, t
     with av.open(str(tmp_path / "overlays.mp4")) as result:
         assert [(frame.width, frame.height) for frame in result.decode(video=0)] == [(96, 64)]
     assert alphas == [0.2]
+
+
+def test_a_configuration_of_the_wrong_type_ends_in_one_line(checkpoint, pictures, tmp_path, monkeypatch):
+    broken = shutil.copytree(checkpoint, tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"palette": "red"}))
+    script = runpy.run_path(str(ROOT / "scripts" / "predict.py"))
+    options = ["--model", str(broken), "--input", str(pictures), "--output", str(tmp_path / "output")]
+    monkeypatch.setattr("sys.argv", ["predict.py", *options])
+    with pytest.raises(SystemExit, match=r"(?s)StrictDataclass.*'palette'.*'red'"):
+        run_script(script["main"])

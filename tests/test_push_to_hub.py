@@ -106,6 +106,15 @@ def test_code_that_is_imported_only_by_other_code_is_needed(folder):
         validate_folder(folder)
 
 
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+def test_code_of_another_repository_is_refused(folder, name):
+    content = json.loads((folder / name).read_text())
+    content["auto_map"]["AutoModel"] = "stranger/other--modeling_lemore.LeMoReModel"
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(PublishingError, match=rf"{name} takes its code from another repository \(stranger/other\)"):
+        validate_folder(folder)
+
+
 def test_folder_that_needs_the_package_is_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     del config["auto_map"]
@@ -660,3 +669,42 @@ def test_a_repository_of_the_same_files_is_completed_and_one_of_other_weights_is
     assert hub.repositories["someone/other"] == other
     assert "The repository changed meanwhile: look at it" in contested
     assert set(hub.repositories["someone/contested"]) == {".gitattributes", "notes.txt"}
+
+
+def test_class_names_stay_in_their_cells(folder):
+    config = json.loads((folder / "config.json").read_text())
+    names = ["car | truck", "<img src=x>\nroad", "[a](http://b.c)"]
+    config["id2label"] = {str(index): name for index, name in enumerate(names)}
+    (folder / "config.json").write_text(json.dumps(config))
+    scores = {"mean_iou": 0.5, "per_class_iou": dict.fromkeys(names, 0.5)}
+    card = write_card(folder, "someone/lemore-test", scores).read_text()
+    rows = ["| car \\| truck | 50.00 |", "| &lt;img src=x&gt; road | 50.00 |", "| \\[a\\](http://b.c) | 50.00 |"]
+    assert "\n".join(rows) in card
+
+
+def test_iou_of_classes_in_percent_is_refused(folder):
+    scores = {"mean_iou": 0.5, "per_class_iou": {"sky": 90.0, "road": "high", "car": None}}
+    with pytest.raises(PublishingError, match=r"not numbers in 0…1: sky=90\.0, road='high'"):
+        write_card(folder, "someone/lemore-test", scores)
+
+
+def test_card_takes_the_place_of_a_link_and_not_of_its_file(folder, tmp_path):
+    (tmp_path / "notes.md").write_text("mine")
+    (folder / "README.md").symlink_to(tmp_path / "notes.md")
+    write_card(folder, "someone/lemore-test")
+    assert (tmp_path / "notes.md").read_text() == "mine"
+    assert "# lemore-test" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000])
+def test_damaged_results_are_named(folder, tmp_path, content):
+    (tmp_path / "scores.json").write_text(content)
+    push = runpy.run_path(str(REPOSITORY / "scripts" / "push_to_hub.py"))["main"]
+    with pytest.raises(SystemExit, match=r"scores\.json is not readable JSON"):
+        push(["--model", str(folder), "--repo_id", "someone/x", "--results", str(tmp_path / "scores.json")])
+
+
+def test_pictures_of_any_name_are_shown(folder):
+    Image.new("RGB", (8, 8)).save(folder / "a](b_c.png")
+    write_card(folder, "someone/lemore-test")
+    assert Path("a](b_c.png") in validate_folder(folder)

@@ -4,6 +4,7 @@
 
 import argparse
 import json
+import re
 import shlex
 
 import pytest
@@ -394,3 +395,35 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
     file.write_text("dataset: folder\nclass_names: [a, b]\nlabel_map: {1: 0, 2: 1, 1: 255}\n")
     with pytest.raises(ValueError, match=r"own\.yaml is not valid YAML: 1 stands there twice(?s:.)* line 3"):
         load_recipe(file)
+
+
+@pytest.mark.parametrize("name", ["classes.txt", "id2label.json", "_classes.csv", "own.yaml"])
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_file_in_another_encoding_is_named(tmp_path, name, encoding):
+    (tmp_path / name).write_text('{"0": "Straße", "1": "Gehweg"}', encoding=encoding)
+    recipe = tmp_path / name if name == "own.yaml" else "folder"
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} is not in UTF-8 .*save it in this encoding"):
+        load_recipe(recipe, data_dir=tmp_path)
+
+
+def test_deeply_nested_class_names_are_refused(tmp_path):
+    (tmp_path / "id2label.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"id2label\.json must be a mapping"):
+        load_recipe("folder", data_dir=tmp_path)
+
+
+def test_aliases_that_would_fill_the_memory_are_refused(tmp_path):
+    value = "&a0 [x, x, x, x, x, x, x, x, x]"
+    for level in range(1, 9):
+        value = f"&a{level} [{value}{f', *a{level - 1}' * 8}]"
+    path = tmp_path / "own.yaml"
+    path.write_text(f"model_config: {{hidden_sizes: {value}}}\n")
+    with pytest.raises(
+        ValueError, match=r"own\.yaml is not valid YAML: its aliases stand for more than 1000000 values"
+    ):
+        load_recipe(path)
+    path.write_text("class_names: &names [*names, road]\n")
+    with pytest.raises(ValueError, match="its aliases stand for more than"):
+        load_recipe(path)
+    path.write_text("scale_range: &range [0.2, 0.4]\nimage_std: [0.2, 0.2, 0.2]\nclass_names: &names [a, b]\n")
+    assert load_recipe(path).class_names == ("a", "b")

@@ -513,3 +513,16 @@ def test_confusion_matrix_gives_each_class_name_its_room(number):
 def test_confusion_matrix_names_bad_input(matrix, message):
     with pytest.raises(ValueError, match=message):
         plot_confusion_matrix(matrix, ["a", "b"])
+
+
+def test_names_with_dollar_signs_are_no_formulas():
+    names = ["$\\unknown$", "$100 to $200"]
+    drawn = plot_confusion_matrix(np.eye(2, dtype=int), names, title="$\\unknown$")
+    assert drawn.size > (1, 1)
+    assert plot_training_curve([{"step": 1, "loss": 1.0}], title="$\\unknown$").size > (1, 1)
+
+
+def test_names_of_any_length_fit_a_picture(image, labels):
+    name = "x" * 200_000
+    assert image_grid([image], titles=[name]).width < 2 * image.width
+    assert draw_segmentation(image, labels, {**NAMES, 0: name}).width < 2000

@@ -35,6 +35,7 @@ from torch.utils.data import IterableDataset, Sampler, get_worker_info
 from torchvision.transforms.v2 import functional as F
 from tqdm.auto import tqdm
 
+from ..image_processing_pil_lemore import open_picture
 from ..modeling_lemore import MINIMUM_SIZE
 from ..pictures import files_below, to_rgb
 from .augmentation import (
@@ -44,7 +45,7 @@ from .augmentation import (
     resized_size,
     sample_generator,
 )
-from .recipes import IGNORE_INDEX, SPLITS, Recipe, split_names
+from .recipes import IGNORE_INDEX, SPLITS, Recipe, read_text, split_names
 
 _SPLIT_ALIASES = {
     "train": ("train", "training"),
@@ -190,11 +191,20 @@ def _load_parquet(
 
 
 def _read_parquet(files: list[Path], streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
-    if not any(pq.read_metadata(file).num_rows for file in files):
+    if sum(_num_rows(file) for file in files) == 0:
         raise ValueError(f"There is no sample in {_listed([str(file) for file in files])}.")
     return datasets.load_dataset(
         "parquet", data_files=[str(file) for file in files], split="train", streaming=streaming
     )
+
+
+def _num_rows(file: Path) -> int:
+    try:
+        if not file.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
+        return pq.read_metadata(file).num_rows
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as parquet ({error}): copy or download it again.") from error
 
 
 def _load_saved(
@@ -394,6 +404,10 @@ def _files_by_name(folder: Path, suffix: str) -> dict[str, Path]:
         if not path.stem.endswith(suffix):
             continue
         name = path.relative_to(folder).with_suffix("").as_posix().removesuffix(suffix)
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"The file name {str(path)!r} is not in UTF-8: rename it, as convmv does.") from error
         if name in found:
             raise ValueError(f"{found[name]} and {path} have the same name; keep one of them.")
         found[name] = path
@@ -404,7 +418,7 @@ def _listed_names(recipe: Recipe, split: str, folder: Path) -> set[str]:
     for alias in _aliases(recipe, split):
         path = folder / recipe.split_file.format(split=alias)
         if path.is_file():
-            return {line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()}
+            return {line.strip() for line in read_text(path).splitlines() if line.strip()}
     raise FileNotFoundError(f"There is no list of the {split} split at {folder / recipe.split_file}.")
 
 
@@ -676,7 +690,7 @@ def _open(value: Any, is_label_map: bool = False) -> Image.Image:
     if isinstance(value, dict):
         source = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"]
         # A local file of a Dataset; of a stream, `xopen`-able addresses come with their bytes.
-        value = Image.open(source)
+        value = open_picture(source)
     elif not isinstance(value, Image.Image):
         value = Image.fromarray(np.asarray(value))
     if is_label_map and value.format in ("JPEG", "MPO"):

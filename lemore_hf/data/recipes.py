@@ -41,6 +41,7 @@ from ..configuration_lemore import LeMoReConfig
 
 IGNORE_INDEX = 255
 SPLITS = ("train", "validation", "test")
+_MOST_VALUES = 1_000_000  # of a YAML file; the longest `label_map` has an eighth
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a thousand names take the other long
 
 
@@ -569,17 +570,20 @@ def recipe_overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def refuse_repeated_keys(text: str) -> None:
-    """Refuse YAML that has a key twice in one mapping, of which readers keep the last.
+    """Refuse YAML that has a key twice in one mapping, of which readers keep the last; and aliases of aliases that stand
+    for so many values that to write or compare them would fill the memory.
 
     Raises:
         yaml.YAMLError: naming the key and its line; for what is no YAML, too.
     """
-    nodes, seen = [yaml.compose(text, _YAML_LOADER)], set()
+    nodes, number = [yaml.compose(text, _YAML_LOADER)], 0
     while nodes:
         node = nodes.pop()
-        if isinstance(node, yaml.ScalarNode | None) or id(node) in seen:  # an alias of one before
+        number += 1
+        if number > _MOST_VALUES:
+            raise yaml.YAMLError(f"its aliases stand for more than {_MOST_VALUES} values: write out what is meant")
+        if isinstance(node, yaml.ScalarNode | None):
             continue
-        seen.add(id(node))
         if isinstance(node, yaml.SequenceNode):
             nodes += node.value
             continue
@@ -600,12 +604,24 @@ def split_names(splits: str, field: str = "split") -> list[str]:
     return names
 
 
+def read_text(path: Path) -> str:
+    """A text file, with or without a byte-order mark.
+
+    Raises:
+        ValueError: naming the file, where it is not in UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error}): save it in this encoding.") from error
+
+
 def _recipe_text(name_or_path: str | Path) -> tuple[str, str]:
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         if not path.is_file():
             raise FileNotFoundError(f"There is no recipe file {path}.")
-        return path.read_text(encoding="utf-8"), str(path)
+        return read_text(path), str(path)
     if str(name_or_path) not in recipe_names():
         raise FileNotFoundError(
             f"There is no recipe {str(name_or_path)!r}{nearest(str(name_or_path), recipe_names())}: the recipes are "
@@ -696,15 +712,15 @@ def _classes_of_csv(path: Path) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def _names_by_number(path: Path) -> list[str]:
     """The class names of an `id2label.json`."""
     expected = f'{path} must be a mapping that numbers the classes from 0 without gaps, as {{"0": "sky", "1": "road"}}'
     try:
-        id2label = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
+        id2label = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{expected}: {error}.") from error
     if not isinstance(id2label, dict) or set(id2label) != {str(index) for index in range(len(id2label))}:
         shown = list(id2label)[:8] if isinstance(id2label, dict) else id2label

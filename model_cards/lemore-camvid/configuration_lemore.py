@@ -12,6 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 VIEWS = ("transverse", "frontal", "lateral")
 STAGE_STRIDES = (4, 8, 16, 32)
+LARGEST_NATIVE_SIDE = 16384  # weights of an axis grow with the square of its length
 
 
 @strict
@@ -207,6 +208,11 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"`image_size` must be at least {STAGE_STRIDES[-1]} on each side, since the last stage has that "
                 f"stride; got {self.image_size}."
+            )
+        if max(self.native_size) > LARGEST_NATIVE_SIDE:
+            raise ValueError(
+                f"`image_size` must be at most {LARGEST_NATIVE_SIDE} on each side, whose axes have weights that fit into "
+                f"memory; got {self.image_size}. Larger images may be given to a network of a smaller native size."
             )
 
     def _check_views(self):

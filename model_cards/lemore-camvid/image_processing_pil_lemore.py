@@ -47,6 +47,8 @@ IGNORE_INDEX = 255
 ImageInput = Union[Image.Image, np.ndarray, "torch.Tensor", str, os.PathLike, list[Any], tuple[Any, ...]]
 """One image, or a (nested) list of them; Transformers' type of this name leaves out paths and lists of several kinds."""
 
+_SECONDS_TO_WAIT = 60  # for a server, each time
+
 # One channel, read as it is: Pillow clips or refuses most of these when asked for RGB.
 _GREY_MODES = ("1", "L", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _LABEL_MODES = ("1", "L", "P", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")
@@ -411,14 +413,27 @@ def _open(source: str | os.PathLike) -> Image.Image:
     if not os.path.isfile(file):
         is_url = file.startswith(("http://", "https://"))
         file = BytesIO(_download(file) if is_url else _from_base64(file))
-    with Image.open(file) as image:
+    with open_picture(file) as image:
         image.load()
     return image
 
 
+def open_picture(source: str | os.PathLike | BytesIO) -> Image.Image:
+    """A picture that is not read yet.
+
+    Raises:
+        ValueError: for PostScript, whatever its name: Pillow would have Ghostscript run it, for it is a program.
+    """
+    image = Image.open(source)
+    if image.format == "EPS":
+        image.close()
+        raise ValueError("PostScript is a program and no picture: save it as PNG.")
+    return image
+
+
 def _download(url: str) -> bytes:
-    # Many servers refuse the name that Python gives itself.
-    with urlopen(Request(url, headers={"User-Agent": "lemore-hf"})) as response:
+    # Many servers refuse the name that Python gives itself, and some never answer.
+    with urlopen(Request(url, headers={"User-Agent": "lemore-hf"}), timeout=_SECONDS_TO_WAIT) as response:
         return response.read()
 
 
