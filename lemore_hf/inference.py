@@ -355,6 +355,8 @@ def _open_openvino(path: Path, num_threads: int | None) -> Run:
     # where another busy process then makes it wait while others are free.
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     settings["ENABLE_CPU_PINNING"] = False
+    # It remembers what it prepared for 5000 pairs of operation and size: gigabytes where sizes always change.
+    settings["CPU_RUNTIME_CACHE_CAPACITY"] = 512
     if num_threads is not None:
         settings["INFERENCE_NUM_THREADS"] = num_threads
 

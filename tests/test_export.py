@@ -263,6 +263,21 @@ def test_openvino_gives_the_same_when_a_size_comes_again(exported, model):
         torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's count of pages")
+def test_openvino_s_memory_does_not_grow_with_the_sizes_that_it_has_seen(exported):
+    segmenter = Segmenter(exported("openvino"), num_threads=1)
+
+    sizes = np.random.default_rng(0).integers(32, 160, (91, 2))
+
+    def bytes_after(new: np.ndarray) -> int:
+        for height, width in new:
+            segmenter.run(np.zeros((1, 3, height, width), np.float32))
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    at_first, after_some, after_many = map(bytes_after, (sizes[:1], sizes[1:31], sizes[31:]))
+    assert after_many - after_some < after_some - at_first
+
+
 def test_whole_picture_gets_the_same_labels_from_checkpoint_and_export(exported, checkpoint, frames):
     network, reference = Segmenter(exported("onnx")), Segmenter(checkpoint)
     labels = network(frames[0])
