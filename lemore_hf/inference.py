@@ -89,10 +89,20 @@ class Segmenter:
             `np.ndarray`: `logits` or `labels`.
 
         Raises:
-            `ValueError`: for a size that the network, or this export of it, does not take.
+            `ValueError`: for a size that the network, or this export of it, does not take, or other than four dimensions.
+            `TypeError`: for another dtype than the network takes.
             `RuntimeError`: in a process that was forked from the one where the network was opened.
         """
         self._check_process()
+        name, dtype = self.manifest.input_name, np.uint8 if self.manifest.with_postprocessing else np.float32
+        if network_input.ndim != 4:
+            raise ValueError(
+                f"`{name}` must have four dimensions, the first of them the batch, got {network_input.shape}."
+            )
+        if network_input.dtype != dtype:
+            raise TypeError(
+                f"`{name}` must be of {np.dtype(dtype)}, got {network_input.dtype}: convert it with `astype`."
+            )
         rows = 1 if self.manifest.with_postprocessing else 2
         self.manifest.check_shape(len(network_input), *network_input.shape[rows : rows + 2])
         return self._run(network_input)
@@ -261,6 +271,11 @@ def _picture_of(image: Any) -> Image.Image:
         return read_picture(Path(image))
     if isinstance(image, np.ndarray):
         pixels = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
+        if pixels.ndim not in (2, 3):  # Pillow takes a row of numbers, such as a file's bytes, for a column of pixels
+            raise TypeError(
+                f"Expected a picture of shape (height, width, 3) or (height, width), got {image.shape}: give one picture, "
+                "and of an encoded file its path or what `PIL.Image.open` makes of it."
+            )
         if pixels.ndim == 3 and pixels.shape[2] in (2, 4):
             # A camera's fourth channel is often 0, and would hide the picture as an opacity.
             raise TypeError(
@@ -329,7 +344,9 @@ def _open_torch(path: Path, num_threads: int | None) -> Run:
 def _torch_run(network: Callable[[torch.Tensor], torch.Tensor]) -> Run:
     def run(network_input: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            return network(torch.from_numpy(network_input)).cpu().numpy()
+            # PyTorch takes no flipped arrays and warns of read-only ones; NumPy has no bfloat16, which autocast makes.
+            result = network(torch.from_numpy(np.require(network_input, requirements=["C", "W"]))).cpu()
+            return (result.float() if result.is_floating_point() else result).numpy()
 
     return run
 
@@ -359,6 +376,8 @@ def _open_openvino(path: Path, num_threads: int | None) -> Run:
     # where another busy process then makes it wait while others are free.
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
     settings["ENABLE_CPU_PINNING"] = False
+    # It remembers what it prepared for 5000 pairs of operation and size: gigabytes where sizes always change.
+    settings["CPU_RUNTIME_CACHE_CAPACITY"] = 512
     if num_threads is not None:
         settings["INFERENCE_NUM_THREADS"] = num_threads
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Set
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from .image_processing_pil_lemore import read_image
@@ -33,9 +34,13 @@ def in_levels(image: Image.Image) -> Image.Image:
     """
     if image.mode != "F":
         return image
-    low, high = image.getextrema()
+    pixels = np.asarray(image)
+    low, high = pixels.min(), pixels.max()  # NaN where a pixel is, which `getextrema` passes over
     if not 0 <= low <= high <= 255:
-        raise ValueError(f"Floats of a picture must lie in [0, 1] or [0, 255], got [{low}, {high}]: scale them.")
+        raise ValueError(
+            f"Floats of a picture must lie in [0, 1] or [0, 255], got [{low}, {high}]: scale them, and give what is not "
+            "finite a value."
+        )
     return image.point(lambda value: value * 255) if high <= 1 else image
 
 

@@ -11,6 +11,7 @@ import runpy
 import shutil
 import signal
 import subprocess
+import warnings
 import zipfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -262,6 +263,21 @@ def test_openvino_gives_the_same_when_a_size_comes_again(exported, model):
             expected = model(pixel_values).logits
         logits = torch.from_numpy(segmenter.run(pixel_values.numpy()))
         torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's count of pages")
+def test_openvino_s_memory_does_not_grow_with_the_sizes_that_it_has_seen(exported):
+    segmenter = Segmenter(exported("openvino"), num_threads=1)
+
+    sizes = np.random.default_rng(0).integers(32, 160, (91, 2))
+
+    def bytes_after(new: np.ndarray) -> int:
+        for height, width in new:
+            segmenter.run(np.zeros((1, 3, height, width), np.float32))
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    at_first, after_some, after_many = map(bytes_after, (sizes[:1], sizes[1:31], sizes[31:]))
+    assert after_many - after_some < after_some - at_first
 
 
 def test_whole_picture_gets_the_same_labels_from_checkpoint_and_export(exported, checkpoint, frames):
@@ -520,6 +536,49 @@ def test_a_frame_that_is_no_picture_is_refused(frame, error, message, model, tmp
     LeMoReImageProcessor(do_resize=False).save_pretrained(tmp_path)
     with pytest.raises(error, match=message):
         Segmenter(tmp_path)(frame)
+
+
+@pytest.mark.parametrize("values", [np.zeros(96 * 128 * 3, np.uint8), np.zeros((), np.uint8)])
+def test_what_is_no_rectangle_of_pixels_is_refused(values, checkpoint):
+    """Such as the bytes of a file, or a camera's buffer whose shape was left out."""
+    with pytest.raises(TypeError, match=r"\(height, width, 3\) or \(height, width\), got \("):
+        Segmenter(checkpoint)(values)
+
+
+def test_a_frame_with_a_pixel_that_is_no_number_is_refused(exported):
+    frame = np.full((96, 128), 7.0, np.float32)
+    frame[50, 60] = np.nan
+    with pytest.raises(ValueError, match=r"\[0, 255\].* not finite"):
+        Segmenter(exported("torch", True))(frame)
+
+
+def test_the_network_is_run_on_any_layout_of_an_array(checkpoint):
+    segmenter, images = Segmenter(checkpoint), np.random.default_rng(0).normal(size=(1, 3, 96, 128)).astype(np.float32)
+    flipped = images[..., ::-1]
+    logits = segmenter.run(np.ascontiguousarray(flipped))
+    np.testing.assert_array_equal(segmenter.run(flipped), logits)
+    images.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(segmenter.run(images[..., ::-1]), logits)
+        segmenter.run(images)
+
+
+@pytest.mark.parametrize("with_postprocessing", [False, True])
+def test_a_batch_of_another_shape_or_dtype_is_named(with_postprocessing, exported):
+    segmenter = Segmenter(exported("torch", with_postprocessing))
+    dtype = np.uint8 if with_postprocessing else np.float32
+    with pytest.raises(ValueError, match=r"must have four dimensions, .*got \(3, 96, 128\)"):
+        segmenter.run(np.zeros((3, 96, 128), dtype))
+    with pytest.raises(TypeError, match=f"must be of {np.dtype(dtype)}, got float64: .*astype"):
+        segmenter.run(np.zeros((1, 3, 96, 128), np.float64))
+
+
+def test_autocast_around_a_segmenter(checkpoint, frames):
+    segmenter = Segmenter(checkpoint)
+    labels = segmenter(frames[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (segmenter(frames[0]) == labels).mean() > 0.9
 
 
 @pytest.mark.parametrize("format_of_model", ["onnx", "pytorch"])
