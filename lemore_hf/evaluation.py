@@ -274,7 +274,9 @@ def load_trained_model(name_or_path: str | Path, task: str = "semantic-segmentat
         raise CheckpointError(
             f"The weights of {name_or_path} are truncated or damaged ({error}): copy or train them anew."
         ) from error
-    except RuntimeError as error:  # which Transformers has reported in a table
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
         raise CheckpointError(
             f"{name_or_path} does not hold the weights of the network that its config.json describes ({error}): bring "
             "back the one that was saved with them."

@@ -385,12 +385,10 @@ def image_grid(
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    text, whole = (
-        text[:width],
-        text,
-    )  # a letter takes a pixel: measuring all of a long text again and again takes minutes
-    if text == whole and font.getlength(text) <= width:
+    # A letter takes a pixel: what cannot fit is not measured, letter by letter.
+    if len(text) <= width and font.getlength(text) <= width:
         return text
+    text = text[:width]
     while text and font.getlength(text + "...") > width:
         text = text[:-1]
     return text + "..."
