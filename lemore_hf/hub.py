@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import re
@@ -495,10 +494,9 @@ def signed_in_user(token: str | None = None) -> str:
 
 def _is_same(entry: RepoFile, path: Path) -> bool:
     """Whether a file of the repository has the content of a local one, by the hash that the Hub keeps of it."""
-    content = path.read_bytes()
     if entry.lfs is not None:
-        return entry.lfs.sha256 == hashlib.sha256(content).hexdigest()
-    return entry.blob_id == git_hash(content)
+        return entry.lfs.sha256 == sha256_of(path)
+    return entry.blob_id == git_hash(path.read_bytes())
 
 
 @contextlib.contextmanager
