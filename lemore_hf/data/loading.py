@@ -52,7 +52,8 @@ _SPLIT_ALIASES = {
     "test": ("test", "testing"),
 }
 _LARGEST_STORED_LABEL = 65535
-Samples = TypeVar("Samples", datasets.Dataset, datasets.IterableDataset)
+Samples = datasets.Dataset | datasets.IterableDataset
+_Samples = TypeVar("_Samples", datasets.Dataset, datasets.IterableDataset)
 _NAMES_SHOWN = 10
 
 
@@ -100,14 +101,10 @@ def load_split(
 
 
 @overload
-def load_split(
-    recipe: Recipe, split: str, data_dir: str | Path | None = None, streaming: bool = False
-) -> datasets.Dataset | datasets.IterableDataset: ...
+def load_split(recipe: Recipe, split: str, data_dir: str | Path | None = None, streaming: bool = False) -> Samples: ...
 
 
-def load_split(
-    recipe: Recipe, split: str, data_dir: str | Path | None = None, streaming: bool = False
-) -> datasets.Dataset | datasets.IterableDataset:
+def load_split(recipe: Recipe, split: str, data_dir: str | Path | None = None, streaming: bool = False) -> Samples:
     """The samples of a split, with the columns `image`, `label` and, where samples have names, `name`.
 
     Args:
@@ -133,9 +130,7 @@ def load_split(
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
-def _load_one(
-    recipe: Recipe, split: str, data_dir: str | Path | None, streaming: bool
-) -> datasets.Dataset | datasets.IterableDataset:
+def _load_one(recipe: Recipe, split: str, data_dir: str | Path | None, streaming: bool) -> Samples:
     if data_dir is None:
         return _load_published(recipe, split, streaming)
     folder = Path(data_dir).expanduser()
@@ -150,7 +145,7 @@ def _load_one(
     return _load_folders(recipe, split, folder, streaming)
 
 
-def _load_published(recipe: Recipe, split: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+def _load_published(recipe: Recipe, split: str, streaming: bool) -> Samples:
     if recipe.dataset is None:
         raise ValueError(f"The recipe {recipe.name} needs a local folder (data_dir). {recipe.notes}")
     if recipe.dataset == "scenes":
@@ -171,9 +166,7 @@ def _load_published(recipe: Recipe, split: str, streaming: bool) -> datasets.Dat
     )
 
 
-def _load_parquet(
-    recipe: Recipe, split: str, folder: Path, streaming: bool
-) -> datasets.Dataset | datasets.IterableDataset:
+def _load_parquet(recipe: Recipe, split: str, folder: Path, streaming: bool) -> Samples:
     files = _parquet_files(recipe, split, folder)
     if files:
         return _read_parquet(files, streaming)
@@ -189,7 +182,7 @@ def _load_parquet(
     return _hold_out(_read_parquet(everything, streaming), recipe, split, folder)
 
 
-def _read_parquet(files: list[Path], streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+def _read_parquet(files: list[Path], streaming: bool) -> Samples:
     if not any(pq.read_metadata(file).num_rows for file in files):
         raise ValueError(f"There is no sample in {_listed([str(file) for file in files])}.")
     return datasets.load_dataset(
@@ -197,9 +190,7 @@ def _read_parquet(files: list[Path], streaming: bool) -> datasets.Dataset | data
     )
 
 
-def _load_saved(
-    recipe: Recipe, split: str, folder: Path, streaming: bool
-) -> datasets.Dataset | datasets.IterableDataset:
+def _load_saved(recipe: Recipe, split: str, folder: Path, streaming: bool) -> Samples:
     """What `save_to_disk` of a `DatasetDict` or a `Dataset` has written."""
     saved = datasets.load_from_disk(str(folder))
     if isinstance(saved, datasets.Dataset):
@@ -223,9 +214,7 @@ def _parquet_files(recipe: Recipe, split: str, folder: Path) -> list[Path]:
     return []
 
 
-def _load_class_folders(
-    recipe: Recipe, split: str, folder: Path, streaming: bool
-) -> datasets.Dataset | datasets.IterableDataset:
+def _load_class_folders(recipe: Recipe, split: str, folder: Path, streaming: bool) -> Samples:
     for alias in _aliases(recipe, split):
         if (folder / alias).is_dir():
             samples = _read_class_folders(folder / alias, streaming)
@@ -237,7 +226,7 @@ def _load_class_folders(
     return _hold_out(whole, recipe, split, folder)
 
 
-def _read_class_folders(folder: Path, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+def _read_class_folders(folder: Path, streaming: bool) -> Samples:
     # All files by name: `datasets` would take words such as "val" or "train" in their names for splits.
     return datasets.load_dataset(
         "imagefolder",
@@ -249,9 +238,7 @@ def _read_class_folders(folder: Path, streaming: bool) -> datasets.Dataset | dat
     )
 
 
-def _with_labels_of(
-    recipe: Recipe, samples: datasets.Dataset | datasets.IterableDataset, place: Path | str, kind: str
-):
+def _with_labels_of(recipe: Recipe, samples: Samples, place: Path | str, kind: str) -> Samples:
     """The recipe's numbers for labels that have names of their own: folders are numbered in the order of their names, all
     that there are, and the classes of a file as it was written."""
     feature = (samples.features or {}).get("label")
@@ -292,9 +279,7 @@ def _label_ending(images: set[str], labels: set[str]) -> str:
     return f" They end in {fitting[0]!r}: give label_suffix={fitting[0]!r}." if fitting else ""
 
 
-def _load_folders(
-    recipe: Recipe, split: str, folder: Path, streaming: bool
-) -> datasets.Dataset | datasets.IterableDataset:
+def _load_folders(recipe: Recipe, split: str, folder: Path, streaming: bool) -> Samples:
     image_folder, label_folder, alias = _find_folders(recipe, split, folder)
     images = _files_by_name(image_folder, recipe.image_suffix)
     labels = _files_by_name(label_folder, recipe.label_suffix)
@@ -348,7 +333,6 @@ def _apart(
 def _find_folders(recipe: Recipe, split: str, folder: Path) -> tuple[Path, Path, str | None]:
     """Folders of images and label maps, and the split's name in them; `None` if they are not split."""
     pair = (recipe.image_folder, recipe.label_folder)
-    templates: list[tuple[str, str]] = []
     if recipe.split_file is not None or any("{split}" in part for part in pair):
         templates = [pair]
     else:
@@ -430,7 +414,7 @@ def _refuse_unknown_splits(folder: Path, paths: Iterable[Path], advice: str) -> 
         )
 
 
-def _hold_out(samples, recipe: Recipe, split: str, folder: Path):
+def _hold_out(samples: Samples, recipe: Recipe, split: str, folder: Path) -> Samples:
     """Train or validation part of what is not split: a fraction, spread evenly over the order of names, is held out."""
     if split == "test":
         raise FileNotFoundError(
@@ -439,7 +423,6 @@ def _hold_out(samples, recipe: Recipe, split: str, folder: Path):
         )
     samples = without_decoding(samples)
     fraction = recipe.validation_fraction
-
     wanted = functools.partial(_is_part, fraction=fraction, held_out=split == "validation")
     if isinstance(samples, datasets.IterableDataset):
         if samples.num_shards > 1:  # which are shuffled and shared out, so that a sample's number is not its own
@@ -462,7 +445,7 @@ def _is_part(sample: Any, index: int, fraction: float, held_out: bool) -> bool:
     return held_out == (math.floor(index * fraction + 0.5) > math.floor((index - 1) * fraction + 0.5))
 
 
-def _normalize_columns(samples, recipe: Recipe):
+def _normalize_columns(samples: Samples, recipe: Recipe) -> Samples:
     # A stream would otherwise decode its pictures to rename their column, and encode them again.
     samples = without_decoding(samples)
     wanted = {recipe.image_column: "image", recipe.label_column: "label"}
@@ -498,7 +481,7 @@ def _listed(names: list[str]) -> str:
     return f"{shown} and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else shown
 
 
-def with_classes_of(recipe: Recipe, samples: datasets.Dataset | datasets.IterableDataset) -> Recipe:
+def with_classes_of(recipe: Recipe, samples: Samples) -> Recipe:
     """The recipe, with the class names of an image-classification set's label column where it has none of its own.
 
     Raises:
@@ -949,7 +932,7 @@ def collate(samples: list[dict[str, Any] | None]) -> dict[str, Any] | None:
     return batch
 
 
-def without_decoding(samples: Samples) -> Samples:
+def without_decoding(samples: _Samples) -> _Samples:
     """The samples with pictures as they are stored, bytes or path, so that a broken one fails under its own name."""
     for column, feature in (samples.features or {}).items():
         if isinstance(feature, datasets.Image):
