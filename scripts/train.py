@@ -69,6 +69,7 @@ from lemore_hf.data.loading import (
 from lemore_hf.data.recipes import (
     DESCRIPTIVE_FIELDS,
     IGNORE_INDEX,
+    SINGLE_CLASS,
     Recipe,
     add_data_arguments,
     add_recipe_arguments,
@@ -518,12 +519,7 @@ def warn_of_one_class(dataset: RecipeDataset) -> None:
             found |= set(dataset.decoded(index).labels.unique().tolist()) - {IGNORE_INDEX}
             if len(found) > 1:
                 return
-        print(
-            f"Warning: the label maps to train on hold a single class beside void ({IGNORE_INDEX}), so that there is nothing "
-            "to tell apart. Store two classes as 0 and 1, not as 0 and 255, or name the stored values in the recipe's "
-            "label_map.",
-            file=sys.stderr,
-        )
+        print(f"Warning: the label maps to train on {SINGLE_CLASS}", file=sys.stderr)
 
 
 def build_model(args: argparse.Namespace, recipe: Recipe) -> PreTrainedModel:

@@ -40,6 +40,11 @@ from transformers import PreTrainedConfig
 from ..configuration_lemore import LeMoReConfig
 
 IGNORE_INDEX = 255
+SINGLE_CLASS = (
+    f"hold a single class beside void ({IGNORE_INDEX}), so that there is nothing to tell apart. Store two classes as 0 and "
+    f"1, not as 0 and {IGNORE_INDEX}, or name the stored values in the recipe's label_map."
+)
+"""What is said of label maps that teach nothing."""
 SPLITS = ("train", "validation", "test")
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a thousand names take the other long
 
