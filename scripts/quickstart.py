@@ -224,14 +224,9 @@ def make_trainer(
 
 
 def fine_tune(recipe: Recipe, train: RecipeDataset, held_out: RecipeDataset, folder: Path, args) -> None:
-    config = LeMoReConfig(
-        id2label=recipe.id2label,
-        label2id=recipe.label2id,
-        image_size=list(recipe.image_size),
-        palette=[list(color) for color in recipe.palette] if recipe.palette else None,
-    )
     set_seed(args.seed)  # Before the weights are drawn; `Trainer` does it too late for them.
-    model = LeMoReForSemanticSegmentation(config).to(memory_format=torch.channels_last)
+    model = LeMoReForSemanticSegmentation(LeMoReConfig(**recipe.network_settings))
+    model = model.to(memory_format=torch.channels_last)
     make_trainer(model, recipe, args, train).train()
     with atomic_folder(folder) as temporary:
         model.to(memory_format=torch.contiguous_format).save_pretrained(temporary)

@@ -420,6 +420,16 @@ class Recipe:
             }
         return settings
 
+    @property
+    def network_settings(self) -> dict[str, Any]:
+        """Fields of `LeMoReConfig` that the recipe's own fields decide; `model_config` holds further ones."""
+        return {
+            "id2label": self.id2label,
+            "label2id": self.label2id,
+            "image_size": list(self.image_size),
+            "palette": [list(colour) for colour in self.palette] if self.palette else None,
+        }
+
     def replace(self, **changes: Any) -> "Recipe":
         """The recipe with some fields changed, validated anew."""
         return _build({**self.to_dict(), **_with_dependents(changes)}, f"recipe {self.name}")
