@@ -30,7 +30,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 from .checkpointing import pickled_files, sha256_of
 from .configuration_lemore import LeMoReConfig
-from .data.recipes import Recipe
+from .data.recipes import Recipe, listed
 from .modeling_lemore import LeMoReForImageClassification, LeMoReForSemanticSegmentation
 
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
@@ -141,7 +141,7 @@ def _check_weights(folder: Path) -> None:
         )
     not_finite = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
     if not_finite:
-        raise PublishingError(f"{path} holds NaN or infinity, in {', '.join(not_finite[:5])}: training has diverged.")
+        raise PublishingError(f"{path} holds NaN or infinity, in {listed(not_finite, 5)}: training has diverged.")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -465,9 +465,8 @@ def push_folder(
     other = sorted(path for path, entry in remote.items() if path not in local or not _is_same(entry, local[path]))
     if other and not overwrite:
         raise PublishingError(
-            f"the repository {repo_id} already holds other content ({', '.join(other[:8])}"
-            f"{', ...' if len(other) > 8 else ''}). Choose another name, or replace it with --overwrite (its history "
-            "keeps the old files)."
+            f"the repository {repo_id} already holds other content ({listed(other, 8)}). Choose another name, or replace "
+            "it with --overwrite (its history keeps the old files)."
         )
     if not other and remote.keys() == local.keys():
         return str(address)

@@ -44,7 +44,7 @@ from .augmentation import (
     resized_size,
     sample_generator,
 )
-from .recipes import IGNORE_INDEX, SPLITS, Recipe, split_names
+from .recipes import IGNORE_INDEX, SPLITS, Recipe, listed, split_names
 
 _SPLIT_ALIASES = {
     "train": ("train", "training"),
@@ -54,7 +54,6 @@ _SPLIT_ALIASES = {
 _LARGEST_STORED_LABEL = 65535
 Samples = datasets.Dataset | datasets.IterableDataset
 _Samples = TypeVar("_Samples", datasets.Dataset, datasets.IterableDataset)
-_NAMES_SHOWN = 10
 
 
 class BadSampleError(ValueError):
@@ -173,7 +172,7 @@ def _load_parquet(recipe: Recipe, split: str, folder: Path, streaming: bool) -> 
     everything = sorted(folder.rglob("*.parquet"))
     if any(_parquet_files(recipe, other, folder) for other in _SPLIT_ALIASES):
         raise FileNotFoundError(
-            f"{folder} has no parquet file of the {split} split: none of {_listed([f.name for f in everything])} "
+            f"{folder} has no parquet file of the {split} split: none of {listed([f.name for f in everything])} "
             f"begins with {' or '.join(_aliases(recipe, split))}. Rename it, or set data_files in the recipe."
         )
     _refuse_unknown_splits(
@@ -184,7 +183,7 @@ def _load_parquet(recipe: Recipe, split: str, folder: Path, streaming: bool) -> 
 
 def _read_parquet(files: list[Path], streaming: bool) -> Samples:
     if not any(pq.read_metadata(file).num_rows for file in files):
-        raise ValueError(f"There is no sample in {_listed([str(file) for file in files])}.")
+        raise ValueError(f"There is no sample in {listed([str(file) for file in files])}.")
     return datasets.load_dataset(
         "parquet", data_files=[str(file) for file in files], split="train", streaming=streaming
     )
@@ -199,7 +198,7 @@ def _load_saved(recipe: Recipe, split: str, folder: Path, streaming: bool) -> Sa
         samples = saved[found[0]]
     else:
         raise FileNotFoundError(
-            f"{folder} has no {split} split, only {_listed(list(saved))}: expected {' or '.join(_aliases(recipe, split))}."
+            f"{folder} has no {split} split, only {listed(list(saved))}: expected {' or '.join(_aliases(recipe, split))}."
         )
     return samples.to_iterable_dataset() if streaming else samples
 
@@ -253,7 +252,7 @@ def _with_labels_of(recipe: Recipe, samples: Samples, place: Path | str, kind: s
             return samples
         unknown = [name for name in names if name not in recipe.label2id]
         raise ValueError(
-            f"{place} has {len(names)} {kind}, of which {_listed(unknown)} are none of the {recipe.num_classes} classes of "
+            f"{place} has {len(names)} {kind}, of which {listed(unknown)} are none of the {recipe.num_classes} classes of "
             f"the recipe {recipe.name}: rename them, or give the recipe's class_names."
         )
     classes = [recipe.label2id[name] for name in names]
@@ -289,12 +288,12 @@ def _load_folders(recipe: Recipe, split: str, folder: Path, streaming: bool) -> 
         wanted = _listed_names(recipe, split, folder)
         images, labels = ({k: v for k, v in files.items() if k in wanted} for files in (images, labels))
         if missing := sorted(wanted - set(images) - set(labels)):
-            raise ValueError(f"{folder} lacks {len(missing)} samples of the {split} split: {_listed(missing)}.")
+            raise ValueError(f"{folder} lacks {len(missing)} samples of the {split} split: {listed(missing)}.")
     if without := sorted(set(labels) - set(images)):
         hint = _label_ending(set(images), set(labels))
-        raise ValueError(f"{len(without)} label maps in {label_folder} have no image: {_listed(without)}.{hint}")
+        raise ValueError(f"{len(without)} label maps in {label_folder} have no image: {listed(without)}.{hint}")
     if without := sorted(set(images) - set(labels)):
-        raise ValueError(f"{len(without)} images in {image_folder} have no label map: {_listed(without)}.")
+        raise ValueError(f"{len(without)} images in {image_folder} have no label map: {listed(without)}.")
     if not images:
         raise FileNotFoundError(f"There are no images in {image_folder}.")
     names = sorted(images)
@@ -356,7 +355,7 @@ def _find_folders(recipe: Recipe, split: str, folder: Path) -> tuple[Path, Path,
         return *plain, None
     raise FileNotFoundError(
         f"{folder} does not have the {split} split: looked for parquet files and for the folders "
-        f"{_listed(tried)}{'' if is_split else f', or {pair[0]} and {pair[1]}'}. The recipe's fields image_folder and "
+        f"{listed(tried)}{'' if is_split else f', or {pair[0]} and {pair[1]}'}. The recipe's fields image_folder and "
         f"label_folder name them.{_known_layout(folder)}"
     )
 
@@ -456,7 +455,7 @@ def _normalize_columns(samples: Samples, recipe: Recipe) -> Samples:
         wanted["name"] = "name"
     if missing := [column for column in wanted if column not in available]:
         raise ValueError(
-            f"The data has no column {_listed(missing)}, only {_listed(available)}: set image_column, label_column and "
+            f"The data has no column {listed(missing)}, only {listed(available)}: set image_column, label_column and "
             "name_column."
         )
     samples = samples.select_columns(list(wanted))
@@ -474,11 +473,6 @@ def _normalize_columns(samples: Samples, recipe: Recipe) -> Samples:
         if is_encoded or isinstance(feature, datasets.Image):
             samples = samples.cast_column(column, datasets.Image())
     return samples
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(str(name) for name in names[:_NAMES_SHOWN])
-    return f"{shown} and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else shown
 
 
 def with_classes_of(recipe: Recipe, samples: Samples) -> Recipe:
@@ -583,7 +577,7 @@ class SampleDecoder:
         present = np.flatnonzero(np.bincount(stored.ravel()))
         if unknown := [int(label) for label in present if not self._is_known[label]]:
             raise ValueError(
-                f"stored labels {_listed(unknown)} are out of range: there are {self.recipe.num_classes} classes"
+                f"stored labels {listed(unknown)} are out of range: there are {self.recipe.num_classes} classes"
                 f"{', reduced by one,' if self.recipe.reduce_labels else ''} and {IGNORE_INDEX} for void. "
                 "reduce_labels is for labels that count from 1, and label_map gives any others a class"
             )
@@ -603,7 +597,7 @@ class SampleDecoder:
             )
             raise ValueError(
                 f"{strange.sum()} of its pixels have colours that are none of label_colors or void_colors: "
-                f"{_listed(shown)}{blended}"
+                f"{listed(shown)}{blended}"
             )
         return self._label_of_color[nearest]
 
@@ -700,7 +694,7 @@ def _colors_of(image: Image.Image) -> str:
     colours = image.convert("RGB").getcolors(maxcolors=256) if image.mode in ("RGB", "RGBA") else None
     if not colours:
         return ""
-    return f"; it has the colours {_listed([colour for _, colour in sorted(colours, reverse=True)])}"
+    return f"; it has the colours {listed([colour for _, colour in sorted(colours, reverse=True)])}"
 
 
 def _open_colors(value: Any) -> np.ndarray:
@@ -925,7 +919,7 @@ def collate(samples: list[dict[str, Any] | None]) -> dict[str, Any] | None:
             continue
         if len({value.shape for value in batch[key]}) > 1:
             odd = next(index for index, value in enumerate(batch[key]) if value.shape != batch[key][0].shape)
-            reason = f"the {key} of a batch differ in size ({_listed([tuple(v.shape) for v in batch[key]])})"
+            reason = f"the {key} of a batch differ in size ({listed([tuple(v.shape) for v in batch[key]])})"
             name = batch["name"][odd]
             raise BadSampleError(f"Sample {name!r}: {reason}. Evaluate them with --eval_batch_size 1.", name, reason)
         batch[key] = torch.stack(batch[key])

@@ -28,7 +28,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -742,6 +742,12 @@ def nearest(name: str, known: list[str]) -> str:
     """A hint at the known name that an unknown one may be meant for, to go on with after it; "" where none is like it."""
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def listed(names: Sequence[Any], most: int = 10) -> str:
+    """The first names, for an error's text, and how many there are besides."""
+    shown = ", ".join(str(name) for name in names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def _field_documentation() -> dict[str, str]:
