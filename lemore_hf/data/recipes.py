@@ -248,11 +248,11 @@ class Recipe:
                 f"num_classes is {count}, but class_names lists {len(names)} names: correct one of them, or override "
                 "both."
             )
-        if names and len(set(names)) != len(names):
+        if len(set(names)) != len(names):
             twice = sorted({name for name in names if names.count(name) > 1})
             raise ValueError(f"class_names must differ from each other, but {twice} stand there more than once.")
-        object.__setattr__(self, "num_classes", len(names) if names else count)
-        count = self.num_classes
+        count = len(names) if names else count
+        object.__setattr__(self, "num_classes", count)
         if count is not None and count < 1:
             raise ValueError(f"num_classes must be at least 1, got {count}.")
         if self.task == "semantic-segmentation" and count == 1:
@@ -626,9 +626,8 @@ def _recipe_text(name_or_path: str | Path) -> tuple[str, str]:
             f"There is no recipe {str(name_or_path)!r}{nearest(str(name_or_path), recipe_names())}: the recipes are "
             f"{', '.join(recipe_names())}; your own is given by the path of its YAML file."
         )
-    return (resources.files("lemore_hf") / "recipes" / f"{name_or_path}.yaml").read_text(
-        encoding="utf-8"
-    ), f"recipe {name_or_path}"
+    text = (resources.files("lemore_hf") / "recipes" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    return text, f"recipe {name_or_path}"
 
 
 def _as_mapping(overrides: Mapping[str, Any] | Iterable[str] | None) -> dict[str, Any]:
