@@ -550,7 +550,7 @@ def configuration_of_run(output_dir: Path) -> dict[str, Any] | None:
 
 
 def load_initial(
-    checkpoint: str, model_class: type[PreTrainedModel], fields: dict[str, Any], whole: bool = False
+    checkpoint: str, model_class: type[PreTrainedModel], fields: dict[str, Any], whole: bool
 ) -> PreTrainedModel:
     """The model of a checkpoint, with the recipe's fields in its configuration; `whole` where none of its weights may be
     drawn anew, as a mean of them or an untrained model would not be worth anything."""
@@ -712,7 +712,7 @@ def training_batches(
 def batches_of_steps(
     batches: Iterator[dict[str, Any]], number: int, accelerator: Accelerator
 ) -> Iterator[list[dict[str, Any]]]:
-    """The `number` batches of each optimizer step in this process, which heeds Ctrl-C and SIGTERM between two of them.
+    """The `number` batches of each optimizer step in this process, which heeds requests to stop between two of them.
 
     Raises:
         BadSampleError, Interrupted: on all processes, where one of them meets a bad sample or is asked to stop; nothing

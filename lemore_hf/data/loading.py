@@ -112,7 +112,8 @@ def load_split(recipe: Recipe, split: str, data_dir: str | Path | None = None, s
         data_dir: local folder with parquet files (`train.parquet`, `train-00000-of-00002.parquet`, `data/train-*`), or
             that `save_to_disk` of `datasets` has written, or with the recipe's folders of images and label maps, split by
             sub-folders (`train/images`, `images/train`), by lists of names (`split_file`) or not at all; then
-            `validation_fraction` of it is held out. In classification one folder a class. Without it, the recipe's data set comes from the Hub.
+            `validation_fraction` of it is held out. In classification one folder a class. Without it, the recipe's data
+            set comes from the Hub.
         streaming: read while iterating, never the whole set at once.
 
     Raises:
