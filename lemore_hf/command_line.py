@@ -1,6 +1,6 @@
 # Copyright 2026 The LeMoRe-HF contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the scripts have in common: options that are numbers within bounds, and errors that are one line."""
+"""What the scripts have in common: options that are numbers within bounds, errors that are one line, and tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import contextlib
 import math
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -54,3 +54,21 @@ def run_script(main: Callable[[], int | None], *expected: type[Exception], inter
             with contextlib.suppress(OSError):  # the terminal may be what is gone
                 print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(128 + getattr(error, "number", signal.SIGINT))
+
+
+def markdown_table(rows: Sequence[Sequence[str]], num_texts: int, padded: bool = True) -> str:
+    """A table in Markdown, its titles the first row.
+
+    Args:
+        rows: of cells.
+        num_texts: columns of text, to the left; those after them hold numbers, which stand to the right.
+        padded: whether the source reads as a table, too.
+    """
+    columns = []
+    for index, cells in enumerate(zip(*rows, strict=True)):
+        is_number = index >= num_texts
+        width = max(map(len, cells)) if padded else 3 + is_number
+        if padded:
+            cells = [cell.rjust(width) if is_number else cell.ljust(width) for cell in cells]
+        columns.append([cells[0], "-" * (width - is_number) + ":" * is_number, *cells[1:]])
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))

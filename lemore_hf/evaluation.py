@@ -35,7 +35,7 @@ from . import peers  # noqa: F401  Registers them, so that their folders load as
 from .checkpointing import CheckpointError, require_safetensors
 from .data.augmentation import normalize
 from .data.loading import BadSampleError, RecipeDataset, StreamedRecipeDataset, collate, raise_together
-from .data.recipes import IGNORE_INDEX, Recipe
+from .data.recipes import IGNORE_INDEX, Recipe, listed
 from .interruption import shield_worker
 from .metrics import BoundaryIoU, ConfusionMatrix, label_maps
 
@@ -288,10 +288,9 @@ def load_trained_model(name_or_path: str | Path, task: str = "semantic-segmentat
             f"{name_or_path} is no folder here, and no model of the Hub could be loaded by that name: {error}"
         ) from error
     if missing := sorted(report["missing_keys"]):
-        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise CheckpointError(
-            f"{name_or_path} does not hold all weights of {type(model).__name__}, {len(missing)} are missing ({shown}): "
-            f"give a model that was trained for {task}."
+            f"{name_or_path} does not hold all weights of {type(model).__name__}, {len(missing)} are missing "
+            f"({listed(missing, 5)}): give a model that was trained for {task}."
         )
     return model.eval()
 
@@ -315,8 +314,8 @@ def check_classes(model: nn.Module, recipe: Recipe) -> None:
     moved = [name for index, name in enumerate(names) if places.get(name, index) != index]
     if moved and not is_binary:
         raise ValueError(
-            f"The model has classes of the recipe {recipe.name} in another order ({', '.join(moved[:5])}"
-            f"{', ...' if len(moved) > 5 else ''}): override class_names or label_map."
+            f"The model has classes of the recipe {recipe.name} in another order ({listed(moved, 5)}): override "
+            "class_names or label_map."
         )
 
 

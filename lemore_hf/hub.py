@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import html
 import json
 import math
@@ -32,7 +31,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 from .checkpointing import atomic_file, pickled_files, sha256_of
 from .configuration_lemore import LeMoReConfig
-from .data.recipes import Recipe
+from .data.recipes import Recipe, listed
 from .modeling_lemore import LeMoReForImageClassification, LeMoReForSemanticSegmentation
 
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
@@ -148,7 +147,7 @@ def _check_weights(folder: Path) -> None:
         )
     not_finite = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
     if not_finite:
-        raise PublishingError(f"{path} holds NaN or infinity, in {', '.join(not_finite[:5])}: training has diverged.")
+        raise PublishingError(f"{path} holds NaN or infinity, in {listed(not_finite, 5)}: training has diverged.")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -405,7 +404,7 @@ def _per_class(results: Mapping[str, Any], config: LeMoReConfig) -> list[tuple[s
         )
     scores = {name: None if isinstance(iou, float) and math.isnan(iou) else iou for name, iou in scores.items()}
     if bad := [f"{name}={iou!r}" for name, iou in scores.items() if iou is not None and not _is_fraction(iou)]:
-        raise PublishingError(f"the results hold IoU of classes that are not numbers in 0…1: {', '.join(bad[:5])}")
+        raise PublishingError(f"the results hold IoU of classes that are not numbers in 0…1: {listed(bad, 5)}")
     return [(_in_table(name), "–" if iou is None else f"{100 * iou:.2f}") for name, iou in scores.items()]
 
 
@@ -486,9 +485,8 @@ def push_folder(
     other = sorted(path for path, entry in remote.items() if path not in local or not _is_same(entry, local[path]))
     if other and not overwrite:
         raise PublishingError(
-            f"the repository {repo_id} already holds other content ({', '.join(other[:8])}"
-            f"{', ...' if len(other) > 8 else ''}). Choose another name, or replace it with --overwrite (its history "
-            "keeps the old files)."
+            f"the repository {repo_id} already holds other content ({listed(other, 8)}). Choose another name, or replace "
+            "it with --overwrite (its history keeps the old files)."
         )
     if not other and remote.keys() == local.keys():
         return str(address)
@@ -515,10 +513,9 @@ def signed_in_user(token: str | None = None) -> str:
 
 def _is_same(entry: RepoFile, path: Path) -> bool:
     """Whether a file of the repository has the content of a local one, by the hash that the Hub keeps of it."""
-    content = path.read_bytes()
     if entry.lfs is not None:
-        return entry.lfs.sha256 == hashlib.sha256(content).hexdigest()
-    return entry.blob_id == git_hash(content)
+        return entry.lfs.sha256 == sha256_of(path)
+    return entry.blob_id == git_hash(path.read_bytes())
 
 
 @contextlib.contextmanager

@@ -81,19 +81,22 @@ def find_inputs(patterns: Sequence[str], output_dir: Path) -> dict[Path, Path]:
     """
     inputs: dict[Path, Path] = {}
     known: set[Path] = set()
+    results = output_dir.resolve()
     for pattern in patterns:
         path = Path(pattern)
         if path.is_dir():
-            if path.resolve() == output_dir.resolve() or _is_inside(path, output_dir):
+            if path.resolve().is_relative_to(results):
                 raise FileNotFoundError(
                     f"{pattern!r} lies in the output folder {output_dir}, whose files are results."
                 )
-            found = {file: file.relative_to(path) for file in _media(path, output_dir)}
+            files = files_below(path, PICTURE_SUFFIXES | VIDEO_SUFFIXES)
+            found = {file: file.relative_to(path) for file in files if not file.resolve().is_relative_to(results)}
         elif path.is_file():
             found = {path: Path(path.name)}
         else:
             files = (Path(name) for name in sorted(glob.glob(pattern, recursive=True)))
-            found = {file: Path(file.name) for file in files if file.is_file() and not _is_inside(file, output_dir)}
+            files = (file for file in files if file.is_file() and not file.resolve().is_relative_to(results))
+            found = {file: Path(file.name) for file in files}
         if not found:
             is_name = not path.exists() and glob.escape(pattern) == pattern
             raise FileNotFoundError(
@@ -105,16 +108,6 @@ def find_inputs(patterns: Sequence[str], output_dir: Path) -> dict[Path, Path]:
                 known.add(file.resolve())
                 inputs[file] = name
     return inputs
-
-
-def _is_inside(path: Path, folder: Path) -> bool:
-    return folder.resolve() in path.resolve().parents
-
-
-def _media(folder: Path, output_dir: Path) -> Iterator[Path]:
-    for path in files_below(folder, PICTURE_SUFFIXES | VIDEO_SUFFIXES):
-        if not _is_inside(path, output_dir):
-            yield path
 
 
 def target_files(inputs: dict[Path, Path], output_dir: Path, kinds: Sequence[str]) -> dict[Path, dict[str, Path]]:

@@ -28,6 +28,7 @@ from lemore_hf.data.loading import BadSampleError, Sample, SampleDecoder, load_s
 from lemore_hf.data.recipes import (
     ALL_FIELDS,
     IGNORE_INDEX,
+    SINGLE_CLASS,
     TRAINING_FIELDS,
     Recipe,
     add_data_arguments,
@@ -170,23 +171,7 @@ def main() -> int:
         report = check_split(samples, recipe, split, args)
         print_report(report, recipe, split)
         problems += [(f"{split}: {name}", reason) for name, reason in report.failures]
-        if (
-            recipe.task == "semantic-segmentation"
-            and split == "train"
-            and len(report.counts.keys() - {IGNORE_INDEX}) == 1
-        ):
-            reason = (
-                f"its masks hold a single class beside void ({IGNORE_INDEX}), so that there is nothing to tell apart. Store "
-                "two classes as 0 and 1, not as 0 and 255, or name the stored values in the recipe's label_map."
-            )
-            problems.append((split, reason))
-        is_validated = recipe.task == "semantic-segmentation" and split in split_names(recipe.validate_on)
-        if is_validated and min(len(report.sizes), recipe.eval_batch_size) > 1:
-            reason = (
-                f"images of {len(report.sizes)} sizes cannot be validated {recipe.eval_batch_size} at a time: give "
-                "--eval_batch_size 1."
-            )
-            problems.append((split, reason))
+        problems += [(split, reason) for reason in problems_of_all(report, recipe, split)]
         pictures += [(f"{split}: {sample.name}", sample) for sample in report.pictures]
     if problems:
         print(f"\nA training or an evaluation would fail ({len(problems)}):")
@@ -198,6 +183,19 @@ def main() -> int:
         draw_samples(pictures, recipe, args.num_pictures).save(args.picture)
         print(f"\n{len(pictures)} samples are drawn in {args.picture}.")
     return 1 if problems else 0
+
+
+def problems_of_all(report: Report, recipe: Recipe, split: str) -> Iterator[str]:
+    """What is wrong with the samples of a split together, though each could be used."""
+    if recipe.task != "semantic-segmentation":
+        return
+    if split == "train" and len(report.counts.keys() - {IGNORE_INDEX}) == 1:
+        yield f"its masks {SINGLE_CLASS}"
+    if split in split_names(recipe.validate_on) and min(len(report.sizes), recipe.eval_batch_size) > 1:
+        yield (
+            f"images of {len(report.sizes)} sizes cannot be validated {recipe.eval_batch_size} at a time: give "
+            "--eval_batch_size 1."
+        )
 
 
 def problem_lines(problems: list[tuple[str, str]], shown: int | None) -> Iterator[str]:

@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 
 from lemore_hf.checkpointing import list_checkpoints, read_run
-from lemore_hf.command_line import run_script
+from lemore_hf.command_line import markdown_table, run_script
 from lemore_hf.data.loading import load_split
 from lemore_hf.data.recipes import (
     DESCRIPTIVE_FIELDS,
@@ -279,7 +279,7 @@ def tabulate(plan: dict[str, Any], args: argparse.Namespace) -> str:
         rows.append(row + ([str((options or {}).get("paper", "–"))] if has_paper else []))
     lines = [f"# {plan['title']}", ""]
     lines += [plan["notes"].strip(), ""] if plan["notes"] else []
-    lines += ["| " + " | ".join(row) + " |" for row in (header, ["---"] * 2 + ["---:"] * (len(header) - 2), *rows)]
+    lines.append(markdown_table([header, *rows], num_texts=2, padded=False))
     lines += seed_spreads(plan, entries)
     if plan["options"]:
         lines += ["", f"All: recipe `{plan['recipe']}`, `{shlex.join(option_words(plan['options']))}`."]

@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from lemore_hf import LeMoReConfig, LeMoReForSemanticSegmentation
+from lemore_hf.command_line import markdown_table
 from lemore_hf.complexity import count_multiply_accumulates
 
 
@@ -100,20 +101,12 @@ def input_size_table() -> list[list[str]]:
 
 def render(table: list[list[str]], markdown: bool) -> str:
     """Columns of text, the numbers to the right, as plain text or Markdown."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    numeric = [column in ("parameters", "paper", "M MACs", "labels") for column in table[0]]
-    lines = [
-        [
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ]
-        for row in table
-    ]
-    rule = ["-" * (width - right) + ":" * right for width, right in zip(widths, numeric, strict=True)]
-    lines.insert(1, rule)
+    num_texts = sum(title not in ("parameters", "paper", "M MACs", "labels") for title in table[0])
+    text = markdown_table(table, num_texts)
     if markdown:
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n".join("  ".join(line).rstrip().replace(":", "-") for line in lines)
+        return text
+    lines = [line.removeprefix("| ").removesuffix(" |").replace(" | ", "  ") for line in text.splitlines()]
+    return "\n".join(line.rstrip().replace(":", "-") for line in lines)
 
 
 def main() -> None:

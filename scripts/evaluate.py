@@ -232,6 +232,7 @@ def evaluate_model(
             print(f"Accuracy {percent(scores['accuracy'])}, among five {percent(scores['top5_accuracy'])}")
         return without_nan(scores) | {"num_images": result.num_images}, None
     limit = model.manifest.max_batch_size if isinstance(model, ExportedNetwork) else None
+    views = {name: getattr(args, name) for name in ("scales", "flip", "window", "window_stride")}
     result = evaluate_segmentation(
         model,
         dataset,
@@ -239,12 +240,9 @@ def evaluate_model(
         accelerator,
         batch_size=min(recipe.eval_batch_size, limit or recipe.eval_batch_size),
         num_workers=args.num_workers,
-        scales=args.scales,
-        flip=args.flip,
-        window=args.window,
-        window_stride=args.window_stride,
         boundary=True,
         num_worst=args.worst_images,
+        **views,
     )
     scores = result.scores()
     names = list(recipe.id2label.values())
@@ -253,13 +251,8 @@ def evaluate_model(
             scores[key] = dict(zip(names, values, strict=True))
     if accelerator.is_main_process:
         print(class_table(scores, names))
-    settings = {name: getattr(args, name) for name in ("scales", "flip", "window", "window_stride")}
-    settings |= {
-        "resize": recipe.resize,
-        "max_longest_edge": recipe.max_longest_edge,
-        "center_crop": args.center_crop,
-    }
-    return without_nan(scores) | {"num_images": result.num_images, "inference": settings}, result
+    sizes = {"resize": recipe.resize, "max_longest_edge": recipe.max_longest_edge, "center_crop": args.center_crop}
+    return without_nan(scores) | {"num_images": result.num_images, "inference": views | sizes}, result
 
 
 def class_table(scores: dict[str, Any], names: list[str]) -> str:

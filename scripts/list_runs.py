@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from lemore_hf.command_line import run_script
+from lemore_hf.command_line import markdown_table, run_script
 
 HEADER = ["run", "begins with", "steps", "batch", "rate", "input", "mixes", "head's stride", "hours", "test mIoU"]
 
@@ -41,9 +41,8 @@ def main() -> None:
 
 def tabulate(runs: list[dict[str, Any]]) -> str:
     """A row for each run, and what they took together."""
-    rows = [HEADER, ["---", "---"] + ["---:"] * (len(HEADER) - 2), *map(row, runs)]
-    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
-    return "\n".join([*lines, "", f"{len(runs)} runs, {sum(run['hours'] for run in runs):.1f} hours."])
+    table = markdown_table([HEADER, *map(row, runs)], num_texts=2, padded=False)
+    return f"{table}\n\n{len(runs)} runs, {sum(run['hours'] for run in runs):.1f} hours."
 
 
 def row(run: dict[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 
 import lemore_hf
 from lemore_hf.checkpointing import atomic_folder
-from lemore_hf.data.recipes import load_recipe
+from lemore_hf.data.recipes import listed, load_recipe
 from lemore_hf.hub import CARD, PICTURE_SUFFIXES, PublishingError, ensure_card, push_folder, read_json, validate_folder
 
 
@@ -106,8 +106,7 @@ def copy_files(folder: Path, files: Sequence[Path], output: Path, overwrite: boo
     there = {path.relative_to(output) for path in output.rglob("*") if path.is_file()}
     if (lost := sorted(map(str, there.difference(files)))) and not overwrite:
         raise PublishingError(
-            f"--output {output} holds what would be lost: {', '.join(lost[:8])}{', ...' if len(lost) > 8 else ''}. Give "
-            "another folder, or --overwrite."
+            f"--output {output} holds what would be lost: {listed(lost, 8)}. Give another folder, or --overwrite."
         )
     with atomic_folder(output) as temporary:
         for path in files:

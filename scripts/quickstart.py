@@ -30,7 +30,7 @@ from lemore_hf.checkpointing import atomic_folder
 from lemore_hf.command_line import run_script
 from lemore_hf.data.augmentation import normalize
 from lemore_hf.data.loading import RecipeDataset, collate, inheriting_workers, load_split, read_label_map
-from lemore_hf.data.recipes import IGNORE_INDEX, Recipe, load_recipe
+from lemore_hf.data.recipes import IGNORE_INDEX, Recipe, listed, load_recipe
 from lemore_hf.data.scenes import draw_scene
 from lemore_hf.hardware import usable_cores
 from lemore_hf.metrics import trainer_metrics
@@ -146,9 +146,8 @@ def describe_data(args: argparse.Namespace) -> Recipe:
         classes = sorted(found - {IGNORE_INDEX})
         if len(classes) < max(classes) / 2:
             raise ValueError(
-                f"the masks in {args.dataset} hold the numbers {', '.join(map(str, classes[:8]))}"
-                f"{', ...' if len(classes) > 8 else ''}, with more gaps than classes: store them as 0, 1, 2, ..., or name the "
-                f"classes in {args.dataset}/classes.txt, one a line."
+                f"the masks in {args.dataset} hold the numbers {listed(classes, 8)}, with more gaps than classes: store them "
+                f"as 0, 1, 2, ..., or name the classes in {args.dataset}/classes.txt, one a line."
             )
         recipe = recipe.replace(num_classes=max(classes) + 1)
     if args.recipe is None and args.dataset is not None:
@@ -224,14 +223,9 @@ def make_trainer(
 
 
 def fine_tune(recipe: Recipe, train: RecipeDataset, held_out: RecipeDataset, folder: Path, args) -> None:
-    config = LeMoReConfig(
-        id2label=recipe.id2label,
-        label2id=recipe.label2id,
-        image_size=list(recipe.image_size),
-        palette=[list(color) for color in recipe.palette] if recipe.palette else None,
-    )
     set_seed(args.seed)  # Before the weights are drawn; `Trainer` does it too late for them.
-    model = LeMoReForSemanticSegmentation(config).to(memory_format=torch.channels_last)
+    model = LeMoReForSemanticSegmentation(LeMoReConfig(**recipe.network_settings))
+    model = model.to(memory_format=torch.channels_last)
     make_trainer(model, recipe, args, train).train()
     with atomic_folder(folder) as temporary:
         model.to(memory_format=torch.contiguous_format).save_pretrained(temporary)

@@ -11,11 +11,12 @@ sends them to another machine without https.
 """
 
 import argparse
+import contextlib
 import socket
-import sys
 from pathlib import Path
 
 from lemore_hf.browser import page_server
+from lemore_hf.command_line import run_script
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,13 +36,9 @@ def main() -> None:
     with page_server(arguments.folder, arguments.host, arguments.port) as server:
         host = socket.gethostname() if arguments.host == "0.0.0.0" else arguments.host
         print(f"http://{host}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
-        server.serve_forever()
+        with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+            server.serve_forever()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OSError as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
-    except KeyboardInterrupt:
-        sys.exit(0)  # the way to end it
+    run_script(main)

@@ -69,6 +69,7 @@ from lemore_hf.data.loading import (
 from lemore_hf.data.recipes import (
     DESCRIPTIVE_FIELDS,
     IGNORE_INDEX,
+    SINGLE_CLASS,
     Recipe,
     add_data_arguments,
     add_recipe_arguments,
@@ -518,12 +519,7 @@ def warn_of_one_class(dataset: RecipeDataset) -> None:
             found |= set(dataset.decoded(index).labels.unique().tolist()) - {IGNORE_INDEX}
             if len(found) > 1:
                 return
-        print(
-            f"Warning: the label maps to train on hold a single class beside void ({IGNORE_INDEX}), so that there is nothing "
-            "to tell apart. Store two classes as 0 and 1, not as 0 and 255, or name the stored values in the recipe's "
-            "label_map.",
-            file=sys.stderr,
-        )
+        print(f"Warning: the label maps to train on {SINGLE_CLASS}", file=sys.stderr)
 
 
 def build_model(args: argparse.Namespace, recipe: Recipe) -> PreTrainedModel:
@@ -536,13 +532,7 @@ def build_model(args: argparse.Namespace, recipe: Recipe) -> PreTrainedModel:
             raise ValueError(f"model_config ({recipe.model_config}) is of LeMoRe: it excludes --peer.")
         return build_peer(args.peer, recipe.num_classes, recipe.id2label)
     model_class = LeMoReForImageClassification if is_classification else LeMoReForSemanticSegmentation
-    fields = {
-        "id2label": recipe.id2label,
-        "label2id": recipe.label2id,
-        "image_size": list(recipe.image_size),
-        "palette": [list(colour) for colour in recipe.palette] if recipe.palette else None,
-        **recipe.model_config,
-    }
+    fields = recipe.network_settings | recipe.model_config
     if not args.init_from:
         return model_class(LeMoReConfig(**fields))
     if args.resume and (configuration := configuration_of_run(args.output_dir)) is not None:
@@ -560,7 +550,7 @@ def configuration_of_run(output_dir: Path) -> dict[str, Any] | None:
 
 
 def load_initial(
-    checkpoint: str, model_class: type[PreTrainedModel], fields: dict[str, Any], whole: bool = False
+    checkpoint: str, model_class: type[PreTrainedModel], fields: dict[str, Any], whole: bool
 ) -> PreTrainedModel:
     """The model of a checkpoint, with the recipe's fields in its configuration; `whole` where none of its weights may be
     drawn anew, as a mean of them or an untrained model would not be worth anything."""
@@ -722,7 +712,7 @@ def training_batches(
 def batches_of_steps(
     batches: Iterator[dict[str, Any]], number: int, accelerator: Accelerator
 ) -> Iterator[list[dict[str, Any]]]:
-    """The `number` batches of each optimizer step in this process, which heeds Ctrl-C and SIGTERM between two of them.
+    """The `number` batches of each optimizer step in this process, which heeds requests to stop between two of them.
 
     Raises:
         BadSampleError, Interrupted: on all processes, where one of them meets a bad sample or is asked to stop; nothing

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ..command_line import markdown_table
 from .cell import GRAPH_RUNTIMES, Cell
 
 Result = dict[str, Any]
@@ -103,7 +104,7 @@ def model_table(report: dict[str, Any], names: dict[str, str]) -> str:
             _number(counts.get("multiply_accumulates"), 1e9, 2),
         ]
         rows.append(row + _figures(result, results, counts, report) + ([_images_per_second(result)] if on_gpu else []))
-    return markdown(header, rows)
+    return markdown_table([header, *rows], len(header))
 
 
 def _figures(result: Result, results: list[Result], counts: dict[str, Any], report: dict[str, Any]) -> list[str]:
@@ -158,7 +159,7 @@ def ratio_table(report: dict[str, Any], names: dict[str, str]) -> str:
             cells.append(_number(ratio(match[0], results), 1, 1) if match else "")
         if any(cells):
             rows.append([name, *cells])
-    return markdown(header, rows)
+    return markdown_table([header, *rows], len(header))
 
 
 def picture_table(report: dict[str, Any], names: dict[str, str]) -> str:
@@ -178,7 +179,7 @@ def picture_table(report: dict[str, Any], names: dict[str, str]) -> str:
         row.append(_number(ratio(result, results), 1, 2))
         row += [f"{100 * result['stages'].get(stage, 0) / result['median']:.0f}" for stage in stages]
         rows.append([*row, _number(result.get("peak_memory"), 1e6, 0)])
-    return markdown(header, rows)
+    return markdown_table([header, *rows], len(header))
 
 
 def size_table(report: dict[str, Any], names: dict[str, str]) -> str:
@@ -213,7 +214,7 @@ def size_table(report: dict[str, Any], names: dict[str, str]) -> str:
                 _number(memory and memory / pixels, 1e6, 0),
             ]
         )
-    return markdown(header, rows)
+    return markdown_table([header, *rows], len(header))
 
 
 def _against_native(result: Result, results: list[Result]) -> float | None:
@@ -225,15 +226,6 @@ def _against_native(result: Result, results: list[Result]) -> float | None:
             scale = result["height"] * result["width"] / 512**2
             return result["median"] / other["median"] / scale
     return None
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose source reads as a table, too."""
-    columns = list(zip(header, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
-    lines.insert(1, " | ".join("-" * width for width in widths))
-    return "\n".join(f"| {line} |" for line in lines)
 
 
 def reason(result: Result) -> str:

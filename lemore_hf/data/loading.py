@@ -45,7 +45,7 @@ from .augmentation import (
     resized_size,
     sample_generator,
 )
-from .recipes import IGNORE_INDEX, SPLITS, Recipe, read_text, split_names
+from .recipes import IGNORE_INDEX, SPLITS, Recipe, listed, read_text, split_names
 
 _SPLIT_ALIASES = {
     "train": ("train", "training"),
@@ -53,8 +53,8 @@ _SPLIT_ALIASES = {
     "test": ("test", "testing"),
 }
 _LARGEST_STORED_LABEL = 65535
-Samples = TypeVar("Samples", datasets.Dataset, datasets.IterableDataset)
-_NAMES_SHOWN = 10
+Samples = datasets.Dataset | datasets.IterableDataset
+_Samples = TypeVar("_Samples", datasets.Dataset, datasets.IterableDataset)
 
 
 class BadSampleError(ValueError):
@@ -101,14 +101,10 @@ def load_split(
 
 
 @overload
-def load_split(
-    recipe: Recipe, split: str, data_dir: str | Path | None = None, streaming: bool = False
-) -> datasets.Dataset | datasets.IterableDataset: ...
+def load_split(recipe: Recipe, split: str, data_dir: str | Path | None = None, streaming: bool = False) -> Samples: ...
 
 
-def load_split(
-    recipe: Recipe, split: str, data_dir: str | Path | None = None, streaming: bool = False
-) -> datasets.Dataset | datasets.IterableDataset:
+def load_split(recipe: Recipe, split: str, data_dir: str | Path | None = None, streaming: bool = False) -> Samples:
     """The samples of a split, with the columns `image`, `label` and, where samples have names, `name`.
 
     Args:
@@ -117,7 +113,8 @@ def load_split(
         data_dir: local folder with parquet files (`train.parquet`, `train-00000-of-00002.parquet`, `data/train-*`), or
             that `save_to_disk` of `datasets` has written, or with the recipe's folders of images and label maps, split by
             sub-folders (`train/images`, `images/train`), by lists of names (`split_file`) or not at all; then
-            `validation_fraction` of it is held out. In classification one folder a class. Without it, the recipe's data set comes from the Hub.
+            `validation_fraction` of it is held out. In classification one folder a class. Without it, the recipe's data
+            set comes from the Hub.
         streaming: read while iterating, never the whole set at once.
 
     Raises:
@@ -134,9 +131,7 @@ def load_split(
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
-def _load_one(
-    recipe: Recipe, split: str, data_dir: str | Path | None, streaming: bool
-) -> datasets.Dataset | datasets.IterableDataset:
+def _load_one(recipe: Recipe, split: str, data_dir: str | Path | None, streaming: bool) -> Samples:
     if data_dir is None:
         return _load_published(recipe, split, streaming)
     folder = Path(data_dir).expanduser()
@@ -151,7 +146,7 @@ def _load_one(
     return _load_folders(recipe, split, folder, streaming)
 
 
-def _load_published(recipe: Recipe, split: str, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+def _load_published(recipe: Recipe, split: str, streaming: bool) -> Samples:
     if recipe.dataset is None:
         raise ValueError(f"The recipe {recipe.name} needs a local folder (data_dir). {recipe.notes}")
     if recipe.dataset == "scenes":
@@ -172,16 +167,14 @@ def _load_published(recipe: Recipe, split: str, streaming: bool) -> datasets.Dat
     )
 
 
-def _load_parquet(
-    recipe: Recipe, split: str, folder: Path, streaming: bool
-) -> datasets.Dataset | datasets.IterableDataset:
+def _load_parquet(recipe: Recipe, split: str, folder: Path, streaming: bool) -> Samples:
     files = _parquet_files(recipe, split, folder)
     if files:
         return _read_parquet(files, streaming)
     everything = sorted(folder.rglob("*.parquet"))
     if any(_parquet_files(recipe, other, folder) for other in _SPLIT_ALIASES):
         raise FileNotFoundError(
-            f"{folder} has no parquet file of the {split} split: none of {_listed([f.name for f in everything])} "
+            f"{folder} has no parquet file of the {split} split: none of {listed([f.name for f in everything])} "
             f"begins with {' or '.join(_aliases(recipe, split))}. Rename it, or set data_files in the recipe."
         )
     _refuse_unknown_splits(
@@ -190,9 +183,9 @@ def _load_parquet(
     return _hold_out(_read_parquet(everything, streaming), recipe, split, folder)
 
 
-def _read_parquet(files: list[Path], streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+def _read_parquet(files: list[Path], streaming: bool) -> Samples:
     if sum(_num_rows(file) for file in files) == 0:
-        raise ValueError(f"There is no sample in {_listed([str(file) for file in files])}.")
+        raise ValueError(f"There is no sample in {listed([str(file) for file in files])}.")
     return datasets.load_dataset(
         "parquet", data_files=[str(file) for file in files], split="train", streaming=streaming
     )
@@ -207,9 +200,7 @@ def _num_rows(file: Path) -> int:
         raise ValueError(f"{file} cannot be read as parquet ({error}): copy or download it again.") from error
 
 
-def _load_saved(
-    recipe: Recipe, split: str, folder: Path, streaming: bool
-) -> datasets.Dataset | datasets.IterableDataset:
+def _load_saved(recipe: Recipe, split: str, folder: Path, streaming: bool) -> Samples:
     """What `save_to_disk` of a `DatasetDict` or a `Dataset` has written."""
     saved = datasets.load_from_disk(str(folder))
     if isinstance(saved, datasets.Dataset):
@@ -218,7 +209,7 @@ def _load_saved(
         samples = saved[found[0]]
     else:
         raise FileNotFoundError(
-            f"{folder} has no {split} split, only {_listed(list(saved))}: expected {' or '.join(_aliases(recipe, split))}."
+            f"{folder} has no {split} split, only {listed(list(saved))}: expected {' or '.join(_aliases(recipe, split))}."
         )
     return samples.to_iterable_dataset() if streaming else samples
 
@@ -233,9 +224,7 @@ def _parquet_files(recipe: Recipe, split: str, folder: Path) -> list[Path]:
     return []
 
 
-def _load_class_folders(
-    recipe: Recipe, split: str, folder: Path, streaming: bool
-) -> datasets.Dataset | datasets.IterableDataset:
+def _load_class_folders(recipe: Recipe, split: str, folder: Path, streaming: bool) -> Samples:
     for alias in _aliases(recipe, split):
         if (folder / alias).is_dir():
             samples = _read_class_folders(folder / alias, streaming)
@@ -247,7 +236,7 @@ def _load_class_folders(
     return _hold_out(whole, recipe, split, folder)
 
 
-def _read_class_folders(folder: Path, streaming: bool) -> datasets.Dataset | datasets.IterableDataset:
+def _read_class_folders(folder: Path, streaming: bool) -> Samples:
     # All files by name: `datasets` would take words such as "val" or "train" in their names for splits.
     return datasets.load_dataset(
         "imagefolder",
@@ -259,9 +248,7 @@ def _read_class_folders(folder: Path, streaming: bool) -> datasets.Dataset | dat
     )
 
 
-def _with_labels_of(
-    recipe: Recipe, samples: datasets.Dataset | datasets.IterableDataset, place: Path | str, kind: str
-):
+def _with_labels_of(recipe: Recipe, samples: Samples, place: Path | str, kind: str) -> Samples:
     """The recipe's numbers for labels that have names of their own: folders are numbered in the order of their names, all
     that there are, and the classes of a file as it was written."""
     feature = (samples.features or {}).get("label")
@@ -276,7 +263,7 @@ def _with_labels_of(
             return samples
         unknown = [name for name in names if name not in recipe.label2id]
         raise ValueError(
-            f"{place} has {len(names)} {kind}, of which {_listed(unknown)} are none of the {recipe.num_classes} classes of "
+            f"{place} has {len(names)} {kind}, of which {listed(unknown)} are none of the {recipe.num_classes} classes of "
             f"the recipe {recipe.name}: rename them, or give the recipe's class_names."
         )
     classes = [recipe.label2id[name] for name in names]
@@ -302,9 +289,7 @@ def _label_ending(images: set[str], labels: set[str]) -> str:
     return f" They end in {fitting[0]!r}: give label_suffix={fitting[0]!r}." if fitting else ""
 
 
-def _load_folders(
-    recipe: Recipe, split: str, folder: Path, streaming: bool
-) -> datasets.Dataset | datasets.IterableDataset:
+def _load_folders(recipe: Recipe, split: str, folder: Path, streaming: bool) -> Samples:
     image_folder, label_folder, alias = _find_folders(recipe, split, folder)
     images = _files_by_name(image_folder, recipe.image_suffix)
     labels = _files_by_name(label_folder, recipe.label_suffix)
@@ -314,12 +299,12 @@ def _load_folders(
         wanted = _listed_names(recipe, split, folder)
         images, labels = ({k: v for k, v in files.items() if k in wanted} for files in (images, labels))
         if missing := sorted(wanted - set(images) - set(labels)):
-            raise ValueError(f"{folder} lacks {len(missing)} samples of the {split} split: {_listed(missing)}.")
+            raise ValueError(f"{folder} lacks {len(missing)} samples of the {split} split: {listed(missing)}.")
     if without := sorted(set(labels) - set(images)):
         hint = _label_ending(set(images), set(labels))
-        raise ValueError(f"{len(without)} label maps in {label_folder} have no image: {_listed(without)}.{hint}")
+        raise ValueError(f"{len(without)} label maps in {label_folder} have no image: {listed(without)}.{hint}")
     if without := sorted(set(images) - set(labels)):
-        raise ValueError(f"{len(without)} images in {image_folder} have no label map: {_listed(without)}.")
+        raise ValueError(f"{len(without)} images in {image_folder} have no label map: {listed(without)}.")
     if not images:
         raise FileNotFoundError(f"There are no images in {image_folder}.")
     names = sorted(images)
@@ -358,7 +343,6 @@ def _apart(
 def _find_folders(recipe: Recipe, split: str, folder: Path) -> tuple[Path, Path, str | None]:
     """Folders of images and label maps, and the split's name in them; `None` if they are not split."""
     pair = (recipe.image_folder, recipe.label_folder)
-    templates: list[tuple[str, str]] = []
     if recipe.split_file is not None or any("{split}" in part for part in pair):
         templates = [pair]
     else:
@@ -382,7 +366,7 @@ def _find_folders(recipe: Recipe, split: str, folder: Path) -> tuple[Path, Path,
         return *plain, None
     raise FileNotFoundError(
         f"{folder} does not have the {split} split: looked for parquet files and for the folders "
-        f"{_listed(tried)}{'' if is_split else f', or {pair[0]} and {pair[1]}'}. The recipe's fields image_folder and "
+        f"{listed(tried)}{'' if is_split else f', or {pair[0]} and {pair[1]}'}. The recipe's fields image_folder and "
         f"label_folder name them.{_known_layout(folder)}"
     )
 
@@ -444,7 +428,7 @@ def _refuse_unknown_splits(folder: Path, paths: Iterable[Path], advice: str) -> 
         )
 
 
-def _hold_out(samples, recipe: Recipe, split: str, folder: Path):
+def _hold_out(samples: Samples, recipe: Recipe, split: str, folder: Path) -> Samples:
     """Train or validation part of what is not split: a fraction, spread evenly over the order of names, is held out."""
     if split == "test":
         raise FileNotFoundError(
@@ -453,7 +437,6 @@ def _hold_out(samples, recipe: Recipe, split: str, folder: Path):
         )
     samples = without_decoding(samples)
     fraction = recipe.validation_fraction
-
     wanted = functools.partial(_is_part, fraction=fraction, held_out=split == "validation")
     if isinstance(samples, datasets.IterableDataset):
         if samples.num_shards > 1:  # which are shuffled and shared out, so that a sample's number is not its own
@@ -476,7 +459,7 @@ def _is_part(sample: Any, index: int, fraction: float, held_out: bool) -> bool:
     return held_out == (math.floor(index * fraction + 0.5) > math.floor((index - 1) * fraction + 0.5))
 
 
-def _normalize_columns(samples, recipe: Recipe):
+def _normalize_columns(samples: Samples, recipe: Recipe) -> Samples:
     # A stream would otherwise decode its pictures to rename their column, and encode them again.
     samples = without_decoding(samples)
     wanted = {recipe.image_column: "image", recipe.label_column: "label"}
@@ -487,7 +470,7 @@ def _normalize_columns(samples, recipe: Recipe):
         wanted["name"] = "name"
     if missing := [column for column in wanted if column not in available]:
         raise ValueError(
-            f"The data has no column {_listed(missing)}, only {_listed(available)}: set image_column, label_column and "
+            f"The data has no column {listed(missing)}, only {listed(available)}: set image_column, label_column and "
             "name_column."
         )
     samples = samples.select_columns(list(wanted))
@@ -507,12 +490,7 @@ def _normalize_columns(samples, recipe: Recipe):
     return samples
 
 
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(str(name) for name in names[:_NAMES_SHOWN])
-    return f"{shown} and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else shown
-
-
-def with_classes_of(recipe: Recipe, samples: datasets.Dataset | datasets.IterableDataset) -> Recipe:
+def with_classes_of(recipe: Recipe, samples: Samples) -> Recipe:
     """The recipe, with the class names of an image-classification set's label column where it has none of its own.
 
     Raises:
@@ -614,7 +592,7 @@ class SampleDecoder:
         present = np.flatnonzero(np.bincount(stored.ravel()))
         if unknown := [int(label) for label in present if not self._is_known[label]]:
             raise ValueError(
-                f"stored labels {_listed(unknown)} are out of range: there are {self.recipe.num_classes} classes"
+                f"stored labels {listed(unknown)} are out of range: there are {self.recipe.num_classes} classes"
                 f"{', reduced by one,' if self.recipe.reduce_labels else ''} and {IGNORE_INDEX} for void. "
                 "reduce_labels is for labels that count from 1, and label_map gives any others a class"
             )
@@ -634,7 +612,7 @@ class SampleDecoder:
             )
             raise ValueError(
                 f"{strange.sum()} of its pixels have colours that are none of label_colors or void_colors: "
-                f"{_listed(shown)}{blended}"
+                f"{listed(shown)}{blended}"
             )
         return self._label_of_color[nearest]
 
@@ -731,7 +709,7 @@ def _colors_of(image: Image.Image) -> str:
     colours = image.convert("RGB").getcolors(maxcolors=256) if image.mode in ("RGB", "RGBA") else None
     if not colours:
         return ""
-    return f"; it has the colours {_listed([colour for _, colour in sorted(colours, reverse=True)])}"
+    return f"; it has the colours {listed([colour for _, colour in sorted(colours, reverse=True)])}"
 
 
 def _open_colors(value: Any) -> np.ndarray:
@@ -956,14 +934,14 @@ def collate(samples: list[dict[str, Any] | None]) -> dict[str, Any] | None:
             continue
         if len({value.shape for value in batch[key]}) > 1:
             odd = next(index for index, value in enumerate(batch[key]) if value.shape != batch[key][0].shape)
-            reason = f"the {key} of a batch differ in size ({_listed([tuple(v.shape) for v in batch[key]])})"
+            reason = f"the {key} of a batch differ in size ({listed([tuple(v.shape) for v in batch[key]])})"
             name = batch["name"][odd]
             raise BadSampleError(f"Sample {name!r}: {reason}. Evaluate them with --eval_batch_size 1.", name, reason)
         batch[key] = torch.stack(batch[key])
     return batch
 
 
-def without_decoding(samples: Samples) -> Samples:
+def without_decoding(samples: _Samples) -> _Samples:
     """The samples with pictures as they are stored, bytes or path, so that a broken one fails under its own name."""
     for column, feature in (samples.features or {}).items():
         if isinstance(feature, datasets.Image):

@@ -28,7 +28,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -40,6 +40,11 @@ from transformers import PreTrainedConfig
 from ..configuration_lemore import LeMoReConfig
 
 IGNORE_INDEX = 255
+SINGLE_CLASS = (
+    f"hold a single class beside void ({IGNORE_INDEX}), so that there is nothing to tell apart. Store two classes as 0 and "
+    f"1, not as 0 and {IGNORE_INDEX}, or name the stored values in the recipe's label_map."
+)
+"""What is said of label maps that teach nothing."""
 SPLITS = ("train", "validation", "test")
 _MOST_VALUES = 1_000_000  # of a YAML file; the longest `label_map` has an eighth
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a thousand names take the other long
@@ -244,11 +249,11 @@ class Recipe:
                 f"num_classes is {count}, but class_names lists {len(names)} names: correct one of them, or override "
                 "both."
             )
-        if names and len(set(names)) != len(names):
+        if len(set(names)) != len(names):
             twice = sorted({name for name in names if names.count(name) > 1})
             raise ValueError(f"class_names must differ from each other, but {twice} stand there more than once.")
-        object.__setattr__(self, "num_classes", len(names) if names else count)
-        count = self.num_classes
+        count = len(names) if names else count
+        object.__setattr__(self, "num_classes", count)
         if count is not None and count < 1:
             raise ValueError(f"num_classes must be at least 1, got {count}.")
         if self.task == "semantic-segmentation" and count == 1:
@@ -415,6 +420,16 @@ class Recipe:
                 "crop_size": dict(zip(("height", "width"), self.crop_size, strict=True)),
             }
         return settings
+
+    @property
+    def network_settings(self) -> dict[str, Any]:
+        """Fields of `LeMoReConfig` that the recipe's own fields decide; `model_config` holds further ones."""
+        return {
+            "id2label": self.id2label,
+            "label2id": self.label2id,
+            "image_size": list(self.image_size),
+            "palette": [list(colour) for colour in self.palette] if self.palette else None,
+        }
 
     def replace(self, **changes: Any) -> "Recipe":
         """The recipe with some fields changed, validated anew."""
@@ -627,9 +642,8 @@ def _recipe_text(name_or_path: str | Path) -> tuple[str, str]:
             f"There is no recipe {str(name_or_path)!r}{nearest(str(name_or_path), recipe_names())}: the recipes are "
             f"{', '.join(recipe_names())}; your own is given by the path of its YAML file."
         )
-    return (resources.files("lemore_hf") / "recipes" / f"{name_or_path}.yaml").read_text(
-        encoding="utf-8"
-    ), f"recipe {name_or_path}"
+    text = (resources.files("lemore_hf") / "recipes" / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    return text, f"recipe {name_or_path}"
 
 
 def _as_mapping(overrides: Mapping[str, Any] | Iterable[str] | None) -> dict[str, Any]:
@@ -743,6 +757,12 @@ def nearest(name: str, known: list[str]) -> str:
     """A hint at the known name that an unknown one may be meant for, to go on with after it; "" where none is like it."""
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def listed(names: Sequence[Any], most: int = 10) -> str:
+    """The first names, for an error's text, and how many there are besides."""
+    shown = ", ".join(str(name) for name in names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def _field_documentation() -> dict[str, str]:
