@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             address = push_folder(args.model, args.repo_id, **card, overwrite=args.overwrite, private=args.private)
             print(f"Published: {address}")
-    except (PublishingError, OSError, ValueError) as error:
+    except (PublishingError, OSError, TypeError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 

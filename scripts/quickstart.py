@@ -138,12 +138,12 @@ def describe_data(args: argparse.Namespace) -> Recipe:
         for split in ("train", recipe.validate_on):
             for sample in tqdm(load_split(recipe, split, args.dataset), f"Counting classes in {split}"):
                 found.update(np.unique(read_label_map(sample["label"])).tolist())
-        if found <= {0, IGNORE_INDEX}:
+        classes = sorted(found - {IGNORE_INDEX})
+        if len(classes) < 2:
             raise ValueError(
                 f"the masks in {args.dataset} hold {sorted(found)}, where {IGNORE_INDEX} is void: there are no two classes "
                 "to tell apart. Store them as the numbers 0, 1, ..., such as 0 and 1 for background and foreground."
             )
-        classes = sorted(found - {IGNORE_INDEX})
         if len(classes) < max(classes) / 2:
             raise ValueError(
                 f"the masks in {args.dataset} hold the numbers {listed(classes, 8)}, with more gaps than classes: store them "

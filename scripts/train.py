@@ -532,7 +532,7 @@ def build_model(args: argparse.Namespace, recipe: Recipe) -> PreTrainedModel:
             raise ValueError(f"model_config ({recipe.model_config}) is of LeMoRe: it excludes --peer.")
         return build_peer(args.peer, recipe.num_classes, recipe.id2label)
     model_class = LeMoReForImageClassification if is_classification else LeMoReForSemanticSegmentation
-    fields = recipe.network_settings | recipe.model_config
+    fields = recipe.network_settings
     if not args.init_from:
         return model_class(LeMoReConfig(**fields))
     if args.resume and (configuration := configuration_of_run(args.output_dir)) is not None:

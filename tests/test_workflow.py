@@ -297,6 +297,16 @@ def test_masks_of_one_class_are_explained(tmp_path, monkeypatch):
         script.main()
 
 
+def test_masks_of_one_number_are_explained_whatever_it_is(tmp_path, monkeypatch):
+    for part, mode in (("images", "RGB"), ("masks", "L")):
+        (tmp_path / "own" / part).mkdir(parents=True)
+        for index in range(20):
+            PIL.Image.new(mode, (64, 64), 1 if mode == "L" else "red").save(tmp_path / "own" / part / f"{index}.png")
+    script = quickstart_script(monkeypatch)
+    with pytest.raises(ValueError, match=r"hold \[1\], .* no two classes to tell apart"):
+        script.describe_data(SimpleNamespace(recipe=None, dataset=tmp_path / "own"))
+
+
 def test_masks_whose_numbers_have_gaps_are_explained(tmp_path, monkeypatch):
     """Such as those that were made bright, so that people see them."""
     for part, mode in (("images", "RGB"), ("masks", "L")):
@@ -320,6 +330,16 @@ def quickstart_script(monkeypatch):
     monkeypatch.setitem(sys.modules, spec.name, script)
     spec.loader.exec_module(script)
     return script
+
+
+def test_quickstart_makes_the_network_that_a_recipe_describes(tmp_path, monkeypatch):
+    script = quickstart_script(monkeypatch)
+    recipe = load_recipe("scenes", {"image_size": (64, 64), "model_config": TINY_MODEL})
+    monkeypatch.setattr(script, "make_trainer", lambda *_: SimpleNamespace(train=lambda: None))
+    script.fine_tune(recipe, None, None, tmp_path / "model", SimpleNamespace(seed=0))
+    config = LeMoReConfig.from_pretrained(tmp_path / "model")
+    assert {name: getattr(config, name) for name in TINY_MODEL} == TINY_MODEL
+    assert config.num_labels == recipe.num_classes
 
 
 def test_quickstart_trains_on_few_pictures(tmp_path, monkeypatch):

@@ -423,12 +423,13 @@ class Recipe:
 
     @property
     def network_settings(self) -> dict[str, Any]:
-        """Fields of `LeMoReConfig` that the recipe's own fields decide; `model_config` holds further ones."""
+        """Fields of `LeMoReConfig` that the recipe decides."""
         return {
             "id2label": self.id2label,
             "label2id": self.label2id,
             "image_size": list(self.image_size),
             "palette": [list(colour) for colour in self.palette] if self.palette else None,
+            **self.model_config,
         }
 
     def replace(self, **changes: Any) -> "Recipe":
