@@ -25,6 +25,7 @@ import torch
 import torchvision
 import transformers
 from accelerate import Accelerator
+from filelock import FileLock
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 from transformers import PreTrainedModel
@@ -365,20 +366,21 @@ def record_run(report: dict[str, Any], args: argparse.Namespace) -> None:
     `evaluation`, what was measured on each split. A run is known by its name, configuration hash, seed and length; the
     scores of an earlier training of the same are not kept.
     """
-    lines = args.runs.read_text(encoding="utf-8").splitlines() if args.runs.is_file() else []
-    runs = [json.loads(line) for line in lines]
-    identity = ("name", "configuration_hash", "seed", "steps")
-    known = next((run for run in runs if all(run.get(key) == report["run"].get(key) for key in identity)), None)
-    if known is None:
-        runs.append(known := dict(report["run"]))
-    elif any(known.get(key) != value for key, value in report["run"].items()):
-        known.clear()
-        known.update(report["run"])
-    keys = ("mean_iou", "mean_accuracy", "overall_accuracy", "boundary_iou", "accuracy", "inference")
-    known |= {key: report[key] for key in ("parameters", "multiply_accumulates")}
-    known.setdefault("evaluation", {})[args.split] = {key: report[key] for key in keys if key in report}
-    with atomic_file(args.runs) as part:
-        part.write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")
+    with FileLock(args.runs.with_name(f".{args.runs.name}.lock")):  # other runs may be scored at the same time
+        lines = args.runs.read_text(encoding="utf-8").splitlines() if args.runs.is_file() else []
+        runs = [json.loads(line) for line in lines]
+        identity = ("name", "configuration_hash", "seed", "steps")
+        known = next((run for run in runs if all(run.get(key) == report["run"].get(key) for key in identity)), None)
+        if known is None:
+            runs.append(known := dict(report["run"]))
+        elif any(known.get(key) != value for key, value in report["run"].items()):
+            known.clear()
+            known.update(report["run"])
+        keys = ("mean_iou", "mean_accuracy", "overall_accuracy", "boundary_iou", "accuracy", "inference")
+        known |= {key: report[key] for key in ("parameters", "multiply_accumulates")}
+        known.setdefault("evaluation", {})[args.split] = {key: report[key] for key in keys if key in report}
+        with atomic_file(args.runs) as part:
+            part.write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -761,3 +762,16 @@ def test_runs_of_several_seeds_are_lines_of_their_own(run_script, tmp_path):
     lines = [json.loads(line) for line in options.runs.read_text().splitlines()]
     assert [line["seed"] for line in lines] == [0, 1]
     assert lines[1]["evaluation"]["test"] == {"mean_iou": 0.5, "inference": {"flip": True}}
+
+
+def test_runs_that_are_scored_at_the_same_time_are_all_kept(run_script, tmp_path):
+    options = SimpleNamespace(runs=tmp_path / "new" / "runs.jsonl", split="test")
+
+    def record(seed: int) -> None:
+        run = {"name": "net", "configuration_hash": "x", "seed": seed, "steps": 3}
+        run_script.module.record_run({"parameters": 1, "multiply_accumulates": 1, "run": run}, options)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(record, range(32)))
+    kept = [json.loads(line)["seed"] for line in options.runs.read_text().splitlines()]
+    assert sorted(kept) == list(range(32))
