@@ -33,8 +33,8 @@ class Segmenter:
     The threads of the runtimes do not survive a fork: make one in each process. What is pickled is where the network lies,
     so that one sent to a process that was spawned opens it there.
 
-    An export of the format `torch` is a program, which PyTorch reads by unpickling: open those of people alone whose code you
-    would run. The other formats and checkpoints hold no code that is run.
+    PyTorch unpickles exports of the format `torch`: only open those of people whose code you would run. Nothing is run of what
+    other exports and checkpoints hold.
 
     Args:
         path (`str` or `os.PathLike`): A checkpoint folder, an export folder, or the graph inside an export folder.
