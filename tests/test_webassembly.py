@@ -331,10 +331,9 @@ def test_page_labels_a_photo_a_film_and_the_camera_in_chromium(chromium, exporte
 def test_transformers_js_labels_a_picture_by_its_pipeline(chromium, browser_runtime, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason="needs the extra lemore-hf[onnx]")
-    processor = LeMoReImageProcessor.from_pretrained(RELEASED, size={"height": HEIGHT, "width": WIDTH})
-    export_for_transformers_js(
-        load_trained_model(RELEASED), processor, browser_runtime / "EXPORT", precision="float16"
-    )
+    model, processor = load_trained_model(RELEASED), LeMoReImageProcessor.from_pretrained(RELEASED)
+    options = {"precision": "float16", "image_size": (HEIGHT, WIDTH)}  # sooner made than a graph of any size
+    export_for_transformers_js(model, processor, browser_runtime / "EXPORT", **options)
     picture = draw_scene(1, (HEIGHT, WIDTH), daylight=True)[0]
     picture.save(browser_runtime / "street.png")
     packed = subprocess.run(
