@@ -15,6 +15,7 @@ import argparse
 import errno
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -130,6 +131,7 @@ def run(jobs: list[Job], model: Path, processes: int, threads: int | None) -> It
 def start_worker(model: Path, num_threads: int | None) -> None:
     global segmenter
     interrupt_by_signals()
+    tqdm.set_lock(threading.RLock())  # instead of a semaphore, which a process that is interrupted would leave behind
     transformers.utils.logging.disable_progress_bar()  # of loading, over within a second
     segmenter = Segmenter(model, num_threads)
 
