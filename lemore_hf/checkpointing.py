@@ -195,7 +195,9 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     advice = "delete this checkpoint and resume from an earlier one."
     try:
         state = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-    except ValueError as error:
+        if not isinstance(state, dict):
+            raise ValueError("it holds no state")
+    except (ValueError, RecursionError) as error:
         raise DamagedCheckpointError(f"{folder / STATE_NAME} is damaged ({error}): {advice}") from error
     if sha256_of(folder / TENSORS_NAME) != state.get("sha256"):
         raise DamagedCheckpointError(
@@ -270,7 +272,9 @@ def require_safetensors(folder: Path) -> None:
             f"{folder} holds pickled weights ({_names(pickled)}), which can run code when they are loaded: only "
             "safetensors are read. Where you trust them, load and save them with save_pretrained."
         )
-    raise CheckpointError(f"{folder} is no model folder: it holds no model.safetensors.")
+    # As `--transformers-js` makes them; the name is that of `lemore_hf.export.MANIFEST`.
+    export = next((f": name the export in it, {path.parent}" for path in folder.glob("*/lemore_export.json")), "")
+    raise CheckpointError(f"{folder} is no model folder: it holds no model.safetensors{export}.")
 
 
 def _names(paths: list[Path]) -> str:

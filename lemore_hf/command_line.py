@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import math
 import signal
 import sys
@@ -44,6 +45,8 @@ def run_script(main: Callable[[], int | None], *expected: type[Exception], inter
             that are not installed.
         interrupted: what to say after Ctrl-C.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold bytes that are no text
     try:
         if (status := main()) is not None:
             sys.exit(status)

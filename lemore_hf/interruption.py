@@ -2,9 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ctrl-C, SIGTERM, as a scheduler sends it, and SIGHUP, as a lost connection does, heeded where work can be saved."""
 
+import math
 import os
 import signal
+import sys
 import time
+from multiprocessing import parent_process
 from types import FrameType
 from typing import Any
 
@@ -17,6 +20,28 @@ def shield_worker(worker_id: int = 0) -> None:
     them the process could not end its step. They still end when it does."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
+
+
+def interrupt_by_signals() -> None:
+    """From now on SIGTERM and SIGHUP end this process as Ctrl-C does, so that it deletes what is half written: with
+    `KeyboardInterrupt`, whose `number` is the signal's, and in one that was started for a pool with `SystemExit`, of which
+    it says nothing."""
+    last = -math.inf
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        before, last = last, time.monotonic()
+        if last - before <= _SAME_KEYSTROKE:
+            return
+        if parent_process() is not None:
+            sys.exit(128 + number)
+        error = KeyboardInterrupt()
+        error.number = number
+        raise error
+
+    for number in _HEEDED:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, interrupt)
 
 
 class Interrupted(Exception):  # noqa: N818  Not an error.

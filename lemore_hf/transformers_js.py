@@ -72,7 +72,11 @@ def export_for_transformers_js(
 
 def _check_configuration(path: Path) -> None:
     """Refuse to replace a configuration that is not one for Transformers.js, such as a checkpoint's."""
-    if path.exists() and _NOTES not in json.loads(path.read_text(encoding="utf-8")):
+    try:
+        is_ours = not path.exists() or _NOTES in json.loads(path.read_text(encoding="utf-8"))
+    except (TypeError, ValueError):  # no JSON, or a number
+        is_ours = False
+    if not is_ours:
         raise ValueError(f"{path} is another model's and would be lost: name a new folder.")
 
 

@@ -13,11 +13,13 @@ listed at the end.
 
 import argparse
 import errno
+import os
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
 import transformers
@@ -28,6 +30,7 @@ from lemore_hf.checkpointing import CheckpointError
 from lemore_hf.command_line import at_least, run_script
 from lemore_hf.hardware import usable_cores
 from lemore_hf.inference import Segmenter
+from lemore_hf.interruption import interrupt_by_signals
 from lemore_hf.pictures import files_below
 from lemore_hf.prediction import (
     TARGETS,
@@ -119,12 +122,16 @@ def run(jobs: list[Job], model: Path, processes: int, threads: int | None) -> It
                 f"--processes than {processes}, and it goes on."
             ) from error
         except BaseException:
+            for process in active_children():  # films may take hours, and a signal may have come to this process alone
+                process.terminate()
             pool.shutdown(cancel_futures=True)
             raise
 
 
 def start_worker(model: Path, num_threads: int | None) -> None:
     global segmenter
+    interrupt_by_signals()
+    tqdm.set_lock(threading.RLock())  # instead of a semaphore, which a process that is interrupted would leave behind
     transformers.utils.logging.disable_progress_bar()  # of loading, over within a second
     segmenter = Segmenter(model, num_threads)
 
@@ -135,6 +142,8 @@ def work(job: Job) -> tuple[Path, str | None]:
         predict_file(segmenter, source, targets, alpha, progress=parent_process() is None)
     except UnreadableInputError as error:
         return source, str(error)
+    except SystemExit as error:
+        os._exit(error.code)  # a pool's process would go on with its next input
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:  # the fault of this input alone
             raise

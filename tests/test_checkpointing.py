@@ -105,6 +105,15 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage):
         load_checkpoint(folder)
 
 
+@pytest.mark.parametrize("content", ["5", "null", "[]", "[" * 100_000])
+def test_a_state_that_is_none_is_refused_by_name(tmp_path, content):
+    folder = checkpoint_folder(tmp_path, 1)
+    save_checkpoint(folder, TENSORS, {"step": 1})
+    (folder / "state.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"state\.json is damaged"):
+        load_checkpoint(folder)
+
+
 def test_pickled_checkpoints_are_refused(tmp_path):
     folder = checkpoint_folder(tmp_path, 1)
     save_checkpoint(folder, TENSORS, {"step": 1})

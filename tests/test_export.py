@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import runpy
 import shutil
 import signal
@@ -28,6 +29,7 @@ from lemore_hf import LeMoReConfig, LeMoReForImageClassification, LeMoReForSeman
 from lemore_hf import export as export_module
 from lemore_hf.checkpointing import CheckpointError
 from lemore_hf.data.scenes import draw_scene
+from lemore_hf.evaluation import load_trained_model
 from lemore_hf.export import ExportManifest, SegmentationGraph, export_model, network_input
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 from lemore_hf.inference import (
@@ -703,6 +705,21 @@ def test_a_checkpoint_is_not_replaced_by_what_transformers_js_takes(checkpoint, 
     with pytest.raises(ValueError, match=r"config\.json is another model's"):
         export_for_transformers_js(model, image_processor, checkpoint)
     assert {file.name: file.read_bytes() for file in checkpoint.iterdir()} == files
+
+
+@pytest.mark.parametrize("content", ["{oops", "5", "null"])
+def test_what_is_no_configuration_is_not_replaced_either(content, model, image_processor, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json is another model's"):
+        export_for_transformers_js(model, image_processor, tmp_path)
+
+
+def test_of_a_folder_for_transformers_js_the_export_in_it_is_named(tmp_path):
+    (tmp_path / "onnx").mkdir()
+    for name in ("config.json", "onnx/lemore_export.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"name the export in it, {re.escape(str(tmp_path / 'onnx'))}"):
+        load_trained_model(tmp_path)
 
 
 @pytest.mark.parametrize("options", [["--format", "torch"], ["--format", "onnx", "--with-postprocessing"]])

@@ -4,17 +4,22 @@
 
 import copy
 import functools
+import io
 import json
 import os
 import re
 import runpy
 import shutil
+import signal
 import struct
 import subprocess
+import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from launching import launch, run_here
@@ -285,6 +290,46 @@ def test_nothing_half_written_stays_behind(segmenter, pictures, tmp_path, monkey
     with pytest.raises(OSError, match="disk full"):
         predict_file(segmenter, pictures / "one.png", {"masks": tmp_path / "out" / "one.png"})
     assert files_below(tmp_path / "out") == set()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends processes without asking them")
+def test_a_scheduler_s_signal_leaves_neither_half_films_nor_processes(checkpoint, tmp_path):
+    av = pytest.importorskip("av")
+    frame = av.VideoFrame.from_ndarray(np.asarray(patches(0)))
+    for name in ("one.mkv", "two.mkv"):
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream("ffv1", rate=25)
+            stream.height, stream.width, stream.pix_fmt = 60, 80, "bgr0"
+            for number in range(4000):
+                frame.pts = number
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+    output = tmp_path / "out"
+    command = launch(1, SCRIPT, "--model", checkpoint, "--input", tmp_path, "--output", output, "--processes", 2)
+    process = subprocess.Popen(command)
+    try:
+        while process.poll() is None and len(list(output.glob("masks/.*.mkv"))) < 2:
+            time.sleep(0.1)
+        workers = psutil.Process(process.pid).children()
+        process.terminate()  # to this process alone
+        assert process.wait(60) == 128 + signal.SIGTERM
+        assert not psutil.wait_procs(workers, 60)[1]
+        assert files_below(output) == {"predictions.json"}
+    finally:
+        process.kill()
+
+
+def test_a_name_that_is_no_text_can_be_printed(checkpoint, pictures, tmp_path, predict, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    output = tmp_path / "out\udcff"
+    try:
+        output.mkdir()
+    except OSError:
+        pytest.skip("the file system takes text alone")
+    predict("--model", checkpoint, "--input", pictures, "--output", output)
+    terminal.flush()
+    assert "3 written to" in terminal.buffer.getvalue().decode()
 
 
 def test_export_gives_the_masks_of_the_checkpoint(network, segmenter, pictures, tmp_path):
