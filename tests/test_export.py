@@ -270,7 +270,6 @@ def test_openvino_gives_the_same_when_a_size_comes_again(exported, model):
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's count of pages")
 def test_openvino_s_memory_does_not_grow_with_the_sizes_that_it_has_seen(exported):
     segmenter = Segmenter(exported("openvino"), num_threads=1)
-
     sizes = np.random.default_rng(0).integers(32, 160, (91, 2))
 
     def bytes_after(new: np.ndarray) -> int:

@@ -294,7 +294,7 @@ def test_nothing_half_written_stays_behind(segmenter, pictures, tmp_path, monkey
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends processes without asking them")
 def test_a_scheduler_s_signal_leaves_neither_half_films_nor_processes(checkpoint, tmp_path):
-    av = pytest.importorskip("av")
+    av = pytest.importorskip("av", reason="needs the extra lemore-hf[video]")
     frame = av.VideoFrame.from_ndarray(np.asarray(patches(0)))
     for name in ("one.mkv", "two.mkv"):
         with av.open(str(tmp_path / name), "w") as container:
