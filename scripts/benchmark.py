@@ -102,7 +102,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
         default=(512, 512),
-        help="of the first table's images (default: 512 512); the second's have 512×512 pixels",
+        help="of the first table's images (default: 512 512); the second's networks are given 512×512 pixels",
     )
     parser.add_argument(
         "--sizes",

@@ -201,7 +201,7 @@ class Recipe:
     weight_decay: float = 0.01
     """Of all weights but norms and biases."""
     head_lr_multiplier: float = 10.0
-    """Times the rate for the segmentation head."""
+    """Times the rate for the head: all behind the encoder and the global features, in classification the classifier."""
     poly_power: float = 1.0
     """Power of the polynomial decay of the rate to zero; 0 keeps it constant."""
     max_grad_norm: float | None = None
