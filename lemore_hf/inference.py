@@ -124,7 +124,8 @@ class Segmenter:
         Args:
             image (`PIL.Image.Image`, `np.ndarray` or `str` or `os.PathLike`): A picture of any mode and size, whose EXIF
                 orientation is applied; 8-bit values of shape `(height, width, 3)` in RGB, or `(height, width)` or
-                `(height, width, 1)` of a grey one, which may have 16 bits or be of floats; or the path of a file.
+                `(height, width, 1)` of a grey one, which may have 16 bits or be of floats; `(height, width, 4)` for a network
+                of four channels; or the path of a file.
 
         Returns:
             `np.ndarray` of int64 and shape `(height, width)`: the label of each pixel of the upright picture.
@@ -137,7 +138,7 @@ class Segmenter:
             `RuntimeError`: in a process that was forked from the one where the network was opened.
         """
         self._check_process()
-        image = _picture_of(image)
+        image = _picture_of(image, getattr(self.config, "num_channels", 3))
         result = self.run(network_input(image, self.image_processor, self.manifest.with_postprocessing))
         if self.manifest.with_postprocessing:
             return np.array(Image.fromarray(result[0]).resize(image.size, Image.Resampling.NEAREST), dtype=np.int64)
@@ -267,8 +268,8 @@ def _can_be_read(path: Path) -> bool:
     return True
 
 
-def _picture_of(image: Any) -> Image.Image:
-    """An upright picture of what `Segmenter` takes."""
+def _picture_of(image: Any, num_channels: int) -> Image.Image:
+    """An upright picture of what `Segmenter` takes, for a network of so many channels."""
     if isinstance(image, (str, os.PathLike)):
         return read_picture(Path(image))
     if isinstance(image, np.ndarray):
@@ -278,7 +279,7 @@ def _picture_of(image: Any) -> Image.Image:
                 f"Expected a picture of shape (height, width, 3) or (height, width), got {image.shape}: give one picture, "
                 "and of an encoded file its path or what `PIL.Image.open` makes of it."
             )
-        if pixels.ndim == 3 and pixels.shape[2] in (2, 4):
+        if pixels.ndim == 3 and pixels.shape[2] in {2, 4} - {num_channels}:
             # A camera's fourth channel is often 0, and would hide the picture as an opacity.
             raise TypeError(
                 f"Expected a picture of shape (height, width, 3), got {image.shape}: leave the last channel out, as in "

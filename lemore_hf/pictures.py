@@ -12,8 +12,26 @@ from PIL import Image
 from .image_processing_pil_lemore import read_image
 
 PICTURE_SUFFIXES = frozenset(
-    [".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tga", ".tif", ".tiff", ".webp"]
+    [
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".j2k",
+        ".jfif",
+        ".jp2",
+        ".jpeg",
+        ".jpg",
+        ".png",
+        ".ppm",
+        ".pgm",
+        ".tga",
+        ".tif",
+        ".tiff",
+        ".webp",
+    ]
 )
+
+_PAGE_KIND = 254  # TIFF's tag NewSubfileType: bit 0 is set for a smaller copy, bit 2 for a mask
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -30,7 +48,7 @@ def in_levels(image: Image.Image) -> Image.Image:
     """A picture whose floats, if it has such, are of 0…255: those of 0…1 are scaled.
 
     Raises:
-        ValueError: for floats of another range.
+        ValueError: for floats of another range, and such as resampling makes of 0…1, somewhat above 1.
     """
     if image.mode != "F":
         return image
@@ -41,7 +59,26 @@ def in_levels(image: Image.Image) -> Image.Image:
             f"Floats of a picture must lie in [0, 1] or [0, 255], got [{low}, {high}]: scale them, and give what is not "
             "finite a value."
         )
+    if 1 < high < 2:  # taken for one of 0…255 it would be black, beside others of 0…1 that are not
+        raise ValueError(
+            f"Floats of a picture reach {high}, which is above 1 and next to black in [0, 255]: clip those of [0, 1], as "
+            "`numpy.clip(picture, 0, 1)` does."
+        )
     return image.point(lambda value: value * 255) if high <= 1 else image
+
+
+def number_of_pages(image: Image.Image) -> int:
+    """How many pictures a file holds. A phone's second view of a photo is not counted, nor a GeoTIFF's smaller copies and
+    its mask."""
+    pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    if pages == 1 or image.format != "TIFF":
+        return pages
+    kinds = []
+    for page in range(pages):
+        image.seek(page)
+        kinds.append(image.tag_v2.get(_PAGE_KIND, 0))
+    image.seek(0)
+    return sum(kind & 0b101 == 0 for kind in kinds)
 
 
 def files_below(folder: Path, suffixes: Set[str] = PICTURE_SUFFIXES) -> list[Path]:

@@ -25,7 +25,7 @@ from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 from .checkpointing import atomic_file
 from .export import GRAPH_FILES, MANIFEST
 from .inference import Segmenter, find_model, read_picture
-from .pictures import PICTURE_SUFFIXES, files_below
+from .pictures import PICTURE_SUFFIXES, files_below, number_of_pages
 from .visualization import class_names, draw_segmentation, palette_of
 
 if TYPE_CHECKING:
@@ -281,7 +281,7 @@ def _predict_picture(segmenter: Segmenter, source: Path, targets: dict[str, Path
     with _refusing(Exception):  # decoders raise errors of every kind on damaged data
         image = read_picture(source)
         with Image.open(source) as file:
-            pages = 1 if file.format == "MPO" else getattr(file, "n_frames", 1)  # MPO: a photo and its second view
+            pages = number_of_pages(file)
     if pages > 1:
         logger.warning(f"{source}: the first of its {pages} pictures is segmented, the others are not.")
     with _refusing(Exception):  # so do the runtimes where memory runs out

@@ -24,7 +24,15 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from lemore_hf.command_line import at_least, run_script
-from lemore_hf.data.loading import BadSampleError, Sample, SampleDecoder, load_split, with_classes_of, without_decoding
+from lemore_hf.data.loading import (
+    BadSampleError,
+    Sample,
+    SampleDecoder,
+    load_split,
+    open_stored,
+    with_classes_of,
+    without_decoding,
+)
 from lemore_hf.data.recipes import (
     ALL_FIELDS,
     IGNORE_INDEX,
@@ -33,14 +41,17 @@ from lemore_hf.data.recipes import (
     Recipe,
     add_data_arguments,
     add_recipe_arguments,
+    listed,
     load_recipe,
     recipe_overrides,
     split_names,
 )
 from lemore_hf.hardware import usable_cores
+from lemore_hf.pictures import number_of_pages
 from lemore_hf.visualization import draw_segmentation, image_grid
 
 SHOWN = 10  # samples that fail for one reason
+DARK = 64  # what 14 bits in files of 16 reach
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -87,6 +98,10 @@ class Inspection:
     """(height, width)."""
     counts: dict[int, int] = field(default_factory=dict)
     """Pixels (segmentation) or images (classification) of each class and of void."""
+    brightest: int = 0
+    """Highest value of the image, of 0…255."""
+    pages: int = 1
+    """Pictures in the image's file."""
     sample: Sample | None = None
     """The sample, where a picture of it is wanted."""
 
@@ -100,6 +115,10 @@ class Report:
     occurrences: Counter = field(default_factory=Counter)
     """Images in which each class occurs."""
     sizes: Counter = field(default_factory=Counter)
+    brightest: int = 0
+    """Highest value of all images, of 0…255."""
+    with_pages: list[str] = field(default_factory=list)
+    """Names of the samples whose images have several pages."""
     failures: list[tuple[str, str]] = field(default_factory=list)
     """Name and reason of each sample that would fail."""
     pictures: list[Sample] = field(default_factory=list)
@@ -112,6 +131,9 @@ class Report:
         self.counts.update(inspection.counts)
         self.occurrences.update(inspection.counts.keys())
         self.sizes[inspection.size] += 1
+        self.brightest = max(self.brightest, inspection.brightest)
+        if inspection.pages > 1:
+            self.with_pages.append(inspection.name)
         if inspection.sample is not None:
             self.pictures.append(inspection.sample)
 
@@ -144,7 +166,14 @@ def inspect_sample(stored: dict[str, Any], decode: SampleDecoder, index: int, ke
     labels = sample.labels
     values, counts = ([labels], [1]) if isinstance(labels, int) else np.unique(labels.numpy(), return_counts=True)
     found = {int(value): int(count) for value, count in zip(values, counts, strict=True)}
-    return Inspection(sample.name, None, tuple(sample.image.shape[1:]), found, sample if keep else None)
+    return Inspection(
+        sample.name,
+        size=tuple(sample.image.shape[1:]),
+        counts=found,
+        brightest=int(sample.image.max()),
+        pages=number_of_pages(open_stored(stored["image"])),
+        sample=sample if keep else None,
+    )
 
 
 def main() -> int:
@@ -251,6 +280,13 @@ def print_report(report: Report, recipe: Recipe, split: str) -> None:
         print(f"{index:4}  {name:{width}}  {share:7.3f}%  {report.occurrences[index]:9}{never}")
     if void:
         print(f"      {'void':{width}}  {100 * void / report.counts.total():7.3f}% of all pixels")
+    if report.with_pages:
+        print(f"Of {len(report.with_pages)} files only the first page is used: {listed(report.with_pages)}.")
+    if report.brightest <= DARK:
+        print(
+            f"All images are dark, their highest value is {report.brightest} of 255. Files of 16 bits are taken as 0…65535: if "
+            "these hold fewer bits, stretch them to that range, also those that you predict (12 bits: times 16)."
+        )
 
 
 def draw_samples(pictures: list[tuple[str, Sample]], recipe: Recipe, columns: int) -> Image.Image:

@@ -274,6 +274,8 @@ def load_data(args: argparse.Namespace, recipe: Recipe, accelerator: Accelerator
             validation = RecipeDataset(validation_samples, recipe, cache="memory" if args.cache else None)
     if training is not None and recipe.task == "semantic-segmentation" and accelerator.is_main_process:
         warn_of_one_class(training)
+        if recipe.resize is None:
+            warn_of_scale(training, recipe)
     return Data(recipe, samples, training, validation, micro_batch_size)
 
 
@@ -520,6 +522,20 @@ def warn_of_one_class(dataset: RecipeDataset) -> None:
             if len(found) > 1:
                 return
         print(f"Warning: the label maps to train on {SINGLE_CLASS}", file=sys.stderr)
+
+
+def warn_of_scale(dataset: RecipeDataset, recipe: Recipe) -> None:
+    """Say so where the network learns from images as they are, which its image processor will bring to the native size."""
+    with contextlib.suppress(BadSampleError):  # which training stops at, if it gets there
+        height, width = dataset.decoded(0).labels.shape
+        if (height, width) != recipe.image_size:
+            rows, columns = recipe.image_size
+            print(
+                f"Warning: images are trained and validated on as they are, the first at {width}×{height} pixels, but the "
+                f"image processor that is saved brings every picture to {columns}×{rows}. To predict at the scale of the "
+                "training, set do_resize to false in the model's preprocessor_config.json, or train with --resize.",
+                file=sys.stderr,
+            )
 
 
 def build_model(args: argparse.Namespace, recipe: Recipe) -> PreTrainedModel:

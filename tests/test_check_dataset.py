@@ -160,6 +160,33 @@ def test_masks_of_0_and_255_are_no_two_classes(check, folder):
     assert "Store two classes as 0 and 1, not as 0 and 255" in output
 
 
+@pytest.mark.parametrize(("levels", "says"), [(4095, True), (65535, False)])
+def test_12_bits_in_files_of_16_are_told_of(check, folder, levels, says):
+    for path in folder.glob("*/images/*.png"):
+        grey = np.asarray(Image.open(path).convert("L"), dtype=np.uint32)
+        Image.fromarray((grey * levels // 255).astype(np.uint16)).save(path)
+    status, output = check(folder, "--recipe", "folder", "--split", "train", "--num_workers", "0")
+    assert status == 0
+    assert says == (re.search(r"All images are dark, their highest value is 1[56] of 255\.", output) is not None)
+
+
+def test_pages_that_are_not_looked_at_are_told_of(check, folder):
+    def replace(name: str, *pages: tuple[tuple[int, int], int]) -> None:
+        (folder / f"train/images/{name}.png").unlink()
+        path = folder / f"train/images/{name}.tif"
+        pictures = []
+        for size, kind in pages:
+            pictures.append(Image.new("L", size[::-1], 200))
+            pictures[-1].encoderinfo = {"tiffinfo": {254: kind}}
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], tiffinfo={254: pages[0][1]})
+
+    replace("0", (SIZE, 0), (SIZE, 0))
+    replace("1", (SIZE, 0), ((20, 24), 1), (SIZE, 4))  # a GeoTIFF: a smaller copy, and a mask
+    status, output = check(folder, "--recipe", "folder", "--split", "train", "--num_workers", "0")
+    assert status == 0
+    assert "Of 1 files only the first page is used: 0." in output
+
+
 def test_a_label_map_without_image(check, folder):
     (folder / "train" / "images" / "2.png").unlink()
     status, printed = check(folder, "--recipe", "folder", "--split", "train")

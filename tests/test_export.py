@@ -313,6 +313,25 @@ def test_pictures_as_programs_have_them(checkpoint, frames, tmp_path):
         Segmenter(checkpoint, num_threads=0)
 
 
+def test_arrays_of_four_channels_for_a_network_that_takes_them(tmp_path):
+    """Such as red, green, blue and near infrared: none of them is an opacity."""
+    config = LeMoReConfig(num_channels=4, num_labels=3, image_size=(96, 128), axis_initialization="normal")
+    LeMoReForSemanticSegmentation(config).save_pretrained(tmp_path)
+    LeMoReImageProcessor(
+        size={"height": 96, "width": 128}, do_convert_rgb=False, image_mean=[0.5] * 4, image_std=[0.25] * 4
+    ).save_pretrained(tmp_path)
+    bands = np.random.default_rng(0).integers(0, 256, (96, 128, 4), dtype=np.uint8)
+    segmenter = Segmenter(tmp_path)
+    pixel_values = (bands.transpose(2, 0, 1)[None] / np.float32(255) - np.float32(0.5)) / np.float32(0.25)
+    logits = torch.from_numpy(segmenter.run(pixel_values.astype(np.float32)))
+    expected = torch.nn.functional.interpolate(logits, (96, 128), mode="bilinear").argmax(1)[0].numpy()
+    labels = segmenter(bands)
+    assert len(np.unique(labels)) > 1
+    assert (labels == expected).mean() > 0.999
+    with pytest.raises(TypeError, match=r"leave the last channel out"):
+        segmenter(bands[..., :2])
+
+
 def test_a_photo_that_is_open_is_turned_upright(checkpoint, frames):
     lying = frames[0].transpose(Image.Transpose.ROTATE_90)
     lying.getexif()[0x0112] = 6  # to be turned clockwise for display

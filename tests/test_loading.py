@@ -65,9 +65,9 @@ def label_map(*values: int, mode: str = "L") -> Image.Image:
     )
 
 
-def encoded(image: Image.Image, kind: str = "PNG") -> dict:
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> dict:
     buffer = io.BytesIO()
-    image.save(buffer, kind)
+    image.save(buffer, kind, **options)
     return {"bytes": buffer.getvalue(), "path": None}
 
 
@@ -477,6 +477,34 @@ def test_label_maps_without_image_and_the_reverse_are_listed(tmp_path):
         load_split(folder_recipe(), "train", tmp_path)
 
 
+def test_files_that_are_no_pictures_are_named(tmp_path):
+    write_pairs(tmp_path, ["a", "b"])
+    for path in (tmp_path / "images").iterdir():
+        path.rename(path.with_suffix(".npy"))
+    with pytest.raises(ValueError, match=r"no image: a, b\. a\.npy is there, but pictures end in \.avif, "):
+        load_split(folder_recipe(), "train", tmp_path)
+    for folder, suffix in (("images", ".npy"), ("masks", ".png")):
+        for path in (tmp_path / folder).glob(f"*{suffix}"):
+            path.rename(path.with_suffix(".png" if suffix == ".npy" else ".npy"))
+    with pytest.raises(ValueError, match=r"no label map: a, b\. a\.npy is there, but pictures end in \.avif, "):
+        load_split(folder_recipe(), "train", tmp_path)
+    for path in (tmp_path / "images").iterdir():
+        path.rename(path.with_suffix(".dcm"))
+    with pytest.raises(FileNotFoundError, match=r"no images in .*images: pictures end in \.avif, "):
+        load_split(folder_recipe(), "train", tmp_path)
+
+
+def test_pictures_in_jpeg_2000_are_found(tmp_path):
+    write_pairs(tmp_path, ["a", "b"])
+    for path in (tmp_path / "images").iterdir():
+        picture(0).save(path.with_suffix(".jp2"))
+        path.unlink()
+    samples = load_split(folder_recipe(), "train", tmp_path)
+    assert torch.equal(
+        SampleDecoder(folder_recipe())(samples[0]).image, torch.from_numpy(np.array(picture(0))).permute(2, 0, 1)
+    )
+
+
 def test_long_lists_of_names_are_shortened(tmp_path):
     write_pairs(tmp_path, [f"{index:02}" for index in range(30)])
     for path in (tmp_path / "images").iterdir():
@@ -612,6 +640,22 @@ BAD = {
         r"'road 128 64 128'; it has the colours \(0, 0, 0\), \(9, 9, 9\)",
     ),
     "JPEG": (picture(0), encoded(label_map(0, 1), "JPEG"), "a JPEG, which blends neighbouring labels into others"),
+    "JPEG 2000": (picture(0), encoded(label_map(0, 1), "JPEG2000"), "a JPEG 2000, which may blend"),
+    "JPEG in TIFF": (
+        picture(0),
+        encoded(label_map(0, 1), "TIFF", compression="jpeg"),
+        "a JPEG, which blends neighbouring labels",
+    ),
+    "a page for each class": (
+        picture(0),
+        encoded(label_map(0, 1), "TIFF", save_all=True, append_images=[label_map(1, 0)]),
+        "its label map has 2 pages, of which the first alone would be read",
+    ),
+    "floats just above 1": (
+        Image.fromarray(np.full(SIZE, 1.04, dtype=np.float32)),
+        label_map(0),
+        "Floats of a picture reach 1.0399.*: clip those of .0, 1.",
+    ),
     "no integers": (picture(0), FLOATS, "mode F, not one integer class id"),
     "float array": (picture(0), np.full(SIZE, 0.5), "float64, not integers"),
 }

@@ -370,6 +370,14 @@ def test_the_second_view_in_a_photo_of_a_phone_goes_without_saying(segmenter, tm
     assert not caplog.text
 
 
+def test_smaller_copies_in_a_geotiff_go_without_saying(segmenter, tmp_path, caplog):
+    copy = patches(1)
+    copy.encoderinfo = {"tiffinfo": {254: 1}}
+    patches(0).save(tmp_path / "aerial.tif", save_all=True, append_images=[copy])
+    predict_file(segmenter, tmp_path / "aerial.tif", {"masks": tmp_path / "aerial.png"})
+    assert not caplog.text
+
+
 def test_video_gives_lossless_labels_and_an_overlay(segmenter, tmp_path, capsys):
     import av
 

@@ -193,6 +193,15 @@ def test_label_maps_of_one_class_are_told_before_they_are_trained_on(tmp_path, r
         assert ("a single class beside void (255)" in capsys.readouterr().err) is told
 
 
+@pytest.mark.parametrize(("size", "told"), [((64, 96), False), ((64, 64), True)])
+def test_images_at_another_scale_than_the_processor_makes_of_them_are_told_of(
+    size, told, recipe, data_dir, tmp_path, run_here, capsys
+):
+    options = ["--max_steps", "1", "--eval_every", "0", "--class_weights", "none"]
+    run_here(recipe, data_dir, tmp_path / "out", *options, "--image_size", *map(str, size))
+    assert ("Warning: images are trained and validated on as they are" in capsys.readouterr().err) is told
+
+
 def test_the_model_that_validated_best_is_kept(uninterrupted, recipe, data_dir):
     scores = {record["step"]: record["mean_iou"] for record in log_of(uninterrupted) if "mean_iou" in record}
     best = json.loads((uninterrupted / "run.json").read_text())["best_validation"]

@@ -13,6 +13,7 @@ for batch in DataLoader(dataset, recipe.batch_size, sampler=sampler, collate_fn=
 """
 
 import functools
+import glob
 import io
 import itertools
 import math
@@ -37,7 +38,7 @@ from tqdm.auto import tqdm
 
 from ..image_processing_pil_lemore import open_picture
 from ..modeling_lemore import MINIMUM_SIZE
-from ..pictures import files_below, to_rgb
+from ..pictures import PICTURE_SUFFIXES, files_below, number_of_pages, to_rgb
 from .augmentation import (
     ClassificationAugmentation,
     SegmentationAugmentation,
@@ -53,6 +54,7 @@ _SPLIT_ALIASES = {
     "test": ("test", "testing"),
 }
 _LARGEST_STORED_LABEL = 65535
+_PICTURES = f"pictures end in {', '.join(sorted(PICTURE_SUFFIXES))}"
 Samples = datasets.Dataset | datasets.IterableDataset
 _Samples = TypeVar("_Samples", datasets.Dataset, datasets.IterableDataset)
 
@@ -289,6 +291,13 @@ def _label_ending(images: set[str], labels: set[str]) -> str:
     return f" They end in {fitting[0]!r}: give label_suffix={fitting[0]!r}." if fitting else ""
 
 
+def _no_picture(folder: Path, name: str, suffix: str) -> str:
+    """A hint at a file that has the name looked for, but another ending than pictures have."""
+    path = folder / f"{name}{suffix}"
+    others = sorted(path.parent.glob(f"{glob.escape(path.name)}.*"))
+    return f" {others[0].name} is there, but {_PICTURES}." if others else ""
+
+
 def _load_folders(recipe: Recipe, split: str, folder: Path, streaming: bool) -> Samples:
     image_folder, label_folder, alias = _find_folders(recipe, split, folder)
     images = _files_by_name(image_folder, recipe.image_suffix)
@@ -302,11 +311,13 @@ def _load_folders(recipe: Recipe, split: str, folder: Path, streaming: bool) -> 
             raise ValueError(f"{folder} lacks {len(missing)} samples of the {split} split: {listed(missing)}.")
     if without := sorted(set(labels) - set(images)):
         hint = _label_ending(set(images), set(labels))
+        hint = hint or _no_picture(image_folder, without[0], recipe.image_suffix)
         raise ValueError(f"{len(without)} label maps in {label_folder} have no image: {listed(without)}.{hint}")
     if without := sorted(set(images) - set(labels)):
-        raise ValueError(f"{len(without)} images in {image_folder} have no label map: {listed(without)}.")
+        hint = _no_picture(label_folder, without[0], recipe.label_suffix)
+        raise ValueError(f"{len(without)} images in {image_folder} have no label map: {listed(without)}.{hint}")
     if not images:
-        raise FileNotFoundError(f"There are no images in {image_folder}.")
+        raise FileNotFoundError(f"There are no images in {image_folder}: {_PICTURES}.")
     names = sorted(images)
     features = datasets.Features(
         {
@@ -664,15 +675,28 @@ def _color_table(recipe: Recipe) -> tuple[np.ndarray | None, np.ndarray | None]:
     return colours[order], labels[order]
 
 
-def _open(value: Any, is_label_map: bool = False) -> Image.Image:
+def open_stored(value: Any) -> Image.Image:
+    """A picture, not read yet, of what a data set stores: bytes or a path, a picture, or an array."""
     if isinstance(value, dict):
         source = io.BytesIO(value["bytes"]) if value.get("bytes") is not None else value["path"]
         # A local file of a Dataset; of a stream, `xopen`-able addresses come with their bytes.
-        value = open_picture(source)
-    elif not isinstance(value, Image.Image):
-        value = Image.fromarray(np.asarray(value))
-    if is_label_map and value.format in ("JPEG", "MPO"):
+        return open_picture(source)
+    return value if isinstance(value, Image.Image) else Image.fromarray(np.asarray(value))
+
+
+def _open(value: Any, is_label_map: bool = False) -> Image.Image:
+    value = open_stored(value)
+    if is_label_map and (value.format in ("JPEG", "MPO") or value.info.get("compression") == "jpeg"):
         raise ValueError("its label map is a JPEG, which blends neighbouring labels into others: store it as PNG")
+    if is_label_map and value.format == "JPEG2000":
+        raise ValueError(
+            "its label map is a JPEG 2000, which may blend neighbouring labels into others: store it as PNG"
+        )
+    if is_label_map and (pages := number_of_pages(value)) > 1:
+        raise ValueError(
+            f"its label map has {pages} pages, of which the first alone would be read: store the labels of all classes in "
+            "one"
+        )
     # Reading the tag first spares the copy that exif_transpose makes of every upright picture.
     return ImageOps.exif_transpose(value) if value.getexif().get(0x0112, 1) != 1 else value
 
