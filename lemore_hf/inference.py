@@ -11,14 +11,14 @@ from typing import Any, overload
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from .checkpointing import CheckpointError
 from .export import MANIFEST, ExportManifest, network_input, require_packages
 from .hardware import usable_cores
-from .image_processing_pil_lemore import open_picture
+from .image_processing_pil_lemore import decode, read_file
 from .pictures import files_below, in_levels
 from .post_processing_lemore import segment_logits
 
@@ -131,7 +131,8 @@ class Segmenter:
             `TypeError`: for what is no picture, such as a list of them, or an array of another shape or type.
             `ValueError`: for a size that the network, or this export of it, does not take, and floats of another range
                 than 0…1 or 0…255.
-            `OSError`: for a file that is missing or cannot be read as a picture.
+            `OSError`: for a file that is missing, and what cannot be read as a picture: damage that `PIL.Image.open` has
+                left undiscovered is found here.
             `RuntimeError`: in a process that was forked from the one where the network was opened.
         """
         self._check_process()
@@ -292,14 +293,17 @@ def _picture_of(image: Any) -> Image.Image:
             ) from error
     if not isinstance(image, Image.Image):
         raise TypeError(f"Expected one picture, an array or the path of a file, got {type(image).__name__}.")
-    return ImageOps.exif_transpose(in_levels(image))
+    return in_levels(decode(image))
 
 
 def read_picture(path: Path) -> Image.Image:
-    """The upright picture of a file, in its own mode, read to its end. Floats of 0…1 become such of 0…255."""
-    with open_picture(path) as image:
-        image.load()
-        return ImageOps.exif_transpose(in_levels(image))
+    """The upright picture of a file, in its own mode, read to its end. Floats of 0…1 become such of 0…255.
+
+    Raises:
+        `OSError`: for a file that is missing or cannot be read as a picture.
+        `ValueError`: for PostScript, and floats of another range.
+    """
+    return in_levels(read_file(path))
 
 
 def find_model(path: Path) -> Path:

@@ -6,6 +6,7 @@ The torchvision backend imports the shared half from here, so that this file wor
 """
 
 import base64
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from io import BytesIO
@@ -126,6 +127,7 @@ class LeMoReImageProcessorMixin:
             `segmentation_maps` also `labels`, `(batch, height, width)` in int64. Without `return_tensors`, lists.
 
         Raises:
+            OSError: for a file or a PIL image that is damaged, and a URL that cannot be read.
             TypeError: for an input that is no image.
             ValueError: for no images at all; for maps of another number or size than the images, or whose values are
                 not whole; for a shape that is no image's; for settings that contradict each other; or with
@@ -389,7 +391,7 @@ def _flatten(images: Any, ndims: int) -> Iterator[Union[Image.Image, np.ndarray,
             f"A picture of shape {tuple(getattr(images, 'shape', images.size))} has no pixels: leave it out."
         )
     elif isinstance(images, Image.Image):
-        yield images
+        yield decode(images)
     elif isinstance(images, np.ndarray) or is_torch_tensor(images):
         if images.ndim == ndims + 1:
             yield from images
@@ -413,18 +415,52 @@ def _open(source: str | os.PathLike) -> Image.Image:
     if not os.path.isfile(file):
         is_url = file.startswith(("http://", "https://"))
         file = BytesIO(_download(file) if is_url else _from_base64(file))
-    with open_picture(file) as image:
+    return read_file(file)
+
+
+def read_file(source: str | os.PathLike | BytesIO) -> Image.Image:
+    """The upright picture of a file, in the mode it has, read to its end.
+
+    Raises:
+        OSError: for what cannot be read as a picture.
+        ValueError: for PostScript.
+    """
+    with open_picture(source) as image:
+        return decode(image)
+
+
+def decode(image: Image.Image) -> Image.Image:
+    """A picture read to its end, and upright. `PIL.Image.open` leaves it to the first use to find damage.
+
+    Raises:
+        OSError: for what cannot be read as a picture.
+    """
+    with _decoding(getattr(image, "filename", None)):
         image.load()
-    return image
+        return _upright(image)
+
+
+@contextlib.contextmanager
+def _decoding(source: Any) -> Iterator[None]:
+    """Pillow's decoders raise errors of every kind on damaged data and for too many pixels: makes `OSError` of them all."""
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        name = source if source and isinstance(source, (str, os.PathLike)) else "The picture"
+        raise OSError(f"{name} cannot be read as a picture: {error}") from error
 
 
 def open_picture(source: str | os.PathLike | BytesIO) -> Image.Image:
     """A picture that is not read yet.
 
     Raises:
+        OSError: for what cannot be read as a picture.
         ValueError: for PostScript, whatever its name: Pillow would have Ghostscript run it, for it is a program.
     """
-    image = Image.open(source)
+    with _decoding(source):
+        image = Image.open(source)
     if image.format == "EPS":
         image.close()
         raise ValueError("PostScript is a program and no picture: save it as PNG.")
@@ -441,7 +477,7 @@ def _from_base64(text: str) -> bytes:
     data = text.partition(",")[2] if text.startswith("data:image/") else text
     try:
         content = base64.b64decode("".join(data.split()), validate=True)
-        Image.open(BytesIO(content)).close()
+        open_picture(BytesIO(content)).close()
     except (ValueError, OSError) as error:
         raise ValueError(
             f"{text[:200]!r} is no picture: expected the path of a file, a URL of http:// or https://, or base64 ({error})."
