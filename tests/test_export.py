@@ -744,6 +744,9 @@ def test_only_a_segmentation_network_is_exported(checkpoint, image_processor, tm
     peer = SegformerForSemanticSegmentation(SegformerConfig())
     with pytest.raises(TypeError, match="got a SegformerForSemanticSegmentation"):
         export_model(peer, image_processor, tmp_path / "out", "torch")
+    copied = type("LeMoReForSemanticSegmentation", (SegformerForSemanticSegmentation,), {"__module__": "remote.code"})
+    with pytest.raises(TypeError, match=r"got a LeMoReForSemanticSegmentation of remote\.code, another copy"):
+        export_model(copied(SegformerConfig()), image_processor, tmp_path / "out", "torch")
 
     classifier = tmp_path / "classifier"
     LeMoReForImageClassification(LeMoReConfig.from_pretrained(checkpoint)).save_pretrained(classifier)
