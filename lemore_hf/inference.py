@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures to label maps, with one interface over PyTorch and every exported format."""
 
+import importlib
 import itertools
 import os
 import threading
@@ -45,7 +46,7 @@ class Segmenter:
         `FileNotFoundError`: where there is neither a checkpoint nor an export.
         `CheckpointError`: for weights or graphs that are damaged, weights that are pickled or not those of a whole
             segmentation network.
-        `ImportError`: naming the extra to install where the runtime is missing.
+        `ImportError`: naming the extra to install where the runtime is missing, or why it cannot be imported.
         `ValueError`: for less than one thread.
     """
 
@@ -57,7 +58,7 @@ class Segmenter:
         self.config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
         self.image_processor = AutoImageProcessor.from_pretrained(folder)
         if exported:
-            require_packages(self.manifest.format, RUNTIME_PACKAGES[self.manifest.format])
+            _import_runtime(self.manifest.format)
         if num_threads is not None:
             if num_threads < 1:
                 raise ValueError(
@@ -68,7 +69,7 @@ class Segmenter:
         try:
             self._run = _RUNTIMES[self.manifest.format](graph, num_threads)
         except Exception as error:  # of the runtimes' own kinds
-            if not exported or isinstance(error, ImportError):
+            if not exported or isinstance(error, (ImportError, MemoryError)):
                 raise
             raise CheckpointError(
                 f"{graph} is damaged, or not for this version of its runtime ({error}): export the model again."
@@ -328,6 +329,20 @@ def find_model(path: Path) -> Path:
             f"{sorted(file.name for file in path.iterdir())[:8]}."
         )
     return path
+
+
+def _import_runtime(export_format: str) -> None:
+    """Before the graph is opened, which is not to be blamed for what is wrong with its runtime."""
+    require_packages(export_format, RUNTIME_PACKAGES[export_format])
+    for name in RUNTIME_PACKAGES[export_format]:
+        try:
+            importlib.import_module(name)
+        except (
+            Exception
+        ) as error:  # OpenVINO's has other kinds, such as for a container's user without a home directory
+            raise ImportError(
+                f"The package {name} is installed, but cannot be imported: {error}", name=name
+            ) from error
 
 
 def _open_pytorch(path: Path, num_threads: int | None) -> Run:

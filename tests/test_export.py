@@ -12,6 +12,7 @@ import runpy
 import shutil
 import signal
 import subprocess
+import sys
 import warnings
 import zipfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -787,6 +788,17 @@ def test_missing_package_names_the_extra(export_format, model, image_processor, 
     monkeypatch.setattr(export_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=rf"pip install -e '\.\[{export_format}\]'"):
         export_model(model, image_processor, tmp_path / "out", export_format)
+
+
+def test_a_runtime_that_cannot_be_imported_is_not_the_graphs_fault(checkpoint, tmp_path, monkeypatch):
+    """As OpenVINO's where a container's user has neither a name nor HOME."""
+    folder = shutil.copytree(checkpoint, tmp_path / "export")
+    ExportManifest("openvino", "openvino_model.xml").save(folder)
+    (tmp_path / "openvino.py").write_text('raise RuntimeError("Could not determine home directory.")')
+    monkeypatch.delitem(sys.modules, "openvino", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"openvino is installed, but cannot be imported: Could not determine home"):
+        Segmenter(folder)
 
 
 def test_calibration_folder_with_nothing_usable(tmp_path):
