@@ -240,7 +240,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 def prune_checkpoints(output_dir: Path, keep: int) -> None:
     """Delete all but the last `keep` checkpoints."""
-    for folder in list_checkpoints(output_dir)[:-keep]:
+    for folder in list_checkpoints(output_dir)[: -keep or None]:  # 0 keeps none
         # Renamed first: a kill in the middle must not leave half a checkpoint under its name.
         doomed = folder.with_name(f".{folder.name}{_DOOMED}")
         folder.rename(doomed)

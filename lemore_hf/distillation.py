@@ -56,7 +56,7 @@ class DistillationLoss(nn.Module):
                 The normalized images that the network has seen.
 
         Returns:
-            The mean Kullback-Leibler divergence in nats, a scalar in single precision of at least 0.
+            The mean Kullback-Leibler divergence in nats, a scalar in single precision; at least 0, up to rounding.
 
         Raises:
             `ValueError`: for a single logit, or where the network and its teachers differ in the number of classes.

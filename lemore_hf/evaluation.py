@@ -145,9 +145,10 @@ def evaluate_segmentation(
         progress: show a progress bar, on the main process.
 
     Raises:
-        ValueError: for options out of range, a model with another number of classes than the recipe, images of
-            different sizes in a batch, or logits that are NaN.
-        BadSampleError: for a sample that cannot be used; names it, on every process.
+        ValueError: for options out of range, a model with other classes than the recipe (`check_classes`), images that a
+            scale or the window makes too small for the network, logits that are not finite, or no images at all.
+        BadSampleError: for a sample that cannot be used, or images of different sizes in a batch; names it, on every
+            process.
     """
     _check_options(scales, window, window_stride, num_worst)
     check_classes(model, recipe)
@@ -259,7 +260,9 @@ def load_trained_model(name_or_path: str | Path, task: str = "semantic-segmentat
 
     Raises:
         CheckpointError: for weights that are missing, pickled, damaged, or not those of the whole network.
-        OSError: if there is no such model.
+        OSError: if there is no such model, or its config.json cannot be read.
+        ValueError: for a model that has nothing to do with the task, or a configuration out of range.
+        StrictDataclassError: for a configuration with a value of the wrong type.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
@@ -326,10 +329,16 @@ def check_normalization(name_or_path: str | Path, recipe: Recipe) -> dict[str, A
         The processor's settings; none where the model has no processor.
 
     Raises:
-        ValueError: which names both.
+        ValueError: which names both; for settings that are damaged, too.
+        OSError: where there is no such model.
     """
     path = cached_file(str(name_or_path), IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False)
-    processor = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    try:
+        processor = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+        if not isinstance(processor, dict):
+            raise ValueError("it holds no settings")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): bring back the one that was saved with the model.") from error
     for field in ("image_mean", "image_std"):
         values = processor.get(field)
         values = [values] * 3 if isinstance(values, (int, float)) else values  # one for all channels
@@ -391,7 +400,9 @@ def _batches(
     num_workers: int,
     progress: bool,
 ) -> Iterator[dict[str, Any]]:
-    batch_size = batch_size or recipe.eval_batch_size
+    batch_size = recipe.eval_batch_size if batch_size is None else batch_size
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, or None for the recipe's, got {batch_size}.")
     rank, world_size = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     if isinstance(dataset, IterableDataset):
         shares = {"batch_size": batch_size}

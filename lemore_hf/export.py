@@ -186,7 +186,7 @@ def export_model(
     Export a model into a folder that its runtime needs nothing else beside.
 
     Besides the graph the folder holds the configuration (class names, palette) and the processor settings as JSON;
-    ONNX, OpenVINO and `torch.export` files carry the same inside.
+    ONNX, OpenVINO, LiteRT and `torch.export` files carry the same inside.
 
     Args:
         model ([`LeMoReForSemanticSegmentation`]): The model; it is not changed.
@@ -214,7 +214,9 @@ def export_model(
         `TypeError`: for a model that is not [`LeMoReForSemanticSegmentation`].
         `ValueError`: for an unknown format or precision, one that the format does not have, int8 without calibration
             images, limits below the smallest size or the processor's, limits, a size or a page where they mean nothing,
-            more than 255 labels in a uint8 label map, or an output folder that holds anything but an export.
+            more than 255 labels in a uint8 label map, post-processing for other channels than RGB's, or an output folder
+            that holds anything but an export.
+        `CheckpointError`: if the disk is full or not writable; an export that was there is kept.
         `ImportError`: naming the extra to install where the format's packages are missing.
     """
     _check_options(model, export_format, with_postprocessing, precision, calibration_images, max_size, max_batch_size)

@@ -46,8 +46,10 @@ class Segmenter:
         `FileNotFoundError`: where there is neither a checkpoint nor an export.
         `CheckpointError`: for weights or graphs that are damaged, weights that are pickled or not those of a whole
             segmentation network.
+        `OSError`: where the settings of the network or of its image processor are missing or cannot be read.
         `ImportError`: naming the extra to install where the runtime is missing, or why it cannot be imported.
-        `ValueError`: for less than one thread.
+        `ValueError`: for less than one thread, a model that is not for segmentation, or a configuration out of range
+            (`huggingface_hub.errors.StrictDataclassError` for a value of the wrong type).
     """
 
     def __init__(self, path: str | os.PathLike, num_threads: int | None = None):
@@ -130,8 +132,8 @@ class Segmenter:
 
         Raises:
             `TypeError`: for what is no picture, such as a list of them, or an array of another shape or type.
-            `ValueError`: for a size that the network, or this export of it, does not take, and floats of another range
-                than 0…1 or 0…255.
+            `ValueError`: for a size that the network, or this export of it, does not take, an array without a pixel, and
+                floats of another range than 0…1 or 0…255.
             `OSError`: for a file that is missing, and what cannot be read as a picture: damage that `PIL.Image.open` has
                 left undiscovered is found here.
             `RuntimeError`: in a process that was forked from the one where the network was opened.
@@ -172,8 +174,7 @@ class ExportedNetwork(torch.nn.Module):
         num_threads (`int`, *optional*): Threads that the runtime may use; by default what it chooses itself.
 
     Raises:
-        `ValueError`: for an export with post-processing, which gives labels and no logits.
-        `ImportError`: naming the extra to install where the runtime is missing.
+        `ValueError`: for an export with post-processing, which gives labels and no logits; and what [`Segmenter`] raises.
     """
 
     def __init__(self, path: str | os.PathLike, num_threads: int | None = None):
@@ -210,7 +211,8 @@ def label_agreement(
 
 
 def comparison_sizes(config: Any, manifest: ExportManifest) -> list[tuple[int, int]]:
-    """Three sizes to compare an export at: the native one, a smaller and a larger one, of odd sides; or the only one."""
+    """Three sizes to compare an export at: the native one, a smaller and a larger one, of odd sides, as far as its limits
+    let them; or the only one."""
     if manifest.image_size is not None:
         return [manifest.image_size]
     native = np.array(config.native_size)

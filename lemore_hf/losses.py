@@ -35,8 +35,7 @@ class SegmentationCriterion(nn.Module):
         ignore_index (`int`): The void label, which no term counts.
 
     Raises:
-        `ValueError`: for label smoothing outside [0, 1), a stride below 1, or if the logits have another number of
-            classes than `class_weights`.
+        `ValueError`: for label smoothing outside [0, 1) or a stride below 1.
     """
 
     def __init__(
@@ -79,10 +78,11 @@ class SegmentationCriterion(nn.Module):
             A scalar in single precision; 0, with gradients of 0, where all pixels are void.
 
         Raises:
-            `ValueError`: for labels on the CPU that are neither void nor a class. On a GPU looking at them would stall
-                every step: check them before, with `lemore_hf.loss_lemore.check_label_values`.
+            `ValueError`: for logits of another number of classes than `class_weights`, and for labels on the CPU that are
+                neither void nor a class. On a GPU looking at them would stall every step: check them before, with
+                `lemore_hf.loss_lemore.check_label_values`.
         """
-        labels = labels.long()
+        logits, labels = logits.float(), labels.long()
         if logits.shape[1] == 1:  # a single logit is the second class's, over 0 for the first
             logits = torch.cat([torch.zeros_like(logits), logits], 1)
         if self.class_weights is not None and len(self.class_weights) != logits.shape[1]:
@@ -95,7 +95,7 @@ class SegmentationCriterion(nn.Module):
             check_label_values(labels, logits.shape[1], self.ignore_index)
         if self.ohem_threshold is not None or self.dice_weight or self.lovasz_weight:
             # Softmax works class by class: channels-last logits would be copied at full size, forth and back.
-            logits = logits.to(torch.float32, memory_format=torch.contiguous_format)
+            logits = logits.contiguous()
             if logits.shape[-2:] != labels.shape[-2:]:
                 logits = resize_bilinear(logits, labels.shape[-2:])
         counted = labels
@@ -164,7 +164,8 @@ def sample_pixels(
 
 
 def dice_loss(probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Soft Dice loss `1 − 2 Σpt / (Σp + Σt)`, averaged over the classes among the targets.
+    """Soft Dice loss `1 − 2 Σpt / (Σp + Σt)`, averaged over the classes among the targets. Milletari et al. square what is
+    summed below the line (our choice).
 
     Args:
         probabilities (`torch.Tensor` of shape `(pixels, num_labels)`): After softmax.
@@ -232,7 +233,8 @@ def count_for_median_frequency(
 
 def median_frequency_weights(pixel_counts: torch.Tensor, pixels_where_present: torch.Tensor) -> list[float]:
     """
-    Median frequency balancing (Eigen & Fergus, ICCV 2015): the median class frequency over each class's own.
+    Median frequency balancing (Eigen & Fergus, ICCV 2015): the median class frequency over each class's own. Of an even
+    number of classes the median is the lower one of the two in the middle (our choice).
 
     Args:
         pixel_counts (`torch.Tensor` of shape `(num_labels,)`): Pixels of each class in the training set.

@@ -382,6 +382,9 @@ def trainer_metrics(
         id2label: class names by index (`model.config.id2label`); default: the indices themselves.
         ignore_index: label of void pixels, 255 as in the model's loss; -100 is refused, since `Trainer`'s padding
             could not be told from it.
+
+    Raises:
+        ValueError: for that, and for names that are not one for each class, all different, counted from 0.
     """
     if ignore_index == _TRAINER_PADDING:
         raise ValueError(f"ignore_index={ignore_index} is what Trainer pads labels with; use another, such as 255")

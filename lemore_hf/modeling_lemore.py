@@ -75,7 +75,8 @@ class LeMoReModelOutput(ModelOutput):
 
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch_size, config.hidden_size, height / 64, width / 64)`):
-            The global features δ: the token pyramid after nested attention. Sizes are rounded up.
+            The global features δ: the token pyramid after nested attention, at `config.token_stride`, which is 64 by
+            default. Sizes are rounded up.
         local_features (`tuple(torch.Tensor)`):
             The local features ξ₁..ξ₄, each of shape `(batch_size, hidden_sizes[i], height / stride, width / stride)`
             with strides 4, 8, 16, 32. Sizes are rounded up.
@@ -563,9 +564,10 @@ def _drop_path_rates(config: LeMoReConfig) -> list[float]:
 
 class LeMoReTokenPyramid(nn.Module):
     """
-    ξ₁..ξ₄, average-pooled to the token stride and concatenated: `(B, S, H / 64, W / 64)`, rounded up.
+    ξ₁..ξ₄, average-pooled to the token stride and concatenated: `(B, S, H / 64, W / 64)` at the default 64, rounded up.
 
-    Each token averages its own 64×64 pixels; at the lower and right borders, those inside the image (our choice).
+    Each token averages a square of its own of that side; at the lower and right borders, what of it lies inside the
+    image (our choice).
     """
 
     def __init__(self, config: LeMoReConfig):
@@ -954,6 +956,7 @@ class LeMoReModel(LeMoRePreTrainedModel):
             `ValueError`: for pixel values that are not 4-D, have another channel count, or are smaller than 32×32; in
             training also for a single image of a single token (of 32×32 pixels without `use_nested_attention`).
             `TypeError`: for pixel values that are no tensor of floats.
+            `RuntimeError`: for a fused model in training mode.
         """
         self._check_batch(pixel_values, self.config.token_stride if self.config.use_nested_attention else MINIMUM_SIZE)
         _, *local_features = self.encoder(pixel_values)
@@ -987,8 +990,10 @@ class LeMoReBackbone(BackboneMixin, LeMoRePreTrainedModel):
             `"stem"` at stride 2, `"stage1"`..`"stage4"` at strides 4 to 32.
 
         Raises:
-            `ValueError`: for pixel values that are not 4-D, have another channel count, or are smaller than 32×32.
+            `ValueError`: for pixel values that are not 4-D, have another channel count, or are smaller than 32×32; in
+            training also for a single image of 32×32 pixels.
             `TypeError`: for pixel values that are no tensor of floats.
+            `RuntimeError`: for a fused model in training mode.
 
         Example:
 
@@ -1142,9 +1147,11 @@ class LeMoReForSemanticSegmentation(LeMoRePreTrainedModel):
             `attentions` as [`LeMoReModelOutput`] has them.
 
         Raises:
-            `ValueError`: for pixel values that are not 4-D, have another channel count, or are smaller than 32×32; for
-            labels that are not 3-D, have another batch size, or name a class that is not there.
+            `ValueError`: for pixel values that are not 4-D, have another channel count, or are smaller than 32×32; in
+            training also for a single image of a single token; for labels that are not 3-D, have another batch size, or
+            name a class that is not there.
             `TypeError`: for pixel values that are no tensor of floats, and labels that are none of integers.
+            `RuntimeError`: for a fused model in training mode.
 
         Example:
 
@@ -1230,17 +1237,17 @@ class LeMoReForImageClassification(LeMoRePreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
                 Normalized images, at least 32×32 pixels.
             labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
-                Classes in `[0, num_labels)`, or -100 for images that the loss leaves out; the loss follows
-                `config.problem_type`, as everywhere in Transformers.
+                Classes in `[0, num_labels)`, or -100 for images that the loss leaves out (it is NaN where all are); the
+                loss follows `config.problem_type`, as everywhere in Transformers.
 
         Returns:
             [`~transformers.modeling_outputs.ImageClassifierOutput`] with `logits` of shape `(batch_size, num_labels)`;
             `hidden_states` and `attentions` as [`LeMoReModelOutput`] has them.
 
         Raises:
-            `ValueError`: for pixel values that are not 4-D, have another channel count, or are smaller than 32×32; for
-            labels that name a class that is not there.
+            `ValueError`: for pixel values as in [`LeMoReModel`]; for labels that name a class that is not there.
             `TypeError`: for pixel values that are no tensor of floats.
+            `RuntimeError`: for a fused model in training mode.
         """
         if labels is not None:
             self._check_classes(labels)

@@ -66,13 +66,11 @@ class Muon(torch.optim.AdamW):
         **adamw: Options of `torch.optim.AdamW`, but `fused`; `weight_decay` is also that of the matrices.
 
     Raises:
-        `ValueError`: for a momentum outside [0, 1).
+        `ValueError`: for a momentum outside [0, 1), a group's own too.
         `TypeError`: for `fused`.
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, momentum: float = 0.95, **adamw: Any):
-        if not 0 <= momentum < 1:
-            raise ValueError(f"`momentum` must be in [0, 1), got {momentum}.")
         if "fused" in adamw:
             raise TypeError("`Muon` has no fused kernel: leave `fused` out.")
         self._momentum = momentum
@@ -80,12 +78,15 @@ class Muon(torch.optim.AdamW):
         super().__init__(params, lr=lr, fused=False, **adamw)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        momentum = param_group.get("momentum", self._momentum)
+        if not 0 <= momentum < 1:
+            raise ValueError(f"`momentum` must be in [0, 1), got {momentum}.")
         parameters = param_group["params"]
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         for orthogonal in (True, False):
             if part := [parameter for parameter in parameters if _is_matrix(parameter) == orthogonal]:
-                momentum = {"momentum": self._momentum} if orthogonal else {}
-                super().add_param_group({**momentum, **param_group, "params": part, "orthogonal": orthogonal})
+                own = {"momentum": momentum} if orthogonal else {}
+                super().add_param_group({**own, **param_group, "params": part, "orthogonal": orthogonal})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -70,14 +70,15 @@ def find_inputs(patterns: Sequence[str], output_dir: Path) -> dict[Path, Path]:
     Args:
         patterns (`Sequence[str]`): Files, folders (searched with those below them) and glob patterns (`**` reaches
             into folders).
-        output_dir (`Path`): Where results go; what lies in it is no input.
+        output_dir (`Path`): Where results go; what lies in it is no input, unless it is named as a file.
 
     Returns:
         `dict[Path, Path]`: each input once, and the name that its results get: its path inside the folder named, or
         its file name.
 
     Raises:
-        `FileNotFoundError`: for a pattern that nothing matches, or a folder without pictures and videos.
+        `FileNotFoundError`: for a pattern that nothing matches, or a folder without pictures and videos or in the output
+            folder.
     """
     inputs: dict[Path, Path] = {}
     known: set[Path] = set()

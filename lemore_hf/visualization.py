@@ -138,8 +138,10 @@ def draw_segmentation(
 
     Raises:
         ValueError: The sizes differ; floats of the image lie outside of [0, 1]; the segmentation is not two-dimensional
-            or holds numbers without a name or a colour; `alpha` is outside [0, 1]; a segment has a label that `id2label` lacks.
+            or holds numbers without a name or a colour; a colour is no RGB triple of 0 to 255; `alpha` is outside [0, 1]; a
+            segment has a label that `id2label` lacks.
         TypeError: The segmentation is not of integers.
+        OSError: The path is not that of a picture that can be read.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is an opacity from 0 to 1, not {alpha}.")

@@ -102,7 +102,7 @@ def parse_arguments() -> argparse.Namespace:
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
         default=(512, 512),
-        help="of the first table's images (default: 512 512); the second's have 512×512 pixels",
+        help="of the first table's images (default: 512 512); the second's networks are given 512×512 pixels",
     )
     parser.add_argument(
         "--sizes",
@@ -126,7 +126,9 @@ def parse_arguments() -> argparse.Namespace:
         help="how long each process repeats, at least three times (default: 1)",
     )
     parser.add_argument(
-        "--keep-memory", action="store_true", help="let glibc keep freed memory, in every process: " + str(KEEP_MEMORY)
+        "--keep-memory",
+        action="store_true",
+        help="let glibc keep freed memory, in every process: " + " ".join(map("=".join, KEEP_MEMORY.items())),
     )
     parser.add_argument("--work-dir", type=Path, help="folder that keeps exported graphs for the next time")
     parser.add_argument("--prepare-only", action="store_true", help="export the graphs to the work dir, and stop")

@@ -63,7 +63,9 @@ def parse_arguments() -> argparse.Namespace:
         "post-processing)",
     )
     parser.add_argument(
-        "--max-size", type=int, help="largest height and width (default: none; ExecuTorch: 1024, or the native size)"
+        "--max-size",
+        type=int,
+        help="largest height and width (default: none; ExecuTorch: 1024, or the native or the processor's size if larger)",
     )
     parser.add_argument("--max-batch-size", type=int, help="most images at once (default: any; ExecuTorch: 4)")
     parser.add_argument(

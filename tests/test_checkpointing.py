@@ -197,6 +197,12 @@ def test_pruning_keeps_the_last(tmp_path):
     assert list_checkpoints(tmp_path) == [checkpoint_folder(tmp_path, step) for step in (5, 9_999_999, 10_000_000)]
 
 
+def test_pruning_may_keep_none(tmp_path):
+    save_checkpoint(checkpoint_folder(tmp_path, 1), TENSORS, {"step": 1})
+    prune_checkpoints(tmp_path, keep=0)
+    assert list_checkpoints(tmp_path) == []
+
+
 def test_a_resumed_run_does_not_hang_on_to_the_files_of_its_checkpoint(tmp_path):
     """What is read from safetensors stays mapped, and Windows and NFS do not delete a file that is."""
 

@@ -388,6 +388,12 @@ def test_bad_options_are_refused_before_any_work(options, message, dataset, reci
         evaluate_segmentation(Untouched([0.0, 0.0, 0.0]), dataset, recipe, progress=False, **options)
 
 
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batches_of_no_image_are_refused(batch_size, dataset, recipe):
+    with pytest.raises(ValueError, match=f"batch_size must be at least 1, or None for the recipe's, got {batch_size}"):
+        evaluate_segmentation(ConstantModel([0.0, 0.0, 0.0]), dataset, recipe, batch_size=batch_size, progress=False)
+
+
 def test_models_of_other_classes_are_refused(dataset, recipe):
     with pytest.raises(ValueError, match="model has 2 labels, the recipe folder has 3 classes"):
         counts(ConstantModel([0.0, 1.0]), dataset, recipe)
@@ -715,6 +721,13 @@ def test_smaller_views_are_antialiased(tiny_lemore, dataset, recipe):
 def test_each_setting_of_the_pixel_values_counts(tmp_path, recipe, settings, message):
     LeMoReImageProcessor(**settings).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
+        check_normalization(tmp_path, recipe)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "5"])
+def test_damaged_settings_of_a_processor_are_named(tmp_path, recipe, content):
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json is damaged \(.*\): bring back"):
         check_normalization(tmp_path, recipe)
 
 

@@ -45,6 +45,15 @@ def test_cross_entropy_is_torchs(batch, weights, label_smoothing):
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"class_weights": [1.0, 2.0, 0.5, 3.0]}, {"dice_weight": 1.0}])
+def test_the_loss_is_of_single_precision_whatever_the_logits_are(batch, options):
+    logits, labels = batch
+    expected = SegmentationCriterion(**options)(logits, labels)
+    loss = SegmentationCriterion(**options)(logits.double(), labels)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected)
+
+
 def test_logits_are_upsampled_to_the_labels(batch):
     logits, _ = batch
     labels = torch.randint(0, 4, (2, 48, 64))

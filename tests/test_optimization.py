@@ -158,6 +158,11 @@ def test_options_that_muon_does_not_have_are_refused(model):
         Muon(model.parameters(), fused=True)
 
 
+def test_the_momentum_of_a_group_is_checked_too(model):
+    with pytest.raises(ValueError, match=r"`momentum` must be in \[0, 1\), got 5"):
+        Muon([{"params": list(model.parameters()), "momentum": 5}])
+
+
 def test_what_has_no_gradient_stays(model):
     optimizer = Muon(model.parameters(), **OPTIONS)
     before = copy.deepcopy(model.state_dict())

@@ -19,6 +19,7 @@ import sys
 import threading
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,44 @@ seen.dropped = await page.evaluate(async () => {
   return dropped.defaultPrevented;
 });
 await page.waitForFunction(() => document.querySelector("#picture").width === 50);
+writeFileSync(output, JSON.stringify(seen));
+browser.process().kill("SIGKILL");
+process.exit(0);
+"""
+
+
+# What a reader does who has a GPU, which a program stands in for.
+READER_WITH_GPU = """
+import { writeFileSync } from "node:fs";
+import chromium from "@sparticuz/chromium";
+import puppeteer from "puppeteer-core";
+
+const [address, photo, output] = process.argv.slice(2);
+const browser = await puppeteer.launch({
+  executablePath: await chromium.executablePath(),
+  headless: "shell",
+  protocolTimeout: 300000,
+  args: ["--no-sandbox", "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"],
+});
+const page = await browser.newPage();
+page.setDefaultTimeout(300000);
+const says = (place, pattern) => page.waitForFunction(
+  (place, pattern) => document.querySelector(place).textContent.match(pattern)?.input, {}, place, pattern,
+).then(found => found.jsonValue());
+const options = name => page.$$eval(`${name} option`, options => options.map(option => option.textContent));
+await page.goto(address);
+await says("#status", "Choose");
+await (await page.$("#file")).uploadFile(photo);
+const seen = { devices: await options("#device"), scales: await options("#scale") };
+for (const [device, place] of [["wasm", "thread"], ["webgpu", "WebGPU"], ["wasm", "thread"]]) {
+  await page.select("#device", device);
+  const status = await says("#status", `ms, .*${place}`);
+  const pixels = await page.$eval("#overlay", canvas => btoa(Array.from(
+    canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data, byte => String.fromCharCode(byte),
+  ).join("")));
+  seen[device] = { status, pixels };
+}
+seen.problem = await page.$eval("#problem", problem => problem.textContent);
 writeFileSync(output, JSON.stringify(seen));
 browser.process().kill("SIGKILL");
 process.exit(0);
@@ -274,13 +313,24 @@ def save_film(path: Path) -> None:
         container.mux(stream.encode(None))
 
 
-def test_page_labels_a_photo_a_film_and_the_camera_in_chromium(chromium, exported, other_server, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra lemore-hf[onnx]")
-    folder = shutil.copytree(exported, tmp_path / "export")
+@contextlib.contextmanager
+def served(folder: Path, runtime: str) -> Iterator[str]:
+    """Address of an export's page that `scripts/serve_page.py` serves, with onnxruntime-web from elsewhere."""
     page = (folder / PAGE).read_text(encoding="utf-8")
     public = f"https://cdn.jsdelivr.net/npm/{RUNTIME}/"
     assert page.count(public) == 1
-    (folder / PAGE).write_text(page.replace(public, other_server), encoding="utf-8")
+    (folder / PAGE).write_text(page.replace(public, runtime), encoding="utf-8")
+    command = [sys.executable, ROOT / "scripts" / "serve_page.py", folder, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            yield server.stdout.readline().split()[0]
+        finally:
+            server.terminate()
+
+
+def test_page_labels_a_photo_a_film_and_the_camera_in_chromium(chromium, exported, other_server, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra lemore-hf[onnx]")
+    folder = shutil.copytree(exported, tmp_path / "export")
     # As a phone held upright writes them: the pixels lie on their side, and a tag says so.
     picture = draw_scene(1, (360, 480), daylight=True)[0]
     exif = Image.Exif()
@@ -289,14 +339,8 @@ def test_page_labels_a_photo_a_film_and_the_camera_in_chromium(chromium, exporte
     (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
     save_film(tmp_path / "film.webm")
 
-    command = [sys.executable, ROOT / "scripts" / "serve_page.py", folder, "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            address = server.stdout.readline().split()[0]
-            files = [tmp_path / name for name in ("photo.jpg", "text.png", "film.webm", "seen")]
-            chromium(READER, address, *files)
-        finally:
-            server.terminate()
+    with served(folder, other_server) as address:
+        chromium(READER, address, *(tmp_path / name for name in ("photo.jpg", "text.png", "film.webm", "seen")))
     seen = json.loads((tmp_path / "seen").read_text(encoding="utf-8"))
 
     assert "Choose a picture" in seen["ready"]
@@ -326,6 +370,31 @@ def test_page_labels_a_photo_a_film_and_the_camera_in_chromium(chromium, exporte
     assert seen["button_of_the_camera"] == "Stop the camera"
     assert seen["videos"] == [1, 0], "of the camera alone, and none once it is stopped"
     assert seen["dropped"], "or the browser would leave the page for the picture"
+
+
+def test_page_runs_the_network_on_a_gpu_if_asked_to(chromium, other_server, tmp_path):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="needs the extra lemore-hf[onnx]")
+    height, width = size = (96, 128)
+    model, processor = load_trained_model(RELEASED), LeMoReImageProcessor.from_pretrained(RELEASED)
+    options = {"with_postprocessing": True, "image_size": size, "browser_page": True}
+    export_model(model, processor, tmp_path / "export", "onnx", **options)
+    picture = draw_scene(1, size, daylight=True)[0]
+    picture.save(tmp_path / "photo.png")
+    with served(tmp_path / "export", other_server) as address:
+        chromium(READER_WITH_GPU, address, tmp_path / "photo.png", tmp_path / "seen")
+    seen = json.loads((tmp_path / "seen").read_text(encoding="utf-8"))
+
+    assert seen["devices"] == ["the processor", "the GPU (WebGPU)"]
+    assert seen["scales"] == ["100 %"], "the one size of this graph"
+    assert seen["problem"] == ""
+    assert re.fullmatch(r"128×96 pixels in \d+ ms, WebGPU", seen["webgpu"]["status"])
+    palette = np.array(model.config.palette)
+    expected = palette[Segmenter(tmp_path / "export")(picture)]
+    assert len(np.unique(expected.reshape(-1, 3), axis=0)) > 3
+    for device in ("wasm", "webgpu"):
+        pixels = np.frombuffer(base64.b64decode(seen[device]["pixels"]), np.uint8).reshape(height, width, 4)
+        assert (pixels[..., :3] == expected).all(-1).mean() > 0.995, device
 
 
 def test_transformers_js_labels_a_picture_by_its_pipeline(chromium, browser_runtime, tmp_path):

@@ -153,7 +153,7 @@ class Recipe:
     scale_range: tuple[float, float] = (0.5, 2.0)
     """Random scale; in classification the range of the share of the area that is kept."""
     max_class_share: float = 0.75
-    """A crop is drawn anew, up to ten times, while one class has more than this share of its labelled pixels."""
+    """A crop is drawn anew, of ten at most, while one class has more than this share of its labelled pixels."""
     flip_prob: float = 0.5
     """Probability of a horizontal flip."""
     photometric_prob: float = 0.5
@@ -201,7 +201,7 @@ class Recipe:
     weight_decay: float = 0.01
     """Of all weights but norms and biases."""
     head_lr_multiplier: float = 10.0
-    """Times the rate for the segmentation head."""
+    """Times the rate for the head: all behind the encoder and the global features, in classification the classifier."""
     poly_power: float = 1.0
     """Power of the polynomial decay of the rate to zero; 0 keeps it constant."""
     max_grad_norm: float | None = None
@@ -215,7 +215,7 @@ class Recipe:
 
     # Loss
     class_weights: Literal["median_frequency"] | tuple[float, ...] | None = None
-    """Weights of the classes in the cross entropy: median frequency balancing over the training split, or a list."""
+    """Weights of the classes in the cross entropy: "median_frequency", balanced over the training split, or a list."""
     class_weight_power: float = 1.0
     """Power that these are raised to: 0.5 takes their square roots, milder to rare classes (our choice)."""
     label_smoothing: float = 0.0

@@ -26,8 +26,8 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
         num_channels (`int`, *optional*, defaults to 3):
             Input channels.
         image_size (`int` or `tuple[int, int]`, *optional*, defaults to 512):
-            The native grid as `(height, width)`, at least 32: the size that the frontal and lateral weights are made
-            for. Other input sizes work too; the weights are then resampled.
+            The native grid as `(height, width)`, from 32 to 16384 each: the size that the frontal and lateral weights
+            are made for. Other input sizes work too, larger ones as well; the weights are then resampled.
         stem_sizes (`list[int]`, *optional*, defaults to `(16, 16)`):
             Channels of the stem's 3×3 convolutions. The first has stride 2.
         hidden_sizes (`list[int]`, *optional*, defaults to `(16, 48, 128, 176)`):
@@ -89,7 +89,7 @@ class LeMoReConfig(BackboneConfigMixin, PreTrainedConfig):
             Whether the model is the inference copy that [`~LeMoRePreTrainedModel.fuse`] makes. It tells how to read
             its weights: convert a model with `fuse()`, not by setting this.
         semantic_loss_ignore_index (`int`, *optional*, defaults to 255):
-            The label of void pixels, left out of the segmentation loss.
+            The label of void pixels, left out of the segmentation loss; none of the classes' own.
         palette (`list[list[int]]`, *optional*):
             An RGB colour (0 to 255) for each label, used to draw masks.
         out_features (`list[str]`, *optional*):

@@ -127,11 +127,12 @@ class LeMoReImageProcessorMixin:
             `segmentation_maps` also `labels`, `(batch, height, width)` in int64. Without `return_tensors`, lists.
 
         Raises:
-            OSError: for a file or a PIL image that is damaged, and a URL that cannot be read.
-            TypeError: for an input that is no image.
-            ValueError: for no images at all; for maps of another number or size than the images, or whose values are
-                not whole; for a shape that is no image's; for settings that contradict each other; or with
-                `return_tensors` when the results have different sizes.
+            TypeError: for an input that is no image, or does not hold numbers.
+            OSError: for a file, a PIL image or an address that cannot be read as a picture.
+            ValueError: for no images at all, and text that is no path of a file; for integers outside of the two ranges;
+                for maps of another number or size than the images, or whose values are not whole; for a shape that is
+                no image's; for settings that contradict each other; or with `return_tensors` when the results have
+                different sizes.
         """
         return super().preprocess(images, segmentation_maps, **kwargs)
 
