@@ -329,7 +329,11 @@ def _check_options(
     max_batch_size: int | None,
 ) -> None:
     if not isinstance(model, LeMoReForSemanticSegmentation):
-        raise TypeError(f"Only a LeMoReForSemanticSegmentation can be exported, got a {type(model).__name__}.")
+        kind = type(model)
+        advice = ""
+        if kind.__name__ == LeMoReForSemanticSegmentation.__name__:  # remote code's, or from before a reload
+            advice = f" of {kind.__module__}, another copy of the code: load the model again with `lemore_hf`'s class"
+        raise TypeError(f"Only a LeMoReForSemanticSegmentation can be exported, got a {kind.__name__}{advice}.")
     if export_format not in FILES:
         raise ValueError(f"`export_format` must be one of {list(FILES)}, got {export_format!r}.")
     if precision not in ("float32", "float16", "int8"):

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures to label maps, with one interface over PyTorch and every exported format."""
 
+import importlib
 import itertools
 import os
 import threading
@@ -11,14 +12,14 @@ from typing import Any, overload
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from .checkpointing import CheckpointError
 from .export import MANIFEST, ExportManifest, network_input, require_packages
 from .hardware import usable_cores
-from .image_processing_pil_lemore import open_picture
+from .image_processing_pil_lemore import decode, read_file
 from .pictures import files_below, in_levels
 from .post_processing_lemore import segment_logits
 
@@ -46,7 +47,7 @@ class Segmenter:
         `CheckpointError`: for weights or graphs that are damaged, weights that are pickled or not those of a whole
             segmentation network.
         `OSError`: where the settings of the network or of its image processor are missing or cannot be read.
-        `ImportError`: naming the extra to install where the runtime is missing.
+        `ImportError`: naming the extra to install where the runtime is missing, or why it cannot be imported.
         `ValueError`: for less than one thread, a model that is not for segmentation, or a configuration out of range
             (`huggingface_hub.errors.StrictDataclassError` for a value of the wrong type).
     """
@@ -59,7 +60,7 @@ class Segmenter:
         self.config: PreTrainedConfig = AutoConfig.from_pretrained(folder)
         self.image_processor = AutoImageProcessor.from_pretrained(folder)
         if exported:
-            require_packages(self.manifest.format, RUNTIME_PACKAGES[self.manifest.format])
+            _import_runtime(self.manifest.format)
         if num_threads is not None:
             if num_threads < 1:
                 raise ValueError(
@@ -70,7 +71,7 @@ class Segmenter:
         try:
             self._run = _RUNTIMES[self.manifest.format](graph, num_threads)
         except Exception as error:  # of the runtimes' own kinds
-            if not exported or isinstance(error, ImportError):
+            if not exported or isinstance(error, (ImportError, MemoryError)):
                 raise
             raise CheckpointError(
                 f"{graph} is damaged, or not for this version of its runtime ({error}): export the model again."
@@ -134,7 +135,8 @@ class Segmenter:
             `TypeError`: for what is no picture, such as a list of them, or an array of another shape or type.
             `ValueError`: for a size that the network, or this export of it, does not take, an array without a pixel, and
                 floats of another range than 0…1 or 0…255.
-            `OSError`: for a file that is missing or cannot be read as a picture.
+            `OSError`: for a file that is missing, and what cannot be read as a picture: damage that `PIL.Image.open` has
+                left undiscovered is found here.
             `RuntimeError`: in a process that was forked from the one where the network was opened.
         """
         self._check_process()
@@ -295,14 +297,17 @@ def _picture_of(image: Any, num_channels: int) -> Image.Image:
             ) from error
     if not isinstance(image, Image.Image):
         raise TypeError(f"Expected one picture, an array or the path of a file, got {type(image).__name__}.")
-    return ImageOps.exif_transpose(in_levels(image))
+    return in_levels(decode(image))
 
 
 def read_picture(path: Path) -> Image.Image:
-    """The upright picture of a file, in its own mode, read to its end. Floats of 0…1 become such of 0…255."""
-    with open_picture(path) as image:
-        image.load()
-        return ImageOps.exif_transpose(in_levels(image))
+    """The upright picture of a file, in its own mode, read to its end. Floats of 0…1 become such of 0…255.
+
+    Raises:
+        `OSError`: for a file that is missing or cannot be read as a picture.
+        `ValueError`: for PostScript, and floats of another range.
+    """
+    return in_levels(read_file(path))
 
 
 def find_model(path: Path) -> Path:
@@ -327,6 +332,17 @@ def find_model(path: Path) -> Path:
             f"{sorted(file.name for file in path.iterdir())[:8]}."
         )
     return path
+
+
+def _import_runtime(export_format: str) -> None:
+    """Before the graph is opened, which is not to be blamed for what is wrong with its runtime."""
+    require_packages(export_format, RUNTIME_PACKAGES[export_format])
+    for name in RUNTIME_PACKAGES[export_format]:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # OpenVINO raises others too, as for a container's user without a home
+            message = f"The package {name} is installed, but cannot be imported: {error}"
+            raise ImportError(message, name=name) from error
 
 
 def _open_pytorch(path: Path, num_threads: int | None) -> Run:

@@ -12,6 +12,7 @@ import runpy
 import shutil
 import signal
 import subprocess
+import sys
 import warnings
 import zipfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -763,6 +764,9 @@ def test_only_a_segmentation_network_is_exported(checkpoint, image_processor, tm
     peer = SegformerForSemanticSegmentation(SegformerConfig())
     with pytest.raises(TypeError, match="got a SegformerForSemanticSegmentation"):
         export_model(peer, image_processor, tmp_path / "out", "torch")
+    copied = type("LeMoReForSemanticSegmentation", (SegformerForSemanticSegmentation,), {"__module__": "remote.code"})
+    with pytest.raises(TypeError, match=r"got a LeMoReForSemanticSegmentation of remote\.code, another copy"):
+        export_model(copied(SegformerConfig()), image_processor, tmp_path / "out", "torch")
 
     classifier = tmp_path / "classifier"
     LeMoReForImageClassification(LeMoReConfig.from_pretrained(checkpoint)).save_pretrained(classifier)
@@ -803,6 +807,17 @@ def test_missing_package_names_the_extra(export_format, model, image_processor, 
     monkeypatch.setattr(export_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=rf"pip install -e '\.\[{export_format}\]'"):
         export_model(model, image_processor, tmp_path / "out", export_format)
+
+
+def test_a_runtime_that_cannot_be_imported_is_not_the_graphs_fault(checkpoint, tmp_path, monkeypatch):
+    """As OpenVINO's where a container's user has neither a name nor HOME."""
+    folder = shutil.copytree(checkpoint, tmp_path / "export")
+    ExportManifest("openvino", "openvino_model.xml").save(folder)
+    (tmp_path / "openvino.py").write_text('raise RuntimeError("Could not determine home directory.")')
+    monkeypatch.delitem(sys.modules, "openvino", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"openvino is installed, but cannot be imported: Could not determine home"):
+        Segmenter(folder)
 
 
 def test_calibration_folder_with_nothing_usable(tmp_path):

@@ -8,10 +8,13 @@ import json
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import zlib
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +33,7 @@ from lemore_hf import (
 )
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 from lemore_hf.image_processing_pil_lemore import LeMoReImageProcessorPil
-from lemore_hf.inference import read_picture
+from lemore_hf.inference import _picture_of, read_picture
 
 ROOT = Path(__file__).parents[1]
 PROCESSORS = [LeMoReImageProcessor, LeMoReImageProcessorPil]
@@ -171,6 +174,33 @@ def test_postscript_is_not_run_whatever_its_name(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="PostScript is a program"):
             read(tmp_path / "photo.png")
     assert not (tmp_path / "was_run").exists()
+
+
+def png_without_pixels(width: int, height: int) -> bytes:
+    header = b"IHDR" + struct.pack(">2I5B", width, height, 8, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\0IDAT"
+    )
+
+
+@pytest.mark.parametrize("kind", ["no number", "too many pixels", "exif"])
+def test_damaged_pictures_are_told_by_one_error(kind, rgb, tmp_path):
+    """As uploads to a service, which has to tell them from its own failures: Pillow raises errors of every kind."""
+    path = tmp_path / "picture"
+    if kind == "exif":  # found when the pixels are read already: `PIL.Image.open` takes the file
+        Image.fromarray(rgb).save(path, "PNG", exif=b"Exif\0\0damaged")
+    else:
+        path.write_bytes(b"P6 4x 4 255\n" if kind == "no number" else png_without_pixels(60_000, 60_000))
+    for read in (LeMoReImageProcessor(), LeMoReImageProcessorPil(), read_picture):
+        with pytest.raises(OSError, match=re.escape(f"{path} cannot be read as a picture: ")):
+            read(path)
+    if kind == "exif":
+        for read in (LeMoReImageProcessor(), LeMoReImageProcessorPil(), partial(_picture_of, num_channels=3)):
+            with pytest.raises(OSError, match=r"^The picture cannot be read as a picture: "):
+                read(Image.open(BytesIO(path.read_bytes())))
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    with pytest.raises((OSError, ValueError), match=r"is no picture: |cannot be read as a picture: "):
+        LeMoReImageProcessor()(encoded)
 
 
 def test_a_server_that_never_answers_is_not_waited_for(monkeypatch):

@@ -6,6 +6,7 @@ The torchvision backend imports the shared half from here, so that this file wor
 """
 
 import base64
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from io import BytesIO
@@ -127,7 +128,7 @@ class LeMoReImageProcessorMixin:
 
         Raises:
             TypeError: for an input that is no image, or does not hold numbers.
-            OSError: for a file or an address that cannot be read as a picture.
+            OSError: for a file, a PIL image or an address that cannot be read as a picture.
             ValueError: for no images at all, and text that is no path of a file; for integers outside of the two ranges;
                 for maps of another number or size than the images, or whose values are not whole; for a shape that is
                 no image's; for settings that contradict each other; or with `return_tensors` when the results have
@@ -391,7 +392,7 @@ def _flatten(images: Any, ndims: int) -> Iterator[Union[Image.Image, np.ndarray,
             f"A picture of shape {tuple(getattr(images, 'shape', images.size))} has no pixels: leave it out."
         )
     elif isinstance(images, Image.Image):
-        yield images
+        yield decode(images)
     elif isinstance(images, np.ndarray) or is_torch_tensor(images):
         if images.ndim == ndims + 1:
             yield from images
@@ -415,18 +416,52 @@ def _open(source: str | os.PathLike) -> Image.Image:
     if not os.path.isfile(file):
         is_url = file.startswith(("http://", "https://"))
         file = BytesIO(_download(file) if is_url else _from_base64(file))
-    with open_picture(file) as image:
+    return read_file(file)
+
+
+def read_file(source: str | os.PathLike | BytesIO) -> Image.Image:
+    """The upright picture of a file, in the mode it has, read to its end.
+
+    Raises:
+        OSError: for what cannot be read as a picture.
+        ValueError: for PostScript.
+    """
+    with open_picture(source) as image:
+        return decode(image)
+
+
+def decode(image: Image.Image) -> Image.Image:
+    """A picture read to its end, and upright. `PIL.Image.open` leaves it to the first use to find damage.
+
+    Raises:
+        OSError: for what cannot be read as a picture.
+    """
+    with _decoding(getattr(image, "filename", None)):
         image.load()
-    return image
+        return _upright(image)
+
+
+@contextlib.contextmanager
+def _decoding(source: Any) -> Iterator[None]:
+    """Pillow's decoders raise errors of every kind on damaged data and for too many pixels: makes `OSError` of them all."""
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        name = source if source and isinstance(source, (str, os.PathLike)) else "The picture"
+        raise OSError(f"{name} cannot be read as a picture: {error}") from error
 
 
 def open_picture(source: str | os.PathLike | BytesIO) -> Image.Image:
     """A picture that is not read yet.
 
     Raises:
+        OSError: for what cannot be read as a picture.
         ValueError: for PostScript, whatever its name: Pillow would have Ghostscript run it, for it is a program.
     """
-    image = Image.open(source)
+    with _decoding(source):
+        image = Image.open(source)
     if image.format == "EPS":
         image.close()
         raise ValueError("PostScript is a program and no picture: save it as PNG.")
@@ -443,7 +478,7 @@ def _from_base64(text: str) -> bytes:
     data = text.partition(",")[2] if text.startswith("data:image/") else text
     try:
         content = base64.b64decode("".join(data.split()), validate=True)
-        Image.open(BytesIO(content)).close()
+        open_picture(BytesIO(content)).close()
     except (ValueError, OSError) as error:
         raise ValueError(
             f"{text[:200]!r} is no picture: expected the path of a file, a URL of http:// or https://, or base64 ({error})."
@@ -541,7 +576,7 @@ def _read_label_map(label_map: Union[Image.Image, np.ndarray, "torch.Tensor"]) -
                 f"A segmentation map needs one label a pixel, but this PIL image has mode {label_map.mode!r}: expected 1, "
                 "L, P, I or I;16. Map colours to labels first."
             )
-        label_map = np.array(_upright(label_map))
+        label_map = np.array(label_map)
     labels = _to_numpy(label_map)
     if labels.dtype.kind not in "buif":
         raise TypeError(f"Segmentation maps must hold numbers, got the dtype {labels.dtype}.")
