@@ -621,6 +621,14 @@ def test_other_processes_open_their_own(format_of_model, exported, checkpoint, f
         assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 3
 
 
+def test_what_exporters_print_needs_no_encoding():
+    """PyTorch's marks its steps with signs that the encodings of Windows lack, of which ASCII is a part."""
+    code = "from lemore_hf.export import quietly\nwith quietly(): print('\\u2705')"
+    ascii_only = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | ascii_only)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
 # Command line and bad input
 
 
