@@ -407,6 +407,46 @@ def test_an_old_python_is_named_before_anything_is_made(tmp_path):
     assert not (tmp_path / ".venv").exists()
 
 
+def test_an_environment_as_windows_makes_it(tmp_path):
+    """Its programs lie in `Scripts`. It is made once, and reused."""
+    shutil.copytree(SCRIPTS, tmp_path / "scripts")
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "python").write_text(
+        '#!/bin/sh\necho "$@" >> called\nif [ "$2" = venv ]; then mkdir -p .venv/Scripts; cp "$0" .venv/Scripts/python; '
+        "echo 'PATH=$PWD/.venv/Scripts:$PATH' > .venv/Scripts/activate; fi\n"
+    )
+    (tmp_path / "python").chmod(0o755)
+    for _ in range(2):
+        made = subprocess.run(
+            ["bash", "-euc", 'source scripts/environment.sh "" && command -v python'],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHON": str(tmp_path / "python")},
+            capture_output=True,
+            text=True,
+        )
+        assert made.returncode == 0, made.stderr
+        assert Path(made.stdout.splitlines()[-1]).samefile(tmp_path / ".venv" / "Scripts" / "python")
+    calls = (tmp_path / "called").read_text().splitlines()
+    assert [call for call in calls if "venv" in call or "pip" in call] == [
+        "-m venv --clear .venv",
+        "-m pip install --quiet --disable-pip-version-check --editable .",
+    ]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs Git")
+def test_bash_can_read_its_scripts_where_git_changes_line_ends(tmp_path):
+    """As Git for Windows does unless it is told not to."""
+    (tmp_path / "scripts").mkdir()
+    for name in (".gitattributes", "scripts/environment.sh", "scripts/quickstart.sh", "scripts/test.sh"):
+        shutil.copy(SCRIPTS.parent / name, tmp_path / name)
+    git = ["git", "-c", "core.autocrlf=true", "-C", tmp_path]
+    for words in (["init", "--quiet"], ["add", "."], ["checkout-index", "--all", "--prefix=out/"]):
+        subprocess.run([*git, *words], check=True)
+    scripts = list((tmp_path / "out" / "scripts").iterdir())
+    assert len(scripts) == 3
+    assert not any(b"\r" in script.read_bytes() for script in scripts)
+
+
 @pytest.mark.parametrize("options", [(), ("--dataset", "my data", "--epochs", "2")])
 def test_quickstarts_options_go_to_the_script_and_not_to_pip(tmp_path, options):
     """A stand-in for the environment's Python prints what it is started with."""
