@@ -342,6 +342,16 @@ def test_quickstart_makes_the_network_that_a_recipe_describes(tmp_path, monkeypa
     assert config.num_labels == recipe.num_classes
 
 
+def test_quickstart_asks_the_processor_for_bfloat16_only_where_it_trains(monkeypatch):
+    script = quickstart_script(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    for has_apples_gpu in (False, True):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda value=has_apples_gpu: value)
+        assert script.has_fast_bfloat16() is not has_apples_gpu
+
+
 def test_quickstart_trains_on_few_pictures(tmp_path, monkeypatch):
     """With one picture more than its batches take, and what worker processes need that are not forked, as on macOS."""
     script = quickstart_script(monkeypatch)
