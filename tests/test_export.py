@@ -316,6 +316,7 @@ def test_pictures_as_programs_have_them(checkpoint, frames, tmp_path):
 
 def test_arrays_of_four_channels_for_a_network_that_takes_them(tmp_path):
     """Such as red, green, blue and near infrared: none of them is an opacity."""
+    torch.manual_seed(1)  # of half of all seeds the network sees one class everywhere
     config = LeMoReConfig(num_channels=4, num_labels=3, image_size=(96, 128), axis_initialization="normal")
     LeMoReForSemanticSegmentation(config).save_pretrained(tmp_path)
     LeMoReImageProcessor(
