@@ -506,13 +506,18 @@ def _trace(exporter: Any, config_class: type, module: nn.Module, manifest: Expor
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Exporters report every step, on standard output, as warnings and as log records; errors still come through."""
+    """Exporters report every step, on standard output (with signs that Windows' own encodings lack), as warnings and as log
+    records; errors still come through."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
+        with (
+            warnings.catch_warnings(),
+            open(os.devnull, "w", encoding="utf-8") as sink,
+            contextlib.redirect_stdout(sink),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -843,7 +848,7 @@ def quantize_litert(graph: bytes, precision: str, feeds: Iterable[dict]) -> byte
 
     quantizer = Quantizer(graph)
     convolutions = (TFLOperationName.CONV_2D, TFLOperationName.DEPTHWISE_CONV_2D)
-    with open(os.devnull, "w") as sink, contextlib.redirect_stderr(sink):  # its progress bars
+    with open(os.devnull, "w", encoding="utf-8") as sink, contextlib.redirect_stderr(sink):  # its progress bars
         if precision == "float16":
             for operation in (*convolutions, TFLOperationName.FULLY_CONNECTED):  # the last are the axis weights
                 quantizer.add_weight_only_config(".*", operation, 16, algorithm_key=AlgorithmName.FLOAT_CASTING)

@@ -20,6 +20,8 @@ def shield_worker(worker_id: int = 0) -> None:
     them the process could not end its step. They still end when it does."""
     if hasattr(os, "setpgrp"):
         os.setpgrp()
+    else:  # Windows, where Ctrl-C goes to all processes of the console
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def interrupt_by_signals() -> None:

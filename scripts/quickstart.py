@@ -180,6 +180,8 @@ def has_fast_bfloat16() -> bool:
     """Elsewhere it takes several times as long as float32: convolutions leave oneDNN for PyTorch's own slow ones."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.mps.is_available():  # what the processor has says nothing of Apple's GPU, which trains there
+        return False
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

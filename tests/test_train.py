@@ -37,7 +37,7 @@ from lemore_hf.data.recipes import load_recipe
 from lemore_hf.data.scenes import load_scenes
 from lemore_hf.distillation import DistillationLoss
 from lemore_hf.evaluation import evaluate, load_trained_model
-from lemore_hf.interruption import InterruptionRequest
+from lemore_hf.interruption import InterruptionRequest, shield_worker
 from lemore_hf.peers import build_peer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -400,6 +400,13 @@ def test_what_is_ignored_stays_ignored(sigint):
         assert not request.number
         signal.raise_signal(signal.SIGTERM)
         assert request.number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_loaders_are_shielded_where_there_are_no_process_groups(sigint, monkeypatch):
+    """As on Windows: a loader that ends on Ctrl-C would end the run before it has saved its step."""
+    monkeypatch.delattr(os, "setpgrp")
+    shield_worker()
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 

@@ -342,6 +342,16 @@ def test_quickstart_makes_the_network_that_a_recipe_describes(tmp_path, monkeypa
     assert config.num_labels == recipe.num_classes
 
 
+def test_quickstart_asks_the_processor_for_bfloat16_only_where_it_trains(monkeypatch):
+    script = quickstart_script(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    for has_apples_gpu in (False, True):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda value=has_apples_gpu: value)
+        assert script.has_fast_bfloat16() is not has_apples_gpu
+
+
 def test_quickstart_trains_on_few_pictures(tmp_path, monkeypatch):
     """With one picture more than its batches take, and what worker processes need that are not forked, as on macOS."""
     script = quickstart_script(monkeypatch)
@@ -405,6 +415,46 @@ def test_an_old_python_is_named_before_anything_is_made(tmp_path):
     assert "Python 3.10 or newer is needed" in refused.stderr
     assert "3.9.6" in refused.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+def test_an_environment_as_windows_makes_it(tmp_path):
+    """Its programs lie in `Scripts`. It is made once, and reused."""
+    shutil.copytree(SCRIPTS, tmp_path / "scripts")
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "python").write_text(
+        '#!/bin/sh\necho "$@" >> called\nif [ "$2" = venv ]; then mkdir -p .venv/Scripts; cp "$0" .venv/Scripts/python; '
+        "echo 'PATH=$PWD/.venv/Scripts:$PATH' > .venv/Scripts/activate; fi\n"
+    )
+    (tmp_path / "python").chmod(0o755)
+    for _ in range(2):
+        made = subprocess.run(
+            ["bash", "-euc", 'source scripts/environment.sh "" && command -v python'],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHON": str(tmp_path / "python")},
+            capture_output=True,
+            text=True,
+        )
+        assert made.returncode == 0, made.stderr
+        assert Path(made.stdout.splitlines()[-1]).samefile(tmp_path / ".venv" / "Scripts" / "python")
+    calls = (tmp_path / "called").read_text().splitlines()
+    assert [call for call in calls if "venv" in call or "pip" in call] == [
+        "-m venv --clear .venv",
+        "-m pip install --quiet --disable-pip-version-check --editable .",
+    ]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs Git")
+def test_bash_can_read_its_scripts_where_git_changes_line_ends(tmp_path):
+    """As Git for Windows does unless it is told not to."""
+    (tmp_path / "scripts").mkdir()
+    for name in (".gitattributes", "environment.sh", "quickstart.sh", "test.sh"):
+        shutil.copy(SCRIPTS / name, tmp_path / "scripts" / name)
+    git = ["git", "-c", "core.autocrlf=true", "-C", tmp_path]
+    for words in (["init", "--quiet"], ["add", "."], ["checkout-index", "--all", "--prefix=out/"]):
+        subprocess.run([*git, *words], check=True)
+    scripts = list((tmp_path / "out" / "scripts").glob("*.sh"))
+    assert len(scripts) == 3
+    assert not any(b"\r" in script.read_bytes() for script in scripts)
 
 
 @pytest.mark.parametrize("options", [(), ("--dataset", "my data", "--epochs", "2")])
