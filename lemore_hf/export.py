@@ -80,6 +80,7 @@ _QUANTIZERS = {
 }
 _OF_ONE_SIZE = ("onnx", "openvino", "litert")  # formats that have graphs of one size
 _ANY_LENGTH = 2**31  # of a constant
+_CANDIDATES = 16  # classes of a cell that may be its pixels' label, in an ONNX graph for more than twice as many
 _SAMPLE_SHAPE = (2, 328, 456)  # batch, height and width to trace with: no stride divides them, so none is special
 
 
@@ -194,7 +195,7 @@ def export_model(
         output_dir (`str` or `os.PathLike`): The folder, replaced if it holds an export.
         export_format (`str`): One of `FILES`.
         with_postprocessing (`bool`): Whether normalisation, upsampling and argmax belong to the graph; see
-            [`ExportManifest`].
+            [`ExportManifest`]. In ONNX, with more than 32 classes, those of a pixel are the sixteen likeliest around it.
         precision (`str`): `"float32"`; for ONNX, OpenVINO and LiteRT also `"float16"` (the weights are stored in half
             the space and computed with in float32) and `"int8"` (static, per channel).
         calibration_images (`Sequence[PIL.Image.Image]`): Pictures that the ranges of int8 are taken from.
@@ -449,9 +450,12 @@ class SegmentationGraph(nn.Module):
         # Contiguous, or tracing asks of every size whether the channels lie last.
         pixel_values = image.permute(0, 3, 1, 2).contiguous().float() * self.scale + self.offset
         logits = self.model(pixel_values=pixel_values).logits
-        logits = F.interpolate(logits, size=pixel_values.shape[2:], mode="bilinear", align_corners=False)
-        labels = logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(1)
-        return {"labels": labels.to(torch.uint8)}
+        return {"labels": self.labels(logits, pixel_values.shape[2:]).to(torch.uint8)}
+
+    def labels(self, logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        """The classes of logits `(batch, num_labels, h, w)` that are enlarged to `size`: `(batch, height, width)`."""
+        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        return logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(1)
 
 
 def _normalization(image_processor: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -648,6 +652,56 @@ def _head_of_products(original: Any) -> Any:
         return self.classifier(self.activation(sum(at_output) + upsampled))
 
     return forward
+
+
+@register_patch("lemore.onnxruntime", "lemore_hf.export.SegmentationGraph.labels")
+def _labels_of_candidates(original: Any) -> Any:
+    """
+    Of many classes, only the likeliest in each cell between four positions of the logits are enlarged: all 150 of ADE20K
+    would take ONNX Runtime several times as long as the network, and more memory than everything else.
+
+    The labels are those of all classes, but where more than `_CANDIDATES` come near the best within one cell.
+    """
+
+    def following(index: torch.Tensor) -> torch.Tensor:
+        return (index + 1).clamp(max=index.shape[0] - 1)
+
+    def forward(self: SegmentationGraph, logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+        if logits.shape[1] <= 2 * _CANDIDATES:
+            return original(self, logits, size)
+        # The cell of row i and column j lies between them and the next ones; at the border these are the same.
+        next_row, next_column = (following(torch.arange(length)) for length in logits.shape[2:])
+        to_best = logits - logits.amax(1, keepdim=True)
+        to_best = torch.maximum(to_best, to_best.index_select(2, next_row))
+        to_best = torch.maximum(to_best, to_best.index_select(3, next_column))
+        candidates = to_best.permute(0, 2, 3, 1).topk(_CANDIDATES, sorted=False).indices  # (B, h, w, candidates)
+        top = logits.permute(0, 2, 3, 1)
+        bottom = top.index_select(1, next_row)
+        top, bottom, top_right, bottom_right = (
+            corners.gather(3, candidates)
+            for corners in (top, bottom, top.index_select(2, next_column), bottom.index_select(2, next_column))
+        )
+        (rows, down), (columns, right) = (
+            _cells(native, length) for native, length in zip(logits.shape[2:], size, strict=True)
+        )
+
+        def between(upper: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
+            upper, lower = upper.index_select(1, rows), lower.index_select(1, rows)
+            return (upper + (lower - upper) * down[:, None, None]).index_select(2, columns)
+
+        values = between(top, bottom) + between(top_right - top, bottom_right - bottom) * right[:, None]
+        candidates = candidates.to(torch.int32).index_select(1, rows).index_select(2, columns)
+        return candidates.gather(3, values.argmax(3, keepdim=True)).squeeze(3)
+
+    return forward
+
+
+def _cells(native: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where `F.interpolate` with `align_corners=False` finds each of `size` positions among `native` ones: the position
+    before it, and how far it lies beyond that."""
+    position = ((torch.arange(size, dtype=torch.float32) + 0.5) * (native / size) - 0.5).clamp(min=0)
+    before = position.floor()
+    return before.long(), position - before
 
 
 # Formats

@@ -21,17 +21,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from launching import launch, run_here
 from PIL import Image
 from quick_fit import quick_fit
+from torch import nn
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
+from transformers.exporters.utils import apply_patches
 
 from lemore_hf import LeMoReConfig, LeMoReForImageClassification, LeMoReForSemanticSegmentation
 from lemore_hf import export as export_module
 from lemore_hf.checkpointing import CheckpointError
 from lemore_hf.data.scenes import draw_scene
 from lemore_hf.evaluation import load_trained_model
-from lemore_hf.export import ExportManifest, SegmentationGraph, export_model, network_input
+from lemore_hf.export import ExportManifest, SegmentationGraph, export_model, network_input, quietly
 from lemore_hf.image_processing_lemore import LeMoReImageProcessor
 from lemore_hf.inference import (
     ExportedNetwork,
@@ -887,6 +890,42 @@ def test_a_graph_with_postprocessing_does_as_the_processor(num_labels, steps):
         (labels,) = SegmentationGraph(model, processor)(image)["labels"]
     assert len(expected.unique()) > 1
     assert (labels == expected).float().mean() > 0.999
+
+
+@pytest.fixture(scope="module")
+def labels_of_many(tmp_path_factory):
+    """The end of an ONNX graph with post-processing, alone: logits of forty classes → labels at a stride of about 8."""
+    onnxruntime, *_ = (
+        pytest.importorskip(package, reason="needs the extra lemore-hf[onnx]") for package in PACKAGES["onnx"]
+    )
+
+    class Labels(nn.Module):
+        def forward(self, logits):
+            size = [8 * side - 3 for side in logits.shape[2:]]
+            return SegmentationGraph.labels(self, logits, size).to(torch.uint8)
+
+    path = tmp_path_factory.mktemp("labels") / "model.onnx"
+    axes = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    with apply_patches("lemore.onnxruntime"), quietly():
+        torch.onnx.export(Labels().eval(), (torch.zeros(2, 40, 12, 16),), path, dynamic_shapes=(axes,), verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    return lambda logits: torch.from_numpy(session.run(None, {"logits": logits.numpy()})[0])
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 16), (1, 3, 33), (1, 1, 40)])
+def test_labels_of_many_classes_come_from_the_likeliest(shape, labels_of_many):
+    torch.manual_seed(0)
+    batch, height, width = shape
+    logits = F.avg_pool2d(3 * torch.randn(batch, 40, height + 3, width + 3), 4, 1)  # smooth, as a network's are
+    size = (8 * height - 3, 8 * width - 3)
+    expected = F.interpolate(logits, size=size, mode="bilinear", align_corners=False).argmax(1)
+    labels = labels_of_many(logits)
+    assert labels.shape == expected.shape
+    assert len(expected.unique()) > 10
+    assert (labels == expected).float().mean() > 0.9995
+    # All classes of a position may be likelier than those of its neighbour.
+    raised = labels_of_many(logits + 50 * torch.randn(batch, 1, height, width))
+    assert (raised == expected).float().mean() > 0.999
 
 
 @pytest.mark.parametrize(
