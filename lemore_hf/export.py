@@ -660,7 +660,8 @@ def _labels_of_candidates(original: Any) -> Any:
     Of many classes, only the likeliest in each cell between four positions of the logits are enlarged: all 150 of ADE20K
     would take ONNX Runtime several times as long as the network, and more memory than everything else.
 
-    The labels are those of all classes, but where more than `_CANDIDATES` come near the best within one cell.
+    The labels are those of all classes wherever no more than `_CANDIDATES` can win within one cell; see
+    `lemore_hf.post_processing_lemore`, which counts them.
     """
 
     def following(index: torch.Tensor) -> torch.Tensor:
