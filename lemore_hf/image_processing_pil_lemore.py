@@ -141,6 +141,9 @@ class LeMoReImageProcessorMixin:
         _check_size("size", kwargs.get("size"), _SIZES)
         _check_size("crop_size", kwargs.get("crop_size"), ({"height", "width"},))
         _check_size("pad_size", kwargs.get("pad_size"), ({"height", "width"},))
+        image_std = kwargs.get("image_std")
+        if image_std is not None and not np.greater(image_std, 0).all():
+            raise ValueError(f"`image_std` must be above 0, since pixels are divided by it, got {image_std}.")
         if kwargs.get("data_format") not in (None, ChannelDimension.FIRST):
             raise ValueError(
                 f"data_format={kwargs['data_format']!r} is not supported: pixel values are always 'channels_first', the "

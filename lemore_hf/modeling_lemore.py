@@ -1246,7 +1246,7 @@ class LeMoReForImageClassification(LeMoRePreTrainedModel):
 
         Raises:
             `ValueError`: for pixel values as in [`LeMoReModel`]; for labels that name a class that is not there.
-            `TypeError`: for pixel values that are no tensor of floats.
+            `TypeError`: for pixel values that are no tensor of floats, and labels that are no tensor.
             `RuntimeError`: for a fused model in training mode.
         """
         if labels is not None:
@@ -1263,6 +1263,8 @@ class LeMoReForImageClassification(LeMoRePreTrainedModel):
 
     def _check_classes(self, labels: torch.Tensor) -> None:
         """On a GPU what is no class would end the process in an assertion of the device."""
+        if not isinstance(labels, torch.Tensor):
+            raise TypeError(f"`labels` must be a tensor, got {type(labels).__name__}: pass `torch.tensor(labels)`.")
         num_labels, problem_type = self.config.num_labels, self.config.problem_type
         are_classes = problem_type in (None, "single_label_classification") and not labels.is_floating_point()
         if num_labels > 1 and are_classes and not hides_values(labels):

@@ -521,6 +521,8 @@ def test_a_misspelt_layout_is_refused(processor_class):
         ({"size": {"height": 0, "width": 512}}, "positive"),
         ({"crop_size": {"shortest_edge": 512}}, "`crop_size` must have the keys"),
         ({"data_format": "channels_last"}, "channels_first"),
+        ({"image_std": 0.0}, "`image_std` must be above 0"),
+        ({"image_std": [0.2, 0.0, float("nan")]}, "`image_std` must be above 0"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

@@ -1131,6 +1131,8 @@ def test_labels_without_values_give_a_loss_without_one():
 def test_labels_that_are_no_tensor_are_refused():
     with pytest.raises(TypeError, match=r"must be a tensor, got ndarray: .* `return_tensors=\"pt\"`"):
         tiny()(random_images(), labels=random_labels().numpy())
+    with pytest.raises(TypeError, match=r"must be a tensor, got list: pass `torch.tensor\(labels\)`"):
+        tiny(LeMoReForImageClassification)(random_images(), labels=[0, 1])
 
 
 def test_wrong_labels_never_index_out_of_bounds():
