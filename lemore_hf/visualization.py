@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontEntry, fontManager
+from matplotlib.ft2font import FT2Font
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullLocator
@@ -182,7 +184,9 @@ def draw_segmentation(
     entries = [(names[number] if names else f"class {number}", colors[number], shares[number]) for number in present]
     if void_share:
         entries.append(("void", None, void_share))
-    return _beside(drawn, _legend(entries, drawn.height))
+    # Of all the names, so that every picture of a model is written in the same letters.
+    letters = "".join(map(str, names.values())) if names else ""
+    return _beside(drawn, _legend(entries, drawn.height, letters))
 
 
 def class_names(config: PreTrainedConfig) -> dict[int, str]:
@@ -284,10 +288,13 @@ def _colors_of(
     return colors
 
 
-def _legend(entries: Sequence[tuple[str, tuple[int, int, int] | None, float]], height: int) -> Image.Image:
-    """Swatches, names and shares in columns, in a letter size that suits a picture of this height."""
+def _legend(
+    entries: Sequence[tuple[str, tuple[int, int, int] | None, float]], height: int, letters: str
+) -> Image.Image:
+    """Swatches, names and shares in columns, in a letter size that suits a picture of this height and a font that has
+    these letters."""
     letter = min(max(height // 28, 11), 96)
-    font = ImageFont.load_default(size=letter)
+    font = _font(letter, letters)
     margin, row = letter, round(letter * 1.6)
     rows = max((height - 2 * margin) // row, math.ceil(3 * math.sqrt(len(entries))), 1)
     columns = [entries[start : start + rows] for start in range(0, len(entries), rows)]
@@ -307,6 +314,34 @@ def _legend(entries: Sequence[tuple[str, tuple[int, int, int] | None, float]], h
             draw.text((x + row, y + letter / 2), text, fill="black", font=font, anchor="lm")
         x += width
     return panel
+
+
+def _font(size: int, letters: str) -> ImageFont.FreeTypeFont:
+    """Pillow's own font, which has ASCII alone, or else one that has these letters."""
+    if letters.isascii():
+        return ImageFont.load_default(size=size)
+    return ImageFont.truetype(_font_with(frozenset(letters)).fname, size)
+
+
+@cache
+def _font_with(letters: frozenset[str]) -> FontEntry:
+    """DejaVu Sans, which comes with matplotlib, or the font of this system that has the most of the letters it lacks."""
+
+    def rank(font: FontEntry) -> tuple[bool, bool, str]:
+        is_regular = (font.style, font.weight, font.stretch) == ("normal", 400, "normal")
+        return font.name != "DejaVu Sans", not is_regular, font.name
+
+    best, most = None, -1
+    for font in sorted(fontManager.ttflist, key=rank):
+        # The font of last resort has a box for every letter, and matplotlib may remember fonts that are gone.
+        if "lastresort" in font.name.lower().replace(" ", "") or not os.path.isfile(font.fname):
+            continue
+        found = len(letters.intersection(map(chr, FT2Font(font.fname).get_charmap())))
+        if found > most:
+            best, most = font, found
+        if found == len(letters):
+            break
+    return best
 
 
 def _percent(share: float) -> str:
@@ -369,7 +404,7 @@ def image_grid(
 
     columns = min(columns, len(pictures))
     gap, letter = max(width // 64, 2), min(max(height // 14, 11), 64)
-    font, heading = ImageFont.load_default(size=letter), round(letter * 1.6) if titles else 0
+    font, heading = _font(letter, "".join(titles or ())), round(letter * 1.6) if titles else 0
     rows = math.ceil(len(pictures) / columns)
     pitch_x, pitch_y = width + gap, height + heading + gap
     canvas = Image.new("RGB", (columns * pitch_x + gap, rows * pitch_y + gap), "white")
@@ -525,8 +560,11 @@ def plot_confusion_matrix(
 
 
 def _rendered(figure: Figure) -> Image.Image:
-    for text in figure.findobj(Text):
+    texts = figure.findobj(Text)
+    font = _font_with(frozenset("".join(text.get_text() for text in texts)))
+    for text in texts:
         text.set_parse_math(False)  # a name with two dollar signs is no formula
+        text.set_fontfamily(["DejaVu Sans", font.name])
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

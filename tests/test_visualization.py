@@ -3,11 +3,14 @@
 """Overlays and their legends, the default palette, grids, curves and confusion matrices."""
 
 import itertools
+import warnings
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.font_manager import fontManager
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageFilter
 from transformers import SegformerConfig
 
@@ -260,6 +263,34 @@ def test_a_legend_of_150_classes_stays_compact():
 def test_bad_input_is_named(image, labels, change, error, message):
     with pytest.raises(error, match=message):
         draw_segmentation(**{"image": image, "segmentation": labels, "id2label": NAMES, **change})
+
+
+def test_letters_beyond_ascii_are_no_boxes(image, labels):
+    for names in ("Gebäude", "Gebüude"), ("дорога", "дерево"):
+        legends = [draw_segmentation(image, labels, dict.fromkeys(range(4), name)).tobytes() for name in names]
+        assert legends[0] != legends[1]
+        titles = [image_grid([image], titles=[name], cell_size=(60, 200)).tobytes() for name in names]
+        assert titles[0] != titles[1]
+
+
+def test_letters_that_matplotlibs_font_lacks_come_from_one_of_the_system(image, labels, monkeypatch):
+    regular = [font for font in fontManager.ttflist if font.style == "normal" and font.weight == 400]
+    shipped = {font.name: font for font in regular if "mpl-data" in font.fname}
+    plain, other = shipped["DejaVu Sans"], shipped["STIXGeneral"]
+    known = [set(FT2Font(font.fname).get_charmap()) for font in (plain, other)]
+    first, second = [chr(code) for code in sorted(known[1] - known[0]) if chr(code).isalpha() and code < 0xE000][:2]
+    visualization._font_with.cache_clear()
+    monkeypatch.setattr(fontManager, "ttflist", [other, plain])  # the other stands in for one of the system
+    try:
+        assert visualization._font_with(frozenset(f"ä{first}")).name == "STIXGeneral"
+        assert visualization._font_with(frozenset("ä")).name == "DejaVu Sans"
+        legends = [draw_segmentation(image, labels, dict.fromkeys(range(4), f"ä{c}")) for c in (first, second)]
+        assert legends[0].tobytes() != legends[1].tobytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of glyphs that are missing
+            plot_confusion_matrix(np.eye(2), ["ä", first], title=second)
+    finally:
+        visualization._font_with.cache_clear()
 
 
 def test_a_binary_networks_label_is_drawn_over_a_background(image):
