@@ -475,6 +475,7 @@ def plot_training_curve(records: Sequence[Mapping[str, Any]], title: str | None 
             axes.legend()
         axes.set_title(name)
         axes.set_xlabel("step")
+        axes.locator_params(axis="x", nbins=6)  # more of 160 000 steps would overlap
         axes.grid(alpha=0.3)
     if title:
         figure.suptitle(title)
@@ -508,7 +509,7 @@ def _plot_score(axes: Any, steps: np.ndarray, values: np.ndarray, color: str) ->
         axes.plot(
             steps[best], values[best], "o", color="#D55E00", label=f"best {values[best]:.1f} at {steps[best]:.0f}"
         )
-        axes.legend(loc="lower right")
+        axes.legend()
 
 
 def plot_confusion_matrix(

@@ -486,6 +486,26 @@ def test_curves_show_the_values_that_were_logged(monkeypatch):
     np.testing.assert_allclose(score.lines[0].get_xydata(), [(step, step / 2) for step in range(100)])
 
 
+def test_steps_of_a_long_run_do_not_overlap(monkeypatch):
+    figures, rendered = [], visualization._rendered
+    monkeypatch.setattr(visualization, "_rendered", lambda figure: figures.append(figure) or rendered(figure))
+    plot_training_curve([{"step": step, "loss": 1.0, "lr": 0.1, "mean_iou": 0.5} for step in range(0, 375001, 3000)])
+    for axes in figures[0].axes:
+        boxes = [text.get_window_extent() for text in axes.get_xticklabels()]
+        assert len(boxes) > 2
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes)), axes.get_title()
+
+
+def test_the_legend_of_the_score_does_not_cover_it(monkeypatch):
+    figures, rendered = [], visualization._rendered
+    monkeypatch.setattr(visualization, "_rendered", lambda figure: figures.append(figure) or rendered(figure))
+    for sign in (1, -1):  # a run that gains, and one that loses
+        plot_training_curve([{"step": step, "mean_iou": 0.5 + sign * step / 1000} for step in range(100)])
+        (axes,) = figures.pop().axes
+        points = axes.transData.transform(axes.lines[0].get_xydata())
+        assert not axes.get_legend().get_window_extent().count_contains(points)
+
+
 def test_curve_needs_something_to_plot():
     with pytest.raises(ValueError, match=r"None of the 1 records.*mean_iou"):
         plot_training_curve([{"step": 1, "epoch": 2}])
