@@ -543,6 +543,23 @@ def test_confusion_matrix_writes_percentages_into_their_own_cells():
     assert (pixels[top - side : bottom - side, left:right] == 255).all(), "no number above, where no pixel is"
 
 
+@pytest.mark.parametrize(("share", "black"), [(60, True), (80, False)])
+def test_numbers_of_a_confusion_matrix_stand_out_of_their_cells(share, black, monkeypatch):
+    monkeypatch.setattr(visualization, "_rendered", lambda figure: figure)
+    figure = plot_confusion_matrix([[share, 100 - share], [0, 1]], ["a", "b"])
+    (number,) = (text for text in figure.axes[0].texts if text.get_text() == f"{share}.0")
+    assert number.get_color() == ("black" if black else "white")
+
+
+@pytest.mark.parametrize("number", [2, 9, 60])
+def test_long_class_names_do_not_squeeze_a_confusion_matrix(number):
+    sides = []
+    for name in ("road", "road surface, other than asphalt or concrete, including gravel and unpaved tracks"):
+        diagonal = ink(plot_confusion_matrix(np.eye(number), [name] * number), (8, 48, 107))
+        sides.append(np.ptp(diagonal, axis=0).min())
+    assert sides[1] > 0.85 * sides[0]
+
+
 @pytest.mark.parametrize("number", [11, 150])
 def test_confusion_matrix_gives_each_class_name_its_room(number):
     picture = plot_confusion_matrix(np.eye(number), [f"class name {index}" for index in range(number)])
