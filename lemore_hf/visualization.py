@@ -593,7 +593,7 @@ def plot_speed(points: Mapping[str, Sequence[Mapping[str, Any]]], title: str | N
     for model in (model for models in panels.values() for model in models):
         colors.setdefault(model["name"], len(colors))
     palette = [tuple(level / 255 for level in color) for color in default_palette(len(colors))]
-    figure = Figure(figsize=(1 + 3.6 * len(panels), 4.2), dpi=120, layout="constrained")
+    figure = Figure(figsize=(max(1 + 3.6 * len(panels), 8), 4.2), dpi=120, layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, (runtime, models) in zip(grid, panels.items(), strict=True):
         for model in models:
