@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontEntry, fontManager
+from matplotlib.ft2font import FT2Font
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, NullLocator
@@ -182,7 +184,9 @@ def draw_segmentation(
     entries = [(names[number] if names else f"class {number}", colors[number], shares[number]) for number in present]
     if void_share:
         entries.append(("void", None, void_share))
-    return _beside(drawn, _legend(entries, drawn.height))
+    # Of all the names, so that every picture of a model is written in the same letters.
+    letters = "".join(map(str, names.values())) if names else ""
+    return _beside(drawn, _legend(entries, drawn.height, letters))
 
 
 def class_names(config: PreTrainedConfig) -> dict[int, str]:
@@ -284,10 +288,13 @@ def _colors_of(
     return colors
 
 
-def _legend(entries: Sequence[tuple[str, tuple[int, int, int] | None, float]], height: int) -> Image.Image:
-    """Swatches, names and shares in columns, in a letter size that suits a picture of this height."""
+def _legend(
+    entries: Sequence[tuple[str, tuple[int, int, int] | None, float]], height: int, letters: str
+) -> Image.Image:
+    """Swatches, names and shares in columns, in a letter size that suits a picture of this height and a font that has
+    these letters."""
     letter = min(max(height // 28, 11), 96)
-    font = ImageFont.load_default(size=letter)
+    font = _font(letter, letters)
     margin, row = letter, round(letter * 1.6)
     rows = max((height - 2 * margin) // row, math.ceil(3 * math.sqrt(len(entries))), 1)
     columns = [entries[start : start + rows] for start in range(0, len(entries), rows)]
@@ -307,6 +314,34 @@ def _legend(entries: Sequence[tuple[str, tuple[int, int, int] | None, float]], h
             draw.text((x + row, y + letter / 2), text, fill="black", font=font, anchor="lm")
         x += width
     return panel
+
+
+def _font(size: int, letters: str) -> ImageFont.FreeTypeFont:
+    """Pillow's own font, which has ASCII alone, or else one that has these letters."""
+    if letters.isascii():
+        return ImageFont.load_default(size=size)
+    return ImageFont.truetype(_font_with(frozenset(letters)).fname, size)
+
+
+@cache
+def _font_with(letters: frozenset[str]) -> FontEntry:
+    """DejaVu Sans, which comes with matplotlib, or the font of this system that has the most of the letters it lacks."""
+
+    def rank(font: FontEntry) -> tuple[bool, bool, str]:
+        is_regular = (font.style, font.weight, font.stretch) == ("normal", 400, "normal")
+        return font.name != "DejaVu Sans", not is_regular, font.name
+
+    best, most = None, -1
+    for font in sorted(fontManager.ttflist, key=rank):
+        # The font of last resort has a box for every letter, and matplotlib may remember fonts that are gone.
+        if "lastresort" in font.name.lower().replace(" ", "") or not os.path.isfile(font.fname):
+            continue
+        found = len(letters.intersection(map(chr, FT2Font(font.fname).get_charmap())))
+        if found > most:
+            best, most = font, found
+        if found == len(letters):
+            break
+    return best
 
 
 def _percent(share: float) -> str:
@@ -369,7 +404,7 @@ def image_grid(
 
     columns = min(columns, len(pictures))
     gap, letter = max(width // 64, 2), min(max(height // 14, 11), 64)
-    font, heading = ImageFont.load_default(size=letter), round(letter * 1.6) if titles else 0
+    font, heading = _font(letter, "".join(titles or ())), round(letter * 1.6) if titles else 0
     rows = math.ceil(len(pictures) / columns)
     pitch_x, pitch_y = width + gap, height + heading + gap
     canvas = Image.new("RGB", (columns * pitch_x + gap, rows * pitch_y + gap), "white")
@@ -440,6 +475,7 @@ def plot_training_curve(records: Sequence[Mapping[str, Any]], title: str | None 
             axes.legend()
         axes.set_title(name)
         axes.set_xlabel("step")
+        axes.locator_params(axis="x", nbins=6)  # more of 160 000 steps would overlap
         axes.grid(alpha=0.3)
     if title:
         figure.suptitle(title)
@@ -473,7 +509,7 @@ def _plot_score(axes: Any, steps: np.ndarray, values: np.ndarray, color: str) ->
         axes.plot(
             steps[best], values[best], "o", color="#D55E00", label=f"best {values[best]:.1f} at {steps[best]:.0f}"
         )
-        axes.legend(loc="lower right")
+        axes.legend()
 
 
 def plot_confusion_matrix(
@@ -483,7 +519,7 @@ def plot_confusion_matrix(
 
     Args:
         matrix: Counts `(n, n)`, true classes in rows, predicted ones in columns.
-        class_names: One a row. Up to 30 classes the percentages are written into the cells.
+        class_names: One a row, shortened to 40 letters. Up to 30 classes the percentages are written into the cells.
         title: Written above.
 
     Returns:
@@ -505,19 +541,20 @@ def plot_confusion_matrix(
     number = len(counts)
     cell = 0.55 if number <= 30 else 0.16  # inches; a six-point letter needs 0.1
     letter = 9 if number <= 30 else 6
-    side = number * cell + 2.5
+    names = [name if len(name) <= 40 else f"{name[:37]}..." for name in map(str, class_names)]
+    side = number * cell + max(2.5, 1.5 + max(map(len, names)) * 0.62 * letter / 72)
     figure = Figure(figsize=(side + 0.8, side), dpi=120, layout="constrained")
     axes = figure.subplots()
     shown = axes.imshow(percent, vmin=0, vmax=100, cmap="Blues")
-    axes.set_xticks(range(number), class_names, rotation=90, fontsize=letter)
-    axes.set_yticks(range(number), class_names, fontsize=letter)
+    axes.set_xticks(range(number), names, rotation=90, fontsize=letter)
+    axes.set_yticks(range(number), names, fontsize=letter)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     figure.colorbar(shown, ax=axes, label="% of the true class", shrink=0.8)
     if number <= 30:
         for row, column in zip(*np.nonzero(~np.isnan(percent)), strict=True):
             value = percent[row, column]
-            color = "white" if value > 55 else "black"
+            color = "white" if value > 69 else "black"  # about as far from this blue, and 4.2:1 or more
             axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=letter - 1, color=color)
     if title:
         axes.set_title(title)
@@ -525,8 +562,11 @@ def plot_confusion_matrix(
 
 
 def _rendered(figure: Figure) -> Image.Image:
-    for text in figure.findobj(Text):
+    texts = figure.findobj(Text)
+    font = _font_with(frozenset("".join(text.get_text() for text in texts)))
+    for text in texts:
         text.set_parse_math(False)  # a name with two dollar signs is no formula
+        text.set_fontfamily(["DejaVu Sans", font.name])
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
@@ -553,7 +593,7 @@ def plot_speed(points: Mapping[str, Sequence[Mapping[str, Any]]], title: str | N
     for model in (model for models in panels.values() for model in models):
         colors.setdefault(model["name"], len(colors))
     palette = [tuple(level / 255 for level in color) for color in default_palette(len(colors))]
-    figure = Figure(figsize=(1 + 3.6 * len(panels), 4.2), dpi=120, layout="constrained")
+    figure = Figure(figsize=(max(1 + 3.6 * len(panels), 8), 4.2), dpi=120, layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, (runtime, models) in zip(grid, panels.items(), strict=True):
         for model in models:

@@ -374,6 +374,19 @@ def test_chart():
         plot_speed({})
 
 
+def test_a_chart_of_one_runtime_has_room_for_its_title_and_names(script, monkeypatch):
+    figures, rendered = [], visualization._rendered
+    monkeypatch.setattr(visualization, "_rendered", lambda figure: figures.append(figure) or rendered(figure))
+    report = json.loads((SCRIPT.parents[1] / "model_cards" / "benchmark.json").read_text(encoding="utf-8"))
+    points = {"eager float32": script.speed_points(report)["eager float32"]}
+    plot_speed(points, "512×512, single images, Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz")
+    (figure,) = figures
+    for part in (figure.legends[0], figure._suptitle):
+        box = part.get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.x1
+
+
 def test_chart_shows_how_many_times_as_fast_the_first_is(monkeypatch):
     monkeypatch.setattr(visualization, "_rendered", lambda figure: figure)
     small = {"name": "small", "seconds": 0.01, "parameters": 1.6e6, "multiply_accumulates": 0.8e9}

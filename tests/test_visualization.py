@@ -3,11 +3,14 @@
 """Overlays and their legends, the default palette, grids, curves and confusion matrices."""
 
 import itertools
+import warnings
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.font_manager import fontManager
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageFilter
 from transformers import SegformerConfig
 
@@ -262,6 +265,34 @@ def test_bad_input_is_named(image, labels, change, error, message):
         draw_segmentation(**{"image": image, "segmentation": labels, "id2label": NAMES, **change})
 
 
+def test_letters_beyond_ascii_are_no_boxes(image, labels):
+    for names in ("Gebäude", "Gebüude"), ("дорога", "дерево"):
+        legends = [draw_segmentation(image, labels, dict.fromkeys(range(4), name)).tobytes() for name in names]
+        assert legends[0] != legends[1]
+        titles = [image_grid([image], titles=[name], cell_size=(60, 200)).tobytes() for name in names]
+        assert titles[0] != titles[1]
+
+
+def test_letters_that_matplotlibs_font_lacks_come_from_one_of_the_system(image, labels, monkeypatch):
+    regular = [font for font in fontManager.ttflist if font.style == "normal" and font.weight == 400]
+    shipped = {font.name: font for font in regular if "mpl-data" in font.fname}
+    plain, other = shipped["DejaVu Sans"], shipped["STIXGeneral"]
+    known = [set(FT2Font(font.fname).get_charmap()) for font in (plain, other)]
+    first, second = [chr(code) for code in sorted(known[1] - known[0]) if chr(code).isalpha() and code < 0xE000][:2]
+    visualization._font_with.cache_clear()
+    monkeypatch.setattr(fontManager, "ttflist", [other, plain])  # the other stands in for one of the system
+    try:
+        assert visualization._font_with(frozenset(f"ä{first}")).name == "STIXGeneral"
+        assert visualization._font_with(frozenset("ä")).name == "DejaVu Sans"
+        legends = [draw_segmentation(image, labels, dict.fromkeys(range(4), f"ä{c}")) for c in (first, second)]
+        assert legends[0].tobytes() != legends[1].tobytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of glyphs that are missing
+            plot_confusion_matrix(np.eye(2), ["ä", first], title=second)
+    finally:
+        visualization._font_with.cache_clear()
+
+
 def test_a_binary_networks_label_is_drawn_over_a_background(image):
     config = LeMoReConfig(num_labels=1, id2label={0: "road"}, label2id={"road": 0}, palette=[[200, 0, 0], [0, 0, 200]])
     segmentation = np.zeros((60, 80), np.uint8)
@@ -455,6 +486,26 @@ def test_curves_show_the_values_that_were_logged(monkeypatch):
     np.testing.assert_allclose(score.lines[0].get_xydata(), [(step, step / 2) for step in range(100)])
 
 
+def test_steps_of_a_long_run_do_not_overlap(monkeypatch):
+    figures, rendered = [], visualization._rendered
+    monkeypatch.setattr(visualization, "_rendered", lambda figure: figures.append(figure) or rendered(figure))
+    plot_training_curve([{"step": step, "loss": 1.0, "lr": 0.1, "mean_iou": 0.5} for step in range(0, 375001, 3000)])
+    for axes in figures[0].axes:
+        boxes = [text.get_window_extent() for text in axes.get_xticklabels()]
+        assert len(boxes) > 2
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes)), axes.get_title()
+
+
+def test_the_legend_of_the_score_does_not_cover_it(monkeypatch):
+    figures, rendered = [], visualization._rendered
+    monkeypatch.setattr(visualization, "_rendered", lambda figure: figures.append(figure) or rendered(figure))
+    for sign in (1, -1):  # a run that gains, and one that loses
+        plot_training_curve([{"step": step, "mean_iou": 0.5 + sign * step / 1000} for step in range(100)])
+        (axes,) = figures.pop().axes
+        points = axes.transData.transform(axes.lines[0].get_xydata())
+        assert not axes.get_legend().get_window_extent().count_contains(points)
+
+
 def test_curve_needs_something_to_plot():
     with pytest.raises(ValueError, match=r"None of the 1 records.*mean_iou"):
         plot_training_curve([{"step": 1, "epoch": 2}])
@@ -490,6 +541,23 @@ def test_confusion_matrix_writes_percentages_into_their_own_cells():
     assert (pixels[top:bottom, left:right] == 255).all(-1).any(), "the number, in white"
     side = bottom - top + 8
     assert (pixels[top - side : bottom - side, left:right] == 255).all(), "no number above, where no pixel is"
+
+
+@pytest.mark.parametrize(("share", "black"), [(60, True), (80, False)])
+def test_numbers_of_a_confusion_matrix_stand_out_of_their_cells(share, black, monkeypatch):
+    monkeypatch.setattr(visualization, "_rendered", lambda figure: figure)
+    figure = plot_confusion_matrix([[share, 100 - share], [0, 1]], ["a", "b"])
+    (number,) = (text for text in figure.axes[0].texts if text.get_text() == f"{share}.0")
+    assert number.get_color() == ("black" if black else "white")
+
+
+@pytest.mark.parametrize("number", [2, 9, 60])
+def test_long_class_names_do_not_squeeze_a_confusion_matrix(number):
+    sides = []
+    for name in ("road", "road surface, other than asphalt or concrete, including gravel and unpaved tracks"):
+        diagonal = ink(plot_confusion_matrix(np.eye(number), [name] * number), (8, 48, 107))
+        sides.append(np.ptp(diagonal, axis=0).min())
+    assert sides[1] > 0.85 * sides[0]
 
 
 @pytest.mark.parametrize("number", [11, 150])

@@ -78,8 +78,14 @@ await page.goto(address);
 const seen = { ready: await says("#status", "Choose") };
 const file = await page.$("#file");
 await page.select("#scale", "0.4");
+await page.evaluate(() => {
+  const status = document.querySelector("#status");
+  window.said = [];
+  new MutationObserver(() => said.push(status.textContent)).observe(status, { childList: true });
+});
 await file.uploadFile(photo);
 seen.photo = await says("#status", " ms,");
+seen.said = await page.evaluate(() => said);
 seen.isolated = await page.evaluate(() => crossOriginIsolated);
 seen.picture = await page.$eval("#picture", canvas => [canvas.width, canvas.height]);
 seen.overlay = await page.$eval("#overlay", canvas => [canvas.width, canvas.height]);
@@ -90,8 +96,18 @@ seen.legend = await legend();
 const box = await (await page.$("#stage")).boundingBox();
 await page.mouse.move(box.x + box.width / 2, box.y + box.height - 2);
 seen.under_pointer = await page.$eval("#stage", stage => stage.title);
+const described = (await page.accessibility.snapshot()).children.filter(({ role }) => role === "image");
+seen.described = described.map(({ description }) => description);
 await file.uploadFile(text);
 seen.no_picture = await says("#problem", "is no picture");
+for (const value of ["light", "dark"]) {
+  await page.emulateMediaFeatures([{ name: "prefers-color-scheme", value }]);
+  seen[value] = await page.$eval("#problem", problem => getComputedStyle(problem).color);
+}
+await page.setViewport({ width: 320, height: 568 });
+seen.width_on_a_small_phone = await page.evaluate(() => document.documentElement.scrollWidth);
+seen.letters = await page.$$eval("form *", parts => parts.map(part => getComputedStyle(part).fontSize));
+await page.setViewport({ width: 1280, height: 800 });
 await page.select("#scale", "0.6");
 seen.larger = await says("#status", "^720");
 const plays = async width => {
@@ -108,6 +124,7 @@ await page.select("#scale", "0.4");
 seen.film_at_another_size = await says("#status", "^480");
 await page.click("#camera");
 seen.camera = await plays(1280);
+seen.end_of_the_legend = await page.$eval("#legend", legend => legend.getBoundingClientRect().bottom);
 seen.button_of_the_camera = await page.$eval("#camera", button => button.textContent);
 seen.videos = [await page.$$eval("video", videos => videos.length)];
 await page.click("#camera");
@@ -328,6 +345,15 @@ def served(folder: Path, runtime: str) -> Iterator[str]:
             server.terminate()
 
 
+def contrast(color: str, background: tuple[int, int, int]) -> float:
+    """By WCAG 2; text wants 4.5."""
+    lightness = []
+    for levels in (map(int, re.findall(r"\d+", color)), background):
+        linear = [((level / 255 + 0.055) / 1.055) ** 2.4 if level > 10 else level / 255 / 12.92 for level in levels]
+        lightness.append(float(np.dot(linear, [0.2126, 0.7152, 0.0722])) + 0.05)
+    return max(lightness) / min(lightness)
+
+
 def test_page_labels_a_photo_a_film_and_the_camera_in_chromium(chromium, exported, other_server, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra lemore-hf[onnx]")
     folder = shutil.copytree(exported, tmp_path / "export")
@@ -346,6 +372,7 @@ def test_page_labels_a_photo_a_film_and_the_camera_in_chromium(chromium, exporte
     assert "Choose a picture" in seen["ready"]
     assert seen["isolated"], "or there is one thread, whatever the processor"
     assert re.fullmatch(r"480×360 pixels in \d+ ms, \d threads?", seen["photo"])
+    assert seen["said"][0].startswith("Labelling"), "that it is at work"
     assert (seen["picture"], seen["overlay"]) == ([480, 360], [480, 360]), "upright"
     colours = np.frombuffer(base64.b64decode(seen["colours"]), np.uint8).reshape(360, 480, 4)[..., :3]
     config = LeMoReConfig.from_pretrained(RELEASED)
@@ -362,10 +389,17 @@ def test_page_labels_a_photo_a_film_and_the_camera_in_chromium(chromium, exporte
     assert sorted(seen["legend"]) == sorted(entries)
     assert seen["legend"][0] == entries[0], "the most frequent class first"
     assert seen["under_pointer"] == config.id2label[labels[-2, 240]]
+    assert len(seen["described"]) == 1
+    assert entries[0] in seen["described"][0], "the picture's classes, for those who hear the page"
     assert "text.png" in seen["no_picture"]
+    assert contrast(seen["light"], (255, 255, 255)) > 4.5
+    assert contrast(seen["dark"], (18, 18, 18)) > 4.5, "on the grey that Chromium has"
+    assert seen["width_on_a_small_phone"] <= 320
+    assert set(seen["letters"]) == {"16px"}, "or iPhones enlarge the page at every choice"
     assert seen["larger"].startswith("720×540")
     assert seen["film"], "the classes in its frames"
     assert seen["film_at_another_size"].startswith("480×360")
+    assert seen["end_of_the_legend"] <= 800, "in a laptop's window without scrolling"
     assert seen["camera"], "the classes in what the camera shows"
     assert seen["button_of_the_camera"] == "Stop the camera"
     assert seen["videos"] == [1, 0], "of the camera alone, and none once it is stopped"
