@@ -4,7 +4,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -148,9 +148,7 @@ def draw_segmentation(
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is an opacity from 0 to 1, not {alpha}.")
     picture = _as_rgb(image)
-    if id2label is None and config is not None:
-        id2label = class_names(config)
-    names = None if id2label is None else {int(number): name for number, name in id2label.items()}
+    names, palette = _names_and_palette(id2label, palette, config)
     if isinstance(segmentation, Sequence):
         classes, names = segments_to_map(segmentation, picture.size[::-1], names, ignore_index)
     else:
@@ -164,8 +162,6 @@ def draw_segmentation(
     values, counts = np.unique(classes, return_counts=True)
     shares = {int(value): count / classes.size for value, count in zip(values, counts, strict=True)}
     void_share = shares.pop(ignore_index, 0.0)
-    if palette is None and config is not None:
-        palette = palette_of(config)
     colors = _colors_of(shares, names, palette)
 
     if shares:
@@ -199,6 +195,36 @@ def palette_of(config: PreTrainedConfig) -> Sequence[Sequence[int]]:
     few."""
     palette, number = getattr(config, "palette", None) or (), len(class_names(config))  # other families have none
     return palette if len(palette) >= number else default_palette(min(number, _MAX_PALETTE))
+
+
+def class_colors(
+    numbers: Iterable[int],
+    id2label: Mapping[int, str] | Mapping[str, str] | None = None,
+    palette: Sequence[Sequence[int]] | None = None,
+    config: PreTrainedConfig | None = None,
+) -> dict[str, tuple[int, int, int]]:
+    """The colours of classes by name, in the order of their numbers: the legend of pictures that `draw_segmentation` makes
+    of the same arguments, for `image_grid`.
+
+    Raises:
+        ValueError: a class has no name or no colour.
+    """
+    names, palette = _names_and_palette(id2label, palette, config)
+    colors = _colors_of(dict.fromkeys(sorted(map(int, numbers)), 0.0), names, palette)
+    return {names[number] if names else f"class {number}": color for number, color in colors.items()}
+
+
+def _names_and_palette(
+    id2label: Mapping[int, str] | Mapping[str, str] | None,
+    palette: Sequence[Sequence[int]] | None,
+    config: PreTrainedConfig | None,
+) -> tuple[dict[int, str] | None, Sequence[Sequence[int]] | None]:
+    """Names by number, and the palette, both from a configuration where they are left out."""
+    if id2label is None and config is not None:
+        id2label = class_names(config)
+    if palette is None and config is not None:
+        palette = palette_of(config)
+    return None if id2label is None else {int(number): name for number, name in id2label.items()}, palette
 
 
 def segments_to_map(
@@ -316,6 +342,26 @@ def _legend(
     return panel
 
 
+def _legend_in_lines(colors: Mapping[str, Sequence[int]], width: int) -> Image.Image:
+    """Swatches and names, one after another, in letters that can be read at the width of a page."""
+    letter = max(width // 56, 11)
+    font, row = _font(letter, "".join(colors)), round(letter * 1.6)
+    places, x, y = [], 0, row // 4
+    for name, color in colors.items():
+        text = _shortened(name, font, width - 2 * row)
+        length = row + math.ceil(font.getlength(text))
+        if x and x + length > width - letter:
+            x, y = 0, y + row
+        places.append((letter + x, y, text, tuple(color)))
+        x += length + letter
+    panel = Image.new("RGB", (width, y + row + letter // 2), "white")
+    draw = ImageDraw.Draw(panel)
+    for x, y, text, color in places:
+        _swatch(draw, (x, y, x + letter, y + letter), color)
+        draw.text((x + row, y + letter / 2), text, fill="black", font=font, anchor="lm")
+    return panel
+
+
 def _font(size: int, letters: str) -> ImageFont.FreeTypeFont:
     """Pillow's own font, which has ASCII alone, or else one that has these letters."""
     if letters.isascii():
@@ -366,11 +412,19 @@ def _beside(picture: Image.Image, panel: Image.Image) -> Image.Image:
     return canvas
 
 
+def _above(picture: Image.Image, panel: Image.Image) -> Image.Image:
+    canvas = Image.new("RGB", (picture.width, picture.height + panel.height), "white")
+    canvas.paste(picture, (0, 0))
+    canvas.paste(panel, (0, picture.height))
+    return canvas
+
+
 def image_grid(
     images: Sequence[ImageInput],
     columns: int | None = None,
     titles: Sequence[str] | None = None,
     cell_size: tuple[int, int] | None = None,
+    legend: Mapping[str, Sequence[int]] | None = None,
 ) -> Image.Image:
     """Lays images out in rows on white.
 
@@ -380,6 +434,7 @@ def image_grid(
         titles: One a picture, written above it and shortened where it does not fit.
         cell_size: `(height, width)` into which larger images are shrunk, keeping their proportions. Default: the largest
             height and width among them, so that none is shrunk.
+        legend: RGB triples by class name, written below, for pictures that have no legend of their own.
 
     Returns:
         The grid, RGB.
@@ -418,7 +473,7 @@ def image_grid(
             draw.text(
                 (x, y + heading / 2), _shortened(titles[index], font, width), fill="black", font=font, anchor="lm"
             )
-    return canvas
+    return _above(canvas, _legend_in_lines(legend, canvas.width)) if legend else canvas
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

@@ -38,6 +38,7 @@ from lemore_hf.complexity import count_multiply_accumulates
 from lemore_hf.data.loading import RecipeDataset, StreamedRecipeDataset, load_split, with_classes_of
 from lemore_hf.data.recipes import (
     EVALUATION_FIELDS,
+    IGNORE_INDEX,
     Recipe,
     add_data_arguments,
     add_recipe_arguments,
@@ -54,7 +55,7 @@ from lemore_hf.evaluation import (
 )
 from lemore_hf.hardware import hardware_name, mixed_precision, shares_cpu
 from lemore_hf.inference import RUNTIME_PACKAGES, ExportedNetwork, is_export
-from lemore_hf.visualization import draw_segmentation, image_grid, plot_confusion_matrix
+from lemore_hf.visualization import class_colors, draw_segmentation, image_grid, plot_confusion_matrix
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -291,7 +292,11 @@ def draw(result: SegmentationEvaluation, recipe: Recipe, output: Path) -> None:
             for image in result.worst_images
             for text in (image.name, "labels", f"prediction, mIoU {percent(image.mean_iou)}")
         ]
-        image_grid(rows, 3, titles, cell_size=(360, 480)).save(output.with_name(f"{output.stem}_worst_images.png"))
+        maps = (classes for image in result.worst_images for classes in (image.labels, image.prediction))
+        shown = set().union(*(classes.unique().tolist() for classes in maps)) - {IGNORE_INDEX}
+        legend = class_colors(shown, dict(enumerate(names)), recipe.palette)
+        grid = image_grid(rows, 3, titles, cell_size=(360, 480), legend=legend)
+        grid.save(output.with_name(f"{output.stem}_worst_images.png"))
 
 
 def draw_image(image: EvaluatedImage, recipe: Recipe, names: list[str]) -> tuple[Image.Image, ...]:

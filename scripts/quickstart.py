@@ -34,7 +34,7 @@ from lemore_hf.data.recipes import IGNORE_INDEX, Recipe, listed, load_recipe
 from lemore_hf.data.scenes import draw_scene
 from lemore_hf.hardware import usable_cores
 from lemore_hf.metrics import trainer_metrics
-from lemore_hf.visualization import draw_segmentation, image_grid
+from lemore_hf.visualization import class_colors, draw_segmentation, image_grid
 
 RELEASED = Path(__file__).resolve().parents[1] / "model_cards" / "lemore-camvid"
 STREET = 103  # the drawn street that the first look shows
@@ -111,8 +111,10 @@ def first_look(output_dir: Path) -> None:
     street.save(output_dir / "street.png")
     segmenter = pipeline("image-segmentation", model=str(RELEASED))
     segments = segmenter(str(output_dir / "street.png"))
-    overlay = draw_segmentation(street, segments, config=segmenter.model.config)
-    image_grid([street, overlay], columns=2).save(output_dir / "first_look.png")
+    config = segmenter.model.config
+    overlay = draw_segmentation(street, segments, config=config, legend=False)
+    legend = class_colors({config.label2id[segment["label"]] for segment in segments}, config=config)
+    image_grid([street, overlay], columns=2, legend=legend).save(output_dir / "first_look.png")
     print(f"A drawn street, segmented with the released CamVid weights: {output_dir}/first_look.png")
 
 
@@ -251,7 +253,7 @@ def draw_held_out(held_out: RecipeDataset, recipe: Recipe, folder: Path, output_
     """Pictures of held-out images as the pipeline segments them: one with a legend, some beside the truth."""
     segmenter = pipeline("image-segmentation", model=str(folder))
     config = segmenter.model.config
-    rows, step = [], max(1, len(held_out) // NUM_SHOWN)
+    rows, shown, step = [], set(), max(1, len(held_out) // NUM_SHOWN)
     for index in range(0, len(held_out), step)[:NUM_SHOWN]:
         sample = held_out.decoded(index)
         picture = Image.fromarray(sample.image.permute(1, 2, 0).numpy())
@@ -260,13 +262,15 @@ def draw_held_out(held_out: RecipeDataset, recipe: Recipe, folder: Path, output_
         segments = segmenter(str(path))
         if not rows:
             draw_segmentation(picture, segments, config=config).save(output_dir / "overlay.png")
+        shown.update(sample.labels.unique().tolist(), (config.label2id[segment["label"]] for segment in segments))
         rows += [
             picture,
             draw_segmentation(picture, sample.labels, config=config, legend=False),
             draw_segmentation(picture, segments, config=config, legend=False),
         ]
     titles = ["image", "ground truth", "LeMoRe"] * (len(rows) // 3)
-    image_grid(rows, columns=3, titles=titles).save(output_dir / "grid.png")
+    legend = class_colors(shown - {IGNORE_INDEX}, config=config)
+    image_grid(rows, columns=3, titles=titles, legend=legend).save(output_dir / "grid.png")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from PIL import Image, ImageFilter
 from transformers import SegformerConfig
 
 from lemore_hf import LeMoReConfig, visualization
+from lemore_hf.data.scenes import PALETTE
 from lemore_hf.visualization import (
+    class_colors,
     default_palette,
     draw_segmentation,
     image_grid,
@@ -415,6 +417,42 @@ def test_grid_shrinks_to_the_cell_in_proportion():
     pixels = np.asarray(image_grid([Image.new("RGB", (200, 100), color)], cell_size=(40, 40)))
     rows, columns = np.nonzero((pixels == color).all(axis=-1))
     assert (np.ptp(rows) + 1, np.ptp(columns) + 1) == (20, 40)
+
+
+@pytest.mark.parametrize("width", [80, 240, 2000])
+def test_grid_has_one_legend_below_all_its_pictures(width):
+    colors = dict(
+        zip([*"abcdefgh", "a name that is longer than the picture is wide"], default_palette(9), strict=True)
+    )
+    pixels = np.asarray(image_grid([Image.new("RGB", (width, 60))] * 4, columns=2, legend=colors))
+    bare = np.asarray(image_grid([Image.new("RGB", (width, 60))] * 4, columns=2))
+    assert (pixels[: len(bare)] == bare).all()
+    legend = pixels[len(bare) :]
+    assert (legend[[0, -1]] == 255).all(), "nothing is cut"
+    assert (legend[:, [0, -1]] == 255).all()
+    found = swatches(legend)
+    assert set(found) == set(colors.values())
+    places = [found[color][::-1] for color in colors.values()]
+    assert places == sorted(places), "line by line"
+    assert len({row for row, _ in places}) == 1 if width == 2000 else len({row for row, _ in places}) > 1
+
+
+def test_colours_of_classes_are_those_of_the_overlay(image, labels):
+    config = LeMoReConfig(id2label=NAMES)
+    drawn = draw_segmentation(image, labels, config=config, alpha=1, legend=False)
+    colors = class_colors([3, 0, 1], config=config)
+    assert list(colors) == ["sky", "road", "traffic sign"]
+    for number, color in zip((0, 1, 3), colors.values(), strict=True):
+        assert (np.asarray(drawn)[labels == number] == color).all()
+    assert class_colors([1], palette=[(0, 0, 0), (1, 2, 3)]) == {"class 1": (1, 2, 3)}
+    with pytest.raises(ValueError, match=r"holds \[4\]"):
+        class_colors([4], NAMES)
+
+
+def test_colours_of_the_generated_scenes_are_distinct_with_colour_blindness():
+    seen = visualization._as_seen(np.array(PALETTE))
+    for one, other in itertools.combinations(range(len(PALETTE)), 2):
+        assert np.linalg.norm(seen[:, one] - seen[:, other], axis=-1).min() > 0.07, (one, other)
 
 
 @pytest.mark.parametrize(

@@ -23,16 +23,17 @@ from PIL import ImageDraw
 
 CLASS_NAMES = ("sky", "building", "road", "pavement", "tree", "car", "person", "traffic sign", "fence")
 ID2LABEL = dict(enumerate(CLASS_NAMES))
+# Okabe's and Ito's colours, and two greys: distinct with colour-blindness, too.
 PALETTE = (
-    (135, 206, 250),
-    (160, 110, 90),
-    (90, 90, 110),
-    (230, 190, 230),
-    (60, 150, 60),
-    (30, 60, 220),
-    (220, 30, 60),
-    (255, 210, 0),
-    (150, 80, 200),
+    (86, 180, 233),
+    (230, 159, 0),
+    (80, 80, 80),
+    (200, 200, 200),
+    (0, 158, 115),
+    (0, 114, 178),
+    (213, 94, 0),
+    (240, 228, 66),
+    (204, 121, 167),
 )
 VOID = 255
 
