@@ -459,6 +459,17 @@ def test_two_processes_train_and_resume_to_the_same_weights(tmp_path, recipe, da
     assert log_of(whole)[-1]["mean_iou"] == pytest.approx(scores["mean_iou"], abs=1e-4)
 
 
+def test_the_loss_that_two_processes_log_is_that_of_both_after_a_resumption_too(tmp_path, recipe, data_dir):
+    """Also where the checkpoint lies between two entries of the log."""
+    options = ("--max_steps", "4", "--log_every", "4", "--eval_every", "0")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run(recipe, data_dir, whole, *options, processes=2)
+    shutil.copytree(whole / "checkpoint-0000003", resumed / "checkpoint-0000003")
+    run(recipe, data_dir, resumed, *options, "--resume", processes=2)
+    (expected,), (found,) = log_of(whole), log_of(resumed)
+    assert found == expected | {"loss": pytest.approx(expected["loss"], abs=1e-6)}
+
+
 NOTHING_WRAPPED_AT_THE_END = """
 import gc, runpy, sys
 from accelerate import Accelerator
