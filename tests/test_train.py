@@ -24,6 +24,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from launching import kill, launch, run_forked, start_forked
 from PIL import Image
 from safetensors.torch import load_file
@@ -882,6 +884,15 @@ def test_options_without_effect_are_refused(options, message, monkeypatch, capsy
     with pytest.raises(SystemExit):
         runpy.run_path(script)["parse_arguments"]()
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
+def test_networks_in_shards_are_refused(kind, tmp_path, recipe, data_dir, run_here, monkeypatch):
+    """As where `accelerate config` was asked for another training; a CPU does not heed it."""
+    monkeypatch.setattr(Accelerator, "distributed_type", kind)
+    message = f"ValueError: Accelerate is set to {kind.value}, .* `accelerate launch --multi_gpu`"
+    run_here(recipe, data_dir, tmp_path / "run", expect=message)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
