@@ -375,6 +375,8 @@ def trainer_metrics(
     `iou_<class>` and `accuracy_<class>` of every class (nan as in `ConfusionMatrix`), and starts anew. Batches may differ
     in size. With several processes their images must agree in width, since `Trainer` itself pads labels in height only;
     it also drops repeated samples, and gives every process the whole counts.
+    While it trains, each process scores its images with batch-norm statistics of its own, where only those of the main
+    process are saved: score what was saved, by one `Trainer.evaluate` of the loaded model, for figures to report.
     An evaluation that was interrupted leaves its counts behind: take a new pair, and a new `Trainer`, after that.
 
     Args:

@@ -41,7 +41,9 @@ class TrainingState:
         best (`dict`, *optional*): Step and score of the best validation so far.
         scores (`dict`): All scores of the last validation; empty where there was none.
         scored_step (`int`): The step that they belong to.
-        losses (`list[float]`): Those of the steps since the log's last entry.
+        losses (`list[float]`):
+            Those of the steps since the log's last entry: this process's, and of steps before a resumption the means of
+            all processes.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class TrainingState:
             `CheckpointError`: if the disk is full or not writable. Earlier checkpoints are kept.
         """
         random_states = gather_object([_random_state(self.accelerator.device)])
+        losses = gather_object([self.losses])
         if not self.accelerator.is_main_process:
             return
         tensors = _prefixed(self.model.state_dict(), "model")
@@ -89,7 +92,8 @@ class TrainingState:
             "best": self.best,
             "scores": self.scores,
             "scored_step": self.scored_step,
-            "losses": self.losses,
+            # All that the log needs, which takes the mean of the processes.
+            "losses": [sum(values) / len(values) for values in zip(*losses, strict=True)],
             "seconds": self.seconds,
             "ema_updates": self.ema.num_updates if self.ema is not None else 0,
             "scaler": scaler.state_dict() if scaler is not None else None,

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import broadcast, get_int_from_env, is_tensorboard_available, set_seed
+from accelerate.utils import DistributedType, broadcast, get_int_from_env, is_tensorboard_available, set_seed
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
@@ -199,6 +199,7 @@ def main() -> None:
         log_with="tensorboard" if is_tensorboard_available() else None,
         project_dir=args.output_dir,
     )
+    refuse_sharding(accelerator)
     # For Accelerate its environment variable goes before what it is given; here the option does.
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     with contextlib.ExitStack() as claim:
@@ -225,6 +226,17 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         training.publish()
     training.close()
+
+
+def refuse_sharding(accelerator: Accelerator) -> None:
+    """Each process holds the whole network, as its average, checkpoints and exported models need it. An `accelerate config`
+    of other trainings may say otherwise, and the first average or checkpoint would fail."""
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"Accelerate is set to {kind.value}, which divides the network among the processes: this one is small enough "
+            "for each to hold it whole. Start it with `accelerate launch --multi_gpu`."
+        )
 
 
 def check_options(args: argparse.Namespace, recipe: Recipe) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import infer_auto_device_map
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import UperNetConfig, UperNetForSemanticSegmentation
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
@@ -1126,6 +1127,16 @@ def test_labels_without_values_give_a_loss_without_one():
     ):
         loss = tiny(model_class).to("meta")(random_images().to("meta"), labels=labels.to("meta")).loss
         assert loss.shape == ()
+
+
+def test_training_steps_of_fake_tensors():
+    """By which memory is planned: they have shapes and a device, but no values."""
+    with FakeTensorMode():
+        for model_class, size in ((LeMoReForSemanticSegmentation, (2, 64, 96)), (LeMoReForImageClassification, (2,))):
+            loss = tiny(model_class).train()(torch.randn(2, 3, 64, 96), labels=torch.zeros(size).long()).loss
+            loss.backward()
+            assert isinstance(loss, FakeTensor)
+            assert loss.shape == ()
 
 
 def test_labels_that_are_no_tensor_are_refused():

@@ -24,6 +24,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from launching import kill, launch, run_forked, start_forked
 from PIL import Image
 from safetensors.torch import load_file
@@ -459,6 +461,17 @@ def test_two_processes_train_and_resume_to_the_same_weights(tmp_path, recipe, da
     assert log_of(whole)[-1]["mean_iou"] == pytest.approx(scores["mean_iou"], abs=1e-4)
 
 
+def test_the_loss_that_two_processes_log_is_that_of_both_after_a_resumption_too(tmp_path, recipe, data_dir):
+    """Also where the checkpoint lies between two entries of the log."""
+    options = ("--max_steps", "4", "--log_every", "4", "--eval_every", "0")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run(recipe, data_dir, whole, *options, processes=2)
+    shutil.copytree(whole / "checkpoint-0000003", resumed / "checkpoint-0000003")
+    run(recipe, data_dir, resumed, *options, "--resume", processes=2)
+    (expected,), (found,) = log_of(whole), log_of(resumed)
+    assert found == expected | {"loss": pytest.approx(expected["loss"], abs=1e-6)}
+
+
 NOTHING_WRAPPED_AT_THE_END = """
 import gc, runpy, sys
 from accelerate import Accelerator
@@ -871,6 +884,15 @@ def test_options_without_effect_are_refused(options, message, monkeypatch, capsy
     with pytest.raises(SystemExit):
         runpy.run_path(script)["parse_arguments"]()
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
+def test_networks_in_shards_are_refused(kind, tmp_path, recipe, data_dir, run_here, monkeypatch):
+    """As where `accelerate config` was asked for another training; a CPU does not heed it."""
+    monkeypatch.setattr(Accelerator, "distributed_type", kind)
+    message = f"ValueError: Accelerate is set to {kind.value}, .* `accelerate launch --multi_gpu`"
+    run_here(recipe, data_dir, tmp_path / "run", expect=message)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])

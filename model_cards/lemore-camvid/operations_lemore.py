@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensor
 
 # The largest intermediate tensors are made in strips of this size, which stay in the caches.
 STRIP_BYTES = 2**24
@@ -51,8 +52,9 @@ def trains_on_gpu(hidden_state: torch.Tensor) -> bool:
 
 
 def hides_values(tensor: torch.Tensor) -> bool:
-    """Whether the values cannot be looked at: in graphs that are being made, and on the meta device."""
-    return torch.compiler.is_compiling() or is_transformed() or tensor.is_meta
+    """Whether the values cannot be looked at: in graphs that are being made, on the meta device, and in fake tensors, by
+    which memory is planned."""
+    return torch.compiler.is_compiling() or is_transformed() or tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def without_autocast(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
