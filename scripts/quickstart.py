@@ -30,7 +30,7 @@ from lemore_hf.checkpointing import atomic_folder
 from lemore_hf.command_line import run_script
 from lemore_hf.data.augmentation import normalize
 from lemore_hf.data.loading import RecipeDataset, collate, inheriting_workers, load_split, read_label_map
-from lemore_hf.data.recipes import IGNORE_INDEX, Recipe, listed, load_recipe
+from lemore_hf.data.recipes import IGNORE_INDEX, Recipe, add_recipe_arguments, listed, load_recipe
 from lemore_hf.data.scenes import draw_scene
 from lemore_hf.hardware import usable_cores
 from lemore_hf.metrics import trainer_metrics
@@ -41,6 +41,8 @@ STREET = 103  # the drawn street that the first look shows
 NUM_SHOWN = 4
 FEW_STEPS = 200
 LARGEST_SIDE = 480
+# Of a recipe, what the errors of a data set of another layout advise.
+LAYOUT_FIELDS = {"image_folder", "label_folder", "image_suffix", "label_suffix", "image_column", "label_column"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,6 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=int, default=0, help="of weights, order and augmentation (default: %(default)s)"
     )
+    add_recipe_arguments(parser, LAYOUT_FIELDS)
     args = parser.parse_args()
     for option in ("epochs", "batch_size"):
         if getattr(args, option) < 1:
@@ -121,7 +124,7 @@ def first_look(output_dir: Path) -> None:
 def check_reuse(settings: dict[str, str], settings_file: Path, folder: Path) -> None:
     """A checkpoint of other data or settings is not what was asked for."""
     before = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
-    if changed := [name for name in settings if before.get(name) != settings[name]]:
+    if changed := [name for name in {**before, **settings} if before.get(name) != settings.get(name)]:
         raise SystemExit(
             f"{folder} holds a checkpoint that was trained with another {' and '.join(changed)}: "
             "give another --output_dir, or delete it to train again."
@@ -129,7 +132,10 @@ def check_reuse(settings: dict[str, str], settings_file: Path, folder: Path) -> 
 
 
 def named_recipe(args: argparse.Namespace) -> Recipe:
-    return load_recipe(args.recipe or ("folder" if args.dataset else "scenes"), data_dir=args.dataset)
+    name = args.recipe or ("folder" if args.dataset else "scenes")
+    return load_recipe(
+        name, {field: value for field, value in vars(args).items() if field in LAYOUT_FIELDS}, args.dataset
+    )
 
 
 def describe_data(args: argparse.Namespace) -> Recipe:

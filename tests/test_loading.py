@@ -477,6 +477,13 @@ def test_label_maps_without_image_and_the_reverse_are_listed(tmp_path):
         load_split(folder_recipe(), "train", tmp_path)
 
 
+def test_pictures_that_nobody_has_labelled_say_the_way_out(tmp_path):
+    write_pairs(tmp_path, ["a", "b"])
+    (tmp_path / "masks" / "b.png").unlink()
+    with pytest.raises(ValueError, match=r"no label map: b\. Label them, or take them out of the folder\.$"):
+        load_split(folder_recipe(), "train", tmp_path)
+
+
 def test_files_that_are_no_pictures_are_named(tmp_path):
     write_pairs(tmp_path, ["a", "b"])
     for path in (tmp_path / "images").iterdir():
@@ -789,6 +796,98 @@ def test_a_folder_as_cvat_exports_it(tmp_path):
     dataset = RecipeDataset(load_split(recipe, "train", tmp_path), recipe)
     assert len(dataset) == 3
     np.testing.assert_array_equal(dataset[0]["labels"].numpy(), np.asarray(label_map(0, 1)))
+
+
+def test_an_export_of_cvat_without_its_pictures(tmp_path):
+    write(tmp_path / "SegmentationClass/0.png", color_map(BLACK, COLORS["b"]))
+    with pytest.raises(
+        FileNotFoundError, match="Here: put the pictures into JPEGImages, then --image_folder JPEGImages"
+    ):
+        load_split(folder_recipe(), "train", tmp_path)
+
+
+def test_subsets_of_cvat_are_not_ignored(tmp_path):
+    """Its own lists say which pictures are held out, such as whole films."""
+    write_pairs(tmp_path, ["a 1", "a 2", "b 1"], "JPEGImages", "SegmentationClass")
+    lists = tmp_path / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "default.txt").write_text("a 1\na 2\nb 1\n")
+    folders = {"image_folder": "JPEGImages", "label_folder": "SegmentationClass", "validation_fraction": 0.4}
+    assert len(load_split(folder_recipe(**folders), "validation", tmp_path)) == 1
+    (lists / "Train.txt").write_text("a 1\na 2\n")
+    (lists / "Validation.txt").write_text("b 1\n")
+    with pytest.raises(
+        FileNotFoundError, match=r"Train\.txt of train.*: give split_file, ImageSets/Segm.*/\{split\}\.txt"
+    ):
+        load_split(folder_recipe(**folders), "train", tmp_path)
+    recipe = folder_recipe(**folders, split_file="ImageSets/Segmentation/{split}.txt")
+    assert load_split(recipe, "train", tmp_path)["name"] == ["a 1", "a 2"]
+    assert load_split(recipe, "validation", tmp_path)["name"] == ["b 1"]
+
+
+@pytest.mark.parametrize(
+    ("masks", "other"), [("SegmentationClassPNG", "SegmentationClass"), ("SegmentationClass", "Npy")]
+)
+def test_a_folder_as_labelme_writes_it(tmp_path, masks, other):
+    """The masks' folder by the tool's version; beside it the same labels as arrays."""
+    for name in ("a", "b"):
+        write(tmp_path / "JPEGImages" / f"{name}.jpg", picture(0))
+        write(tmp_path / masks / f"{name}.png", label_map(0, 1, VOID))
+    (tmp_path / other).mkdir()
+    np.save(tmp_path / other / "a.npy", np.asarray(label_map(0, 1)))
+    (tmp_path / "class_names.txt").write_text("_background_\nb")
+    recipe = load_recipe("folder", data_dir=tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"Here: --image_folder JPEGImages --label_folder {masks}\\."):
+        load_split(recipe, "train", tmp_path)
+    recipe = recipe.replace(image_folder="JPEGImages", label_folder=masks, validation_fraction=0.5)
+    assert recipe.class_names == ("_background_", "b")
+    assert len(load_split(recipe, "train", tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "advice"),
+    [
+        (
+            ["a_json/img.png", "a_json/label.png"],
+            "has numbered the classes of each picture anew: let .* labelme2voc.py",
+        ),
+        (["ds0/img/a.png", "ds0/masks_machine/a.png"], r"Here, pictures lie in 'ds0/img', 'ds0/masks_machine'\.$"),
+        (["a.png", "id2label.json"], r"Here, pictures lie in '\.'\.$"),
+        (
+            ["train/a.png", "train/_annotations.coco.json"],
+            r"lie in 'train'\. Labels .* JSON alone have to be drawn as masks",
+        ),
+    ],
+)
+def test_folders_of_other_layouts_get_a_hint(tmp_path, files, advice):
+    for file in files:
+        write(tmp_path / file, picture(0)) if file.endswith(".png") else (tmp_path / file).write_text("{}")
+    with pytest.raises(FileNotFoundError, match=advice):
+        load_split(folder_recipe(), "train", tmp_path)
+
+
+def test_masks_of_label_studio_get_a_hint(tmp_path):
+    write_pairs(tmp_path, ["a"])
+    (tmp_path / "masks" / "a.png").rename(tmp_path / "masks" / "task-1-annotation-7-by-1-tag-road-0.png")
+    with pytest.raises(ValueError, match=r"1 label maps .* Label Studio writes a mask for each label.*: export COCO"):
+        load_split(folder_recipe(), "train", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["folders", "parquet", "saved"])
+def test_a_train_split_alone_says_how_it_can_be_divided(tmp_path, kind):
+    columns, features = image_columns([label_map(0, 1)] * 2)
+    if kind == "folders":
+        write_pairs(tmp_path / "train", ["a", "b"])
+    elif kind == "parquet":
+        write_parquet(tmp_path / "train-00000-of-00001.parquet", columns, features)
+    else:
+        datasets.DatasetDict(train=datasets.Dataset.from_dict(columns, features)).save_to_disk(tmp_path)
+    assert len(load_split(folder_recipe(), "train", tmp_path)) == 2
+    with pytest.raises(FileNotFoundError, match=r"Of .* a part is held out for it \(validation_fraction\)\.$"):
+        load_split(folder_recipe(), "validation", tmp_path)
+    with pytest.raises(FileNotFoundError) as error:
+        load_split(folder_recipe(), "test", tmp_path)
+    assert "held out" not in str(error.value), "for a test there is no such way"
 
 
 def test_reduced_labels_have_their_own_range():

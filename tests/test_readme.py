@@ -126,6 +126,25 @@ def test_the_lines_for_fine_tuning_leave_a_model(place, monkeypatch):
     assert {segment["label"] for segment in segments} <= set(scenes.CLASS_NAMES)
 
 
+def test_the_lines_for_labels_in_json_draw_masks(place):
+    (place / "DIR").mkdir()
+    coco = {
+        "images": [{"id": 4, "file_name": "images/a b.jpg", "width": 8, "height": 6}],
+        "categories": [{"id": 3, "name": "road"}, {"id": 7, "name": "car"}],
+        "annotations": [
+            {"image_id": 4, "category_id": 3, "segmentation": [[0, 0, 3, 0, 3, 5, 0, 5]]},
+            {"image_id": 4, "category_id": 7, "segmentation": [[0, 0, 1, 0, 1, 1, 0, 1], [6, 0, 7, 0, 7, 5, 6, 5]]},
+        ],
+    }
+    (place / "DIR" / "annotations.json").write_text(json.dumps(coco))
+    exec(blocks("python", "### Labels in JSON")[0], {})
+    mask = np.asarray(Image.open(place / "DIR" / "masks" / "a b.png"))
+    expected = np.tile([1, 1, 1, 1, 0, 0, 2, 2], (6, 1))
+    expected[:2, :2] = 2
+    np.testing.assert_array_equal(mask, expected)
+    assert load_recipe("folder", data_dir="DIR").class_names == ("background", "road", "car")
+
+
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_options_exist(words, monkeypatch):
     script = ROOT / words[0]

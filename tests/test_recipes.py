@@ -363,6 +363,11 @@ def test_numbers_in_class_names_are_no_colours(tmp_path):
     assert (recipe.class_names, recipe.label_colors) == (("lane 1", "lane  2"), None)
 
 
+def test_the_void_of_labelme_has_no_number(tmp_path):
+    (tmp_path / "classes.txt").write_text("__ignore__\n_background_\nroad\n")
+    assert load_recipe("folder", data_dir=tmp_path).class_names == ("_background_", "road")
+
+
 def test_class_names_as_windows_saves_them_and_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "data").mkdir()

@@ -259,6 +259,13 @@ def test_quickstart_reuses_a_checkpoint_of_the_same_data_and_settings_alone(tmp_
         quickstart("--epochs", "1")
     with pytest.raises(SystemExit, match="2"):
         quickstart("--batch_size", "0")
+    for part, folder in (
+        ("images", "JPEGImages"),
+        ("masks", "SegmentationClass"),
+    ):  # as errors of such a layout advise
+        (own / part).rename(own / folder)
+    with pytest.raises(SystemExit, match="trained with another image_folder and label_folder"):
+        quickstart("--image_folder", "JPEGImages", "--label_folder", "SegmentationClass")
     assert "--batch_size must be at least 1, got 0" in capsys.readouterr().err
 
 

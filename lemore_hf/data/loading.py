@@ -178,6 +178,7 @@ def _load_parquet(recipe: Recipe, split: str, folder: Path, streaming: bool) -> 
         raise FileNotFoundError(
             f"{folder} has no parquet file of the {split} split: none of {listed([f.name for f in everything])} "
             f"begins with {' or '.join(_aliases(recipe, split))}. Rename it, or set data_files in the recipe."
+            f"{_divided(split, 'files of a name without a split, such as data.parquet')}"
         )
     _refuse_unknown_splits(
         folder, everything, "set the recipe's data_files (such as train: 'a/train/*.parquet'), or rename them"
@@ -212,6 +213,7 @@ def _load_saved(recipe: Recipe, split: str, folder: Path, streaming: bool) -> Sa
     else:
         raise FileNotFoundError(
             f"{folder} has no {split} split, only {listed(list(saved))}: expected {' or '.join(_aliases(recipe, split))}."
+            f"{_divided(split, 'a Dataset that is saved without a DatasetDict around it')}"
         )
     return samples.to_iterable_dataset() if streaming else samples
 
@@ -298,8 +300,23 @@ def _no_picture(folder: Path, name: str, suffix: str) -> str:
     return f" {others[0].name} is there, but {_PICTURES}." if others else ""
 
 
+def _of_label_studio(names: list[str]) -> str:
+    """A hint for masks that are not of a picture but of a label in it."""
+    if not all(re.match(r"task-\d+-annotation-", name) for name in names):
+        return ""
+    return (
+        " Label Studio writes a mask for each label, which does not name its picture: export COCO there, and draw the "
+        "masks from it: see Labels in JSON in README.md."
+    )
+
+
 def _load_folders(recipe: Recipe, split: str, folder: Path, streaming: bool) -> Samples:
     image_folder, label_folder, alias = _find_folders(recipe, split, folder)
+    if alias is None and recipe.split_file is None:
+        lists = folder.glob("ImageSets/Segmentation/*.txt")
+        _refuse_unknown_splits(
+            folder, lists, "give split_file, ImageSets/Segmentation/{split}.txt, or remove the lists"
+        )
     images = _files_by_name(image_folder, recipe.image_suffix)
     labels = _files_by_name(label_folder, recipe.label_suffix)
     if image_folder == label_folder:
@@ -311,10 +328,11 @@ def _load_folders(recipe: Recipe, split: str, folder: Path, streaming: bool) -> 
             raise ValueError(f"{folder} lacks {len(missing)} samples of the {split} split: {listed(missing)}.")
     if without := sorted(set(labels) - set(images)):
         hint = _label_ending(set(images), set(labels))
-        hint = hint or _no_picture(image_folder, without[0], recipe.image_suffix)
+        hint = hint or _no_picture(image_folder, without[0], recipe.image_suffix) or _of_label_studio(without)
         raise ValueError(f"{len(without)} label maps in {label_folder} have no image: {listed(without)}.{hint}")
     if without := sorted(set(images) - set(labels)):
         hint = _no_picture(label_folder, without[0], recipe.label_suffix)
+        hint = hint or " Label them, or take them out of the folder."
         raise ValueError(f"{len(without)} images in {image_folder} have no label map: {listed(without)}.{hint}")
     if not images:
         raise FileNotFoundError(f"There are no images in {image_folder}: {_PICTURES}.")
@@ -379,16 +397,33 @@ def _find_folders(recipe: Recipe, split: str, folder: Path) -> tuple[Path, Path,
         f"{folder} does not have the {split} split: looked for parquet files and for the folders "
         f"{listed(tried)}{'' if is_split else f', or {pair[0]} and {pair[1]}'}. The recipe's fields image_folder and "
         f"label_folder name them.{_known_layout(folder)}"
+        f"{_divided(split, 'folders that name no split') if is_split else ''}"
     )
 
 
+def _divided(split: str, what: str) -> str:
+    """The way to a validation split where there is none, to go on with after an error."""
+    return f" Of {what}, a part is held out for it (validation_fraction)." if split == "validation" else ""
+
+
 def _known_layout(folder: Path) -> str:
-    """The options for a folder as tools export it, to go on with after an error."""
-    for labels in ("SegmentationClass", "SegmentationClassPNG"):
-        if (folder / "JPEGImages").is_dir() and (folder / labels).is_dir():
-            return f" Here: --image_folder JPEGImages --label_folder {labels}."
+    """What to do with a folder as tools export it, to go on with after an error."""
+    for labels in ("SegmentationClassPNG", "SegmentationClass"):  # beside the first the second holds arrays (LabelMe)
+        if (folder / labels).is_dir():
+            first = "" if (folder / "JPEGImages").is_dir() else "put the pictures into JPEGImages, then "
+            return f" Here: {first}--image_folder JPEGImages --label_folder {labels}."
     if next(folder.glob("*/*_mask.png"), None):
         return " Here: --image_folder '{split}' --label_folder '{split}' --label_suffix _mask."
+    if next(folder.glob("*_json/label.png"), None):
+        return (
+            " Here: labelme_json_to_dataset has numbered the classes of each picture anew: let LabelMe's labelme2voc.py "
+            "make the masks."
+        )
+    if places := sorted({path.parent.relative_to(folder).as_posix() for path in files_below(folder)}):
+        files = (path for pattern in ("*.json", "*/*.json") for path in folder.glob(pattern))
+        has_json = any(path.name != "id2label.json" for path in files)
+        advice = " Labels that are there as JSON alone have to be drawn as masks: see Labels in JSON in README.md."
+        return f" Here, pictures lie in {listed([repr(place) for place in places])}.{advice if has_json else ''}"
     return ""
 
 
@@ -411,8 +446,8 @@ def _files_by_name(folder: Path, suffix: str) -> dict[str, Path]:
 
 def _listed_names(recipe: Recipe, split: str, folder: Path) -> set[str]:
     for alias in _aliases(recipe, split):
-        path = folder / recipe.split_file.format(split=alias)
-        if path.is_file():
+        paths = [folder / recipe.split_file.format(split=name) for name in (alias, alias.capitalize())]  # CVAT: Train
+        for path in filter(Path.is_file, paths):
             return {line.strip() for line in read_text(path).splitlines() if line.strip()}
     raise FileNotFoundError(f"There is no list of the {split} split at {folder / recipe.split_file}.")
 

@@ -42,7 +42,7 @@ from ..configuration_lemore import LeMoReConfig
 IGNORE_INDEX = 255
 SINGLE_CLASS = (
     f"hold a single class beside void ({IGNORE_INDEX}), so that there is nothing to tell apart. Store two classes as 0 and "
-    f"1, not as 0 and {IGNORE_INDEX}, or name the stored values in the recipe's label_map."
+    f"1, not as 0 and {IGNORE_INDEX}, or name the stored values in the recipe's label_map, as {{0: 0, {IGNORE_INDEX}: 1}}."
 )
 """What is said of label maps that teach nothing."""
 SPLITS = ("train", "validation", "test")
@@ -519,7 +519,8 @@ def load_recipe(
         overrides: fields to change: a mapping, whose values may be text as on a command line, or "field=value" strings.
         data_dir: local folder of the data. Where neither recipe nor overrides name classes, they come from its
             `classes.txt` (a name a line, or a name and its colour in the label maps: `road 128 64 128` or `road #804080`,
-            and of `void` too), `id2label.json`, the `labelmap.txt` of CVAT or the `_classes.csv` of Roboflow.
+            and of `void` too), `id2label.json`, the `labelmap.txt` of CVAT, the `class_names.txt` of LabelMe or the
+            `_classes.csv` of Roboflow.
 
     Raises:
         FileNotFoundError: if there is no such recipe; names the nearest ones.
@@ -678,8 +679,10 @@ def _with_dependents(changes: dict[str, Any]) -> dict[str, Any]:
 
 def _classes_of_folder(folder: Path) -> dict[str, Any]:
     """The fields that the file of a folder's classes gives; none where there is no such file."""
-    if (path := folder / "classes.txt").is_file():
-        lines = _lines(path)
+    found = [path for path in (folder / "classes.txt", folder / "class_names.txt") if path.is_file()]
+    if found:
+        path = found[0]
+        lines = [line for line in _lines(path) if line != "__ignore__"]  # LabelMe's void, which is number -1
         if not any(_COLORED_CLASS.fullmatch(line) for line in lines):
             return {"class_names": lines}
         form, example = _COLORED_CLASS, "road 128 64 128"
