@@ -137,7 +137,7 @@ def test_the_lines_for_labels_in_json_draw_masks(place):
         ],
     }
     (place / "DIR" / "annotations.json").write_text(json.dumps(coco))
-    exec(blocks("python", "### Labels in JSON")[0], {})
+    exec(blocks("python", "#### Labels in JSON")[0], {})
     mask = np.asarray(Image.open(place / "DIR" / "masks" / "a b.png"))
     expected = np.tile([1, 1, 1, 1, 0, 0, 2, 2], (6, 1))
     expected[:2, :2] = 2
