@@ -195,6 +195,7 @@ def table_rows(text: str) -> dict[str, list[str]]:
                 "LeMoRe, then enlarged": "then enlarged",
                 "LeMoRe, then enlarged, by Muon": "then enlarged, by Muon",
                 "LeMoRe, then mixed": "then mixed",
+                "LeMoRe, then mixed in two halves, by Muon": "then mixed again, by Muon",
                 "LeMoRe, then larger": "then larger",
             },
             {
