@@ -371,7 +371,8 @@ def _font(size: int, letters: str) -> ImageFont.FreeTypeFont:
 
 @cache
 def _font_with(letters: frozenset[str]) -> FontEntry:
-    """DejaVu Sans, which comes with matplotlib, or the font of this system that has the most of the letters it lacks."""
+    """DejaVu Sans, which comes with matplotlib, or where it lacks some of these letters the font of this system that has
+    the most of them."""
 
     def rank(font: FontEntry) -> tuple[bool, bool, str]:
         is_regular = (font.style, font.weight, font.stretch) == ("normal", 400, "normal")
@@ -379,10 +380,14 @@ def _font_with(letters: frozenset[str]) -> FontEntry:
 
     best, most = None, -1
     for font in sorted(fontManager.ttflist, key=rank):
-        # The font of last resort has a box for every letter, and matplotlib may remember fonts that are gone.
-        if "lastresort" in font.name.lower().replace(" ", "") or not os.path.isfile(font.fname):
+        # The font of last resort has a box for every letter. Of a collection, the first font is what is opened here.
+        if "lastresort" in font.name.lower().replace(" ", "") or getattr(font, "index", 0) != 0:
             continue
-        found = len(letters.intersection(map(chr, FT2Font(font.fname).get_charmap())))
+        try:
+            face = FT2Font(font.fname)
+        except (OSError, RuntimeError):  # matplotlib may remember fonts that are gone, and systems hold damaged ones
+            continue
+        found = sum(face.get_char_index(ord(letter)) > 0 for letter in letters)
         if found > most:
             best, most = font, found
         if found == len(letters):
@@ -618,10 +623,12 @@ def plot_confusion_matrix(
 
 def _rendered(figure: Figure) -> Image.Image:
     texts = figure.findobj(Text)
-    font = _font_with(frozenset("".join(text.get_text() for text in texts)))
+    letters = frozenset("".join(text.get_text() for text in texts))
+    own = FT2Font(_font_with(frozenset()).fname)  # DejaVu Sans; of another font come only the letters that it lacks
+    other = _font_with(frozenset(letter for letter in letters if own.get_char_index(ord(letter)) == 0))
     for text in texts:
         text.set_parse_math(False)  # a name with two dollar signs is no formula
-        text.set_fontfamily(["DejaVu Sans", font.name])
+        text.set_fontfamily(["DejaVu Sans", other.name])
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Overlays and their legends, the default palette, grids, curves and confusion matrices."""
 
+import dataclasses
 import itertools
 import warnings
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -293,6 +295,36 @@ def test_letters_that_matplotlibs_font_lacks_come_from_one_of_the_system(image, 
             plot_confusion_matrix(np.eye(2), ["ä", first], title=second)
     finally:
         visualization._font_with.cache_clear()
+
+
+@pytest.fixture
+def shipped(monkeypatch):
+    """Fonts that come with matplotlib, by name; a test lists those that its system is to have."""
+    regular = [font for font in fontManager.ttflist if font.style == "normal" and font.weight == 400]
+    visualization._font_with.cache_clear()
+    monkeypatch.setattr(fontManager, "ttflist", [])
+    yield {font.name: font for font in regular if "mpl-data" in font.fname}
+    visualization._font_with.cache_clear()
+
+
+def test_a_figure_takes_of_another_font_what_its_own_lacks(shipped):
+    """Fonts of one script often lack the Latin letters that figures are full of."""
+    other = shipped["STIXSizeFourSym"]
+    lacking = max(FT2Font(other.fname).get_charmap())
+    fontManager.ttflist += [other, shipped["DejaVu Sans"]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of glyphs that are missing
+        plot_confusion_matrix(np.eye(2), ["road", chr(lacking)], title="Some Latin letters")
+
+
+def test_fonts_that_cannot_be_opened_are_passed_over(shipped, tmp_path):
+    (tmp_path / "damaged.ttf").write_bytes(b"no font")
+    wanted, plain = shipped["STIXGeneral"], shipped["DejaVu Sans"]
+    others = [dataclasses.replace(wanted, fname=str(tmp_path / name)) for name in ("damaged.ttf", "gone.ttf")]
+    second = SimpleNamespace(**dataclasses.asdict(wanted) | {"name": "A collection's second font", "index": 1})
+    fontManager.ttflist += [*others, second, wanted, plain]
+    letter = min(set(FT2Font(wanted.fname).get_charmap()) - set(FT2Font(plain.fname).get_charmap()))
+    assert visualization._font_with(frozenset(chr(letter))) is wanted
 
 
 def test_a_binary_networks_label_is_drawn_over_a_background(image):
