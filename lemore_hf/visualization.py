@@ -602,7 +602,10 @@ def plot_confusion_matrix(
     cell = 0.55 if number <= 30 else 0.16  # inches; a six-point letter needs 0.1
     letter = 9 if number <= 30 else 6
     names = [name if len(name) <= 40 else f"{name[:37]}..." for name in map(str, class_names)]
-    side = number * cell + max(2.5, 1.5 + max(map(len, names)) * 0.62 * letter / 72)
+    font = ImageFont.truetype(
+        _font_with(frozenset("".join(names))).fname, letter + 1
+    )  # a little wider than is written
+    side = number * cell + max(2.5, 1.6 + max(map(font.getlength, names)) / 72)
     figure = Figure(figsize=(side + 0.8, side), dpi=120, layout="constrained")
     axes = figure.subplots()
     shown = axes.imshow(percent, vmin=0, vmax=100, cmap="Blues")

@@ -630,6 +630,14 @@ def test_long_class_names_do_not_squeeze_a_confusion_matrix(number):
     assert sides[1] > 0.85 * sides[0]
 
 
+def test_wide_letters_do_not_squeeze_a_confusion_matrix():
+    sides = [
+        np.ptp(ink(plot_confusion_matrix(np.eye(2), [name] * 2), (8, 48, 107)), axis=0).min()
+        for name in ("road", 40 * "W", 40 * "Щ")
+    ]
+    assert min(sides) > 0.85 * sides[0]
+
+
 @pytest.mark.parametrize("number", [11, 150])
 def test_confusion_matrix_gives_each_class_name_its_room(number):
     picture = plot_confusion_matrix(np.eye(number), [f"class name {index}" for index in range(number)])
