@@ -350,7 +350,7 @@ def _legend_in_lines(colors: Mapping[str, Sequence[int]], width: int) -> Image.I
     for name, color in colors.items():
         text = _shortened(name, font, width - 2 * row)
         length = row + math.ceil(font.getlength(text))
-        if x and x + length > width - letter:
+        if x + length > width - letter:
             x, y = 0, y + row
         places.append((letter + x, y, text, tuple(color)))
         x += length + letter

@@ -327,6 +327,19 @@ def test_fonts_that_cannot_be_opened_are_passed_over(shipped, tmp_path):
     assert visualization._font_with(frozenset(chr(letter))) is wanted
 
 
+def test_the_font_of_last_resort_is_none(shipped):
+    """It has a box for every letter."""
+    (last,) = (font for name, font in shipped.items() if name.startswith("Last Resort"))
+    fontManager.ttflist += [last, shipped["DejaVu Sans"]]
+    assert visualization._font_with(frozenset("car \U0001f697")).name == "DejaVu Sans"
+
+
+def test_a_grids_legend_has_letters_beyond_ascii(image):
+    names = ("Gebäude", "Gebüude")
+    grids = [image_grid([image], cell_size=(60, 200), legend={name: (0, 0, 200)}).tobytes() for name in names]
+    assert grids[0] != grids[1]
+
+
 def test_a_binary_networks_label_is_drawn_over_a_background(image):
     config = LeMoReConfig(num_labels=1, id2label={0: "road"}, label2id={"road": 0}, palette=[[200, 0, 0], [0, 0, 200]])
     segmentation = np.zeros((60, 80), np.uint8)
