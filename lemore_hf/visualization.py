@@ -418,7 +418,7 @@ def _beside(picture: Image.Image, panel: Image.Image) -> Image.Image:
 
 
 def _above(picture: Image.Image, panel: Image.Image) -> Image.Image:
-    canvas = Image.new("RGB", (picture.width, picture.height + panel.height), "white")
+    canvas = Image.new("RGB", (max(picture.width, panel.width), picture.height + panel.height), "white")
     canvas.paste(picture, (0, 0))
     canvas.paste(panel, (0, picture.height))
     return canvas
@@ -478,7 +478,8 @@ def image_grid(
             draw.text(
                 (x, y + heading / 2), _shortened(titles[index], font, width), fill="black", font=font, anchor="lm"
             )
-    return _above(canvas, _legend_in_lines(legend, canvas.width)) if legend else canvas
+    # Wider than thumbnails, below which no name would fit.
+    return _above(canvas, _legend_in_lines(legend, max(canvas.width, 160))) if legend else canvas
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

@@ -482,6 +482,13 @@ def test_grid_has_one_legend_below_all_its_pictures(width):
     assert len({row for row, _ in places}) == 1 if width == 2000 else len({row for row, _ in places}) > 1
 
 
+def test_names_below_a_thumbnail_can_be_read():
+    thumbnail = Image.new("RGB", (20, 20), "black")
+    grids = [np.asarray(image_grid([thumbnail], legend={name: (0, 0, 200)})) for name in ("building", "builders")]
+    assert (grids[0] != grids[1]).any()
+    assert (grids[0][:, -1] == 255).all(), "nothing is cut"
+
+
 def test_colours_of_classes_are_those_of_the_overlay(image, labels):
     config = LeMoReConfig(id2label=NAMES)
     drawn = draw_segmentation(image, labels, config=config, alpha=1, legend=False)
