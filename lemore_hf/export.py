@@ -195,7 +195,7 @@ def export_model(
         output_dir (`str` or `os.PathLike`): The folder, replaced if it holds an export.
         export_format (`str`): One of `FILES`.
         with_postprocessing (`bool`): Whether normalisation, upsampling and argmax belong to the graph; see
-            [`ExportManifest`]. In ONNX, with more than 32 classes, those of a pixel are the sixteen likeliest around it.
+            [`ExportManifest`]. In ONNX, with more than 32 classes, a pixel's is one of the sixteen likeliest around it.
         precision (`str`): `"float32"`; for ONNX, OpenVINO and LiteRT also `"float16"` (the weights are stored in half
             the space and computed with in float32) and `"int8"` (static, per channel).
         calibration_images (`Sequence[PIL.Image.Image]`): Pictures that the ranges of int8 are taken from.
@@ -660,8 +660,7 @@ def _labels_of_candidates(original: Any) -> Any:
     Of many classes, only the likeliest in each cell between four positions of the logits are enlarged: all 150 of ADE20K
     would take ONNX Runtime several times as long as the network, and more memory than everything else.
 
-    The labels are those of all classes wherever no more than `_CANDIDATES` can win within one cell; see
-    `lemore_hf.post_processing_lemore`, which counts them.
+    A pixel's class is missed only where `_CANDIDATES` others come as near to the best at some corner of the cell.
     """
 
     def following(index: torch.Tensor) -> torch.Tensor:
@@ -675,7 +674,8 @@ def _labels_of_candidates(original: Any) -> Any:
         to_best = logits - logits.amax(1, keepdim=True)
         to_best = torch.maximum(to_best, to_best.index_select(2, next_row))
         to_best = torch.maximum(to_best, to_best.index_select(3, next_column))
-        candidates = to_best.permute(0, 2, 3, 1).topk(_CANDIDATES, sorted=False).indices  # (B, h, w, candidates)
+        # Sorted, which lets the lower number win a tie, as in all of the classes.
+        candidates = to_best.permute(0, 2, 3, 1).topk(_CANDIDATES).indices  # (B, h, w, candidates)
         top = logits.permute(0, 2, 3, 1)
         bottom = top.index_select(1, next_row)
         top, bottom, top_right, bottom_right = (

@@ -350,7 +350,7 @@ def _legend_in_lines(colors: Mapping[str, Sequence[int]], width: int) -> Image.I
     for name, color in colors.items():
         text = _shortened(name, font, width - 2 * row)
         length = row + math.ceil(font.getlength(text))
-        if x and x + length > width - letter:
+        if x + length > width - letter:
             x, y = 0, y + row
         places.append((letter + x, y, text, tuple(color)))
         x += length + letter
@@ -371,7 +371,8 @@ def _font(size: int, letters: str) -> ImageFont.FreeTypeFont:
 
 @cache
 def _font_with(letters: frozenset[str]) -> FontEntry:
-    """DejaVu Sans, which comes with matplotlib, or the font of this system that has the most of the letters it lacks."""
+    """DejaVu Sans, which comes with matplotlib, or where it lacks some of these letters the font of this system that has
+    the most of them."""
 
     def rank(font: FontEntry) -> tuple[bool, bool, str]:
         is_regular = (font.style, font.weight, font.stretch) == ("normal", 400, "normal")
@@ -379,10 +380,14 @@ def _font_with(letters: frozenset[str]) -> FontEntry:
 
     best, most = None, -1
     for font in sorted(fontManager.ttflist, key=rank):
-        # The font of last resort has a box for every letter, and matplotlib may remember fonts that are gone.
-        if "lastresort" in font.name.lower().replace(" ", "") or not os.path.isfile(font.fname):
+        # The font of last resort has a box for every letter. Of a collection, the first font is what is opened here.
+        if "lastresort" in font.name.lower().replace(" ", "") or getattr(font, "index", 0) != 0:
             continue
-        found = len(letters.intersection(map(chr, FT2Font(font.fname).get_charmap())))
+        try:
+            face = FT2Font(font.fname)
+        except (OSError, RuntimeError):  # matplotlib may remember fonts that are gone, and systems hold damaged ones
+            continue
+        found = sum(face.get_char_index(ord(letter)) > 0 for letter in letters)
         if found > most:
             best, most = font, found
         if found == len(letters):
@@ -413,7 +418,7 @@ def _beside(picture: Image.Image, panel: Image.Image) -> Image.Image:
 
 
 def _above(picture: Image.Image, panel: Image.Image) -> Image.Image:
-    canvas = Image.new("RGB", (picture.width, picture.height + panel.height), "white")
+    canvas = Image.new("RGB", (max(picture.width, panel.width), picture.height + panel.height), "white")
     canvas.paste(picture, (0, 0))
     canvas.paste(panel, (0, picture.height))
     return canvas
@@ -473,7 +478,8 @@ def image_grid(
             draw.text(
                 (x, y + heading / 2), _shortened(titles[index], font, width), fill="black", font=font, anchor="lm"
             )
-    return _above(canvas, _legend_in_lines(legend, canvas.width)) if legend else canvas
+    # Wider than thumbnails, below which no name would fit.
+    return _above(canvas, _legend_in_lines(legend, max(canvas.width, 160))) if legend else canvas
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
@@ -597,7 +603,9 @@ def plot_confusion_matrix(
     cell = 0.55 if number <= 30 else 0.16  # inches; a six-point letter needs 0.1
     letter = 9 if number <= 30 else 6
     names = [name if len(name) <= 40 else f"{name[:37]}..." for name in map(str, class_names)]
-    side = number * cell + max(2.5, 1.5 + max(map(len, names)) * 0.62 * letter / 72)
+    # A little wider than what is written.
+    font = ImageFont.truetype(_font_with(frozenset("".join(names))).fname, letter + 1)
+    side = number * cell + max(2.5, 1.6 + max(map(font.getlength, names)) / 72)
     figure = Figure(figsize=(side + 0.8, side), dpi=120, layout="constrained")
     axes = figure.subplots()
     shown = axes.imshow(percent, vmin=0, vmax=100, cmap="Blues")
@@ -618,10 +626,12 @@ def plot_confusion_matrix(
 
 def _rendered(figure: Figure) -> Image.Image:
     texts = figure.findobj(Text)
-    font = _font_with(frozenset("".join(text.get_text() for text in texts)))
+    letters = frozenset("".join(text.get_text() for text in texts))
+    own = FT2Font(_font_with(frozenset()).fname)  # DejaVu Sans; of another font come only the letters that it lacks
+    other = _font_with(frozenset(letter for letter in letters if own.get_char_index(ord(letter)) == 0))
     for text in texts:
         text.set_parse_math(False)  # a name with two dollar signs is no formula
-        text.set_fontfamily(["DejaVu Sans", font.name])
+        text.set_fontfamily(["DejaVu Sans", other.name])
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -42,7 +42,15 @@ NUM_SHOWN = 4
 FEW_STEPS = 200
 LARGEST_SIDE = 480
 # Of a recipe, what the errors of a data set of another layout advise.
-LAYOUT_FIELDS = {"image_folder", "label_folder", "image_suffix", "label_suffix", "image_column", "label_column"}
+LAYOUT_FIELDS = {
+    "image_folder",
+    "label_folder",
+    "image_suffix",
+    "label_suffix",
+    "split_file",
+    "image_column",
+    "label_column",
+}
 
 
 def parse_arguments() -> argparse.Namespace:

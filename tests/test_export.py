@@ -928,6 +928,15 @@ def test_labels_of_many_classes_come_from_the_likeliest(shape, labels_of_many):
     assert (raised == expected).float().mean() > 0.999
 
 
+def test_of_many_classes_the_lower_number_wins_a_tie(labels_of_many):
+    assert (labels_of_many(torch.zeros(1, 40, 12, 16)) == 0).all()
+    torch.manual_seed(0)
+    logits = F.avg_pool2d(3 * torch.randn(2, 40, 15, 19), 4, 1)
+    logits = (2 * logits).round() / 2  # few values, as of int8
+    expected = F.interpolate(logits, size=(93, 125), mode="bilinear", align_corners=False).argmax(1)
+    assert (labels_of_many(logits) == expected).float().mean() > 0.999
+
+
 @pytest.mark.parametrize(
     ("options", "precision", "images"),
     [([], "float32", 0), (["--fp16"], "float16", 0), (["--int8", "pictures", "--calibration-images", "2"], "int8", 2)],

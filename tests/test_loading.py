@@ -825,6 +825,15 @@ def test_subsets_of_cvat_are_not_ignored(tmp_path):
     assert load_split(recipe, "validation", tmp_path)["name"] == ["b 1"]
 
 
+def test_lists_beside_folders_of_splits_are_not_asked_for(tmp_path):
+    lists = tmp_path / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    for split in ("train", "val"):
+        write_pairs(tmp_path / split, [f"{split} 1"])
+        (lists / f"{split}.txt").write_text(f"{split} 1\n")
+    assert load_split(folder_recipe(), "validation", tmp_path)["name"] == ["val 1"]
+
+
 @pytest.mark.parametrize(
     ("masks", "other"), [("SegmentationClassPNG", "SegmentationClass"), ("SegmentationClass", "Npy")]
 )

@@ -368,6 +368,13 @@ def test_the_void_of_labelme_has_no_number(tmp_path):
     assert load_recipe("folder", data_dir=tmp_path).class_names == ("_background_", "road")
 
 
+def test_ones_own_class_names_come_before_those_of_labelme(tmp_path):
+    (tmp_path / "class_names.txt").write_bytes(b"\xef\xbb\xbf__ignore__\r\n_background_\r\nroad\r\n")
+    assert load_recipe("folder", data_dir=tmp_path).class_names == ("_background_", "road")
+    (tmp_path / "classes.txt").write_text("floor\nwall\n")
+    assert load_recipe("folder", data_dir=tmp_path).class_names == ("floor", "wall")
+
+
 def test_class_names_as_windows_saves_them_and_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "data").mkdir()

@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Overlays and their legends, the default palette, grids, curves and confusion matrices."""
 
+import dataclasses
 import itertools
 import warnings
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -295,6 +297,49 @@ def test_letters_that_matplotlibs_font_lacks_come_from_one_of_the_system(image, 
         visualization._font_with.cache_clear()
 
 
+@pytest.fixture
+def shipped(monkeypatch):
+    """Fonts that come with matplotlib, by name; a test lists those that its system is to have."""
+    regular = [font for font in fontManager.ttflist if font.style == "normal" and font.weight == 400]
+    visualization._font_with.cache_clear()
+    monkeypatch.setattr(fontManager, "ttflist", [])
+    yield {font.name: font for font in regular if "mpl-data" in font.fname}
+    visualization._font_with.cache_clear()
+
+
+def test_a_figure_takes_of_another_font_what_its_own_lacks(shipped):
+    """Fonts of one script often lack the Latin letters that figures are full of."""
+    other = shipped["STIXSizeFourSym"]
+    lacking = max(FT2Font(other.fname).get_charmap())
+    fontManager.ttflist += [other, shipped["DejaVu Sans"]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of glyphs that are missing
+        plot_confusion_matrix(np.eye(2), ["road", chr(lacking)], title="Some Latin letters")
+
+
+def test_fonts_that_cannot_be_opened_are_passed_over(shipped, tmp_path):
+    (tmp_path / "damaged.ttf").write_bytes(b"no font")
+    wanted, plain = shipped["STIXGeneral"], shipped["DejaVu Sans"]
+    others = [dataclasses.replace(wanted, fname=str(tmp_path / name)) for name in ("damaged.ttf", "gone.ttf")]
+    second = SimpleNamespace(**dataclasses.asdict(wanted) | {"name": "A collection's second font", "index": 1})
+    fontManager.ttflist += [*others, second, wanted, plain]
+    letter = min(set(FT2Font(wanted.fname).get_charmap()) - set(FT2Font(plain.fname).get_charmap()))
+    assert visualization._font_with(frozenset(chr(letter))) is wanted
+
+
+def test_the_font_of_last_resort_is_none(shipped):
+    """It has a box for every letter."""
+    (last,) = (font for name, font in shipped.items() if name.startswith("Last Resort"))
+    fontManager.ttflist += [last, shipped["DejaVu Sans"]]
+    assert visualization._font_with(frozenset("car \U0001f697")).name == "DejaVu Sans"
+
+
+def test_a_grids_legend_has_letters_beyond_ascii(image):
+    names = ("Gebäude", "Gebüude")
+    grids = [image_grid([image], cell_size=(60, 200), legend={name: (0, 0, 200)}).tobytes() for name in names]
+    assert grids[0] != grids[1]
+
+
 def test_a_binary_networks_label_is_drawn_over_a_background(image):
     config = LeMoReConfig(num_labels=1, id2label={0: "road"}, label2id={"road": 0}, palette=[[200, 0, 0], [0, 0, 200]])
     segmentation = np.zeros((60, 80), np.uint8)
@@ -435,6 +480,13 @@ def test_grid_has_one_legend_below_all_its_pictures(width):
     places = [found[color][::-1] for color in colors.values()]
     assert places == sorted(places), "line by line"
     assert len({row for row, _ in places}) == 1 if width == 2000 else len({row for row, _ in places}) > 1
+
+
+def test_names_below_a_thumbnail_can_be_read():
+    thumbnail = Image.new("RGB", (20, 20), "black")
+    grids = [np.asarray(image_grid([thumbnail], legend={name: (0, 0, 200)})) for name in ("building", "builders")]
+    assert (grids[0] != grids[1]).any()
+    assert (grids[0][:, -1] == 255).all(), "nothing is cut"
 
 
 def test_colours_of_classes_are_those_of_the_overlay(image, labels):
@@ -596,6 +648,14 @@ def test_long_class_names_do_not_squeeze_a_confusion_matrix(number):
         diagonal = ink(plot_confusion_matrix(np.eye(number), [name] * number), (8, 48, 107))
         sides.append(np.ptp(diagonal, axis=0).min())
     assert sides[1] > 0.85 * sides[0]
+
+
+def test_wide_letters_do_not_squeeze_a_confusion_matrix():
+    sides = [
+        np.ptp(ink(plot_confusion_matrix(np.eye(2), [name] * 2), (8, 48, 107)), axis=0).min()
+        for name in ("road", 40 * "W", 40 * "Щ")
+    ]
+    assert min(sides) > 0.85 * sides[0]
 
 
 @pytest.mark.parametrize("number", [11, 150])

@@ -269,6 +269,22 @@ def test_quickstart_reuses_a_checkpoint_of_the_same_data_and_settings_alone(tmp_
     assert "--batch_size must be at least 1, got 0" in capsys.readouterr().err
 
 
+def test_quickstart_reuses_no_checkpoint_of_options_that_are_no_longer_given(tmp_path):
+    check_reuse = runpy.run_path(str(SCRIPTS / "quickstart.py"))["check_reuse"]
+    settings_file = tmp_path / "trained_with.json"
+    settings_file.write_text(json.dumps({"epochs": "1", "label_suffix": "_mask"}))
+    check_reuse({"epochs": "1", "label_suffix": "_mask"}, settings_file, tmp_path)
+    with pytest.raises(SystemExit, match="trained with another label_suffix: give"):
+        check_reuse({"epochs": "1"}, settings_file, tmp_path)
+
+
+def test_quickstart_takes_the_lists_of_splits_that_an_error_advises(tmp_path, monkeypatch):
+    script = runpy.run_path(str(SCRIPTS / "quickstart.py"))
+    lists = "ImageSets/Segmentation/{split}.txt"
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--dataset", str(tmp_path), "--split_file", lists])
+    assert script["named_recipe"](script["parse_arguments"]()).split_file == lists
+
+
 def test_quickstart_ends_with_scores_and_pictures(tmp_path, monkeypatch):
     """The whole of it, for one epoch on eight pictures."""
     for split, samples in load_scenes(8, 2, 0, size=(64, 64)).items():
