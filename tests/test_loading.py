@@ -225,6 +225,28 @@ def test_imagenet_in_its_schemas(tmp_path, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_imagenets_classes_on_the_hub_are_those_of_the_recipe(tmp_path, streaming):
+    """There they are synonyms, two are called crane, and half of them have a single name."""
+    recipe = load_recipe("imagenet1k", {"crop_size": (32, 32), "resize": 40})
+    names = [name if number % 2 else f"{name}, synonym of {name}" for number, name in recipe.id2label.items()]
+    names[0], names[638:640] = "tench, Tinca tinca", ["maillot", "maillot, tank suit"]
+    names[134], names[517] = "crane", "crane2"
+    labels = [0, 134, 517, 638, 639, 999]
+    columns = {"image": [encoded(picture(0), "JPEG")] * len(labels), "label": labels}
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    write_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet", columns, datasets.Features(features))
+    samples = load_split(recipe, "train", tmp_path / "hub", streaming)
+    assert [SampleDecoder(recipe)(stored).labels for stored in samples] == labels
+    # In another order their numbers are others.
+    features["label"] = datasets.ClassLabel(names=[names[1], names[0], *names[2:]])
+    write_parquet(tmp_path / "other" / "data" / "train-00000-of-00001.parquet", columns, datasets.Features(features))
+    with pytest.raises(
+        ValueError, match=r"has 1000 class names, of which tench, Tinca tinca, .* are none of the 1000"
+    ):
+        load_split(recipe, "train", tmp_path / "other", streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_class_folders_have_the_numbers_of_the_recipes_classes(tmp_path, streaming):
     """Whatever their alphabetical order, and whichever of them a split lacks."""
     for folder in ("train/cat", "train/dog", "train/fox", "val/dog", "val/fox"):

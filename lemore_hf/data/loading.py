@@ -259,6 +259,12 @@ def _with_labels_of(recipe: Recipe, samples: Samples, place: Path | str, kind: s
     names = feature.names
     if names == [str(number) for number in range(len(names))]:  # how `datasets` calls classes that have no names
         return samples
+    # ImageNet's on the Hub are synonyms, "tench, Tinca tinca" for the class tench: where all of them are those of the class
+    # of the same number, the numbers are the recipe's.
+    if len(names) == recipe.num_classes and all(
+        own in name.split(", ") for own, name in zip(recipe.id2label.values(), names, strict=True)
+    ):
+        return samples
     if not set(names) <= recipe.label2id.keys():
         # Such as WordNet's numbers, which stand in the order of the classes. One class by its name is reason to doubt.
         if len(names) == recipe.num_classes and recipe.label2id.keys().isdisjoint(names):
