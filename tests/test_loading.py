@@ -1054,6 +1054,62 @@ def test_a_hub_data_set_is_read_at_the_recipes_revision(monkeypatch):
     assert (asked["names"], asked["revision"]) == ((recipe.dataset, "full"), "abc")
 
 
+@pytest.mark.parametrize(
+    ("error", "kind", "says"),
+    [
+        (
+            datasets.exceptions.DatasetNotFoundError("'x/y' is a gated dataset on the Hub."),
+            FileNotFoundError,
+            "accept them at https://huggingface.co/datasets/x/y and log in with 'hf auth login'",
+        ),
+        (
+            ConnectionError("Couldn't reach 'x/y' on the Hub"),
+            ConnectionError,
+            "hf download x/y --repo-type dataset --revision abc --include 'scene_parsing/train/\\*.parquet' --include",
+        ),
+        (
+            ValueError("Couldn't find cache for x/y for config 'default-1'"),
+            ConnectionError,
+            "--data_dir DIR; .* download",
+        ),
+        (RuntimeError("Dataset scripts are no longer supported, but found y.py"), ValueError, "refs/convert/parquet"),
+        (OSError(28, "No space left on device"), OSError, "No space left on device: .* HF_HOME"),
+        (ValueError("Unknown split"), ValueError, "^Unknown split$"),
+        (OSError("something else"), OSError, "^something else$"),
+    ],
+    ids=["gated", "no_network", "not_in_the_cache", "program", "full_disk", "other_value", "other_system"],
+)
+def test_what_the_hub_does_not_give_has_a_way_out(monkeypatch, error, kind, says):
+    def load(*names, **kwargs):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    recipe = load_recipe("ade20k", {"dataset": "x/y", "revision": "abc"})
+    with pytest.raises(kind, match=says):
+        load_split(recipe, "train")
+
+
+def test_a_disk_that_fills_while_files_are_decoded_is_named(tmp_path, monkeypatch):
+    """`datasets` says no more of it than that a data set could not be generated."""
+
+    def load(*names, **kwargs):
+        raise datasets.exceptions.DatasetGenerationError("An error occurred") from OSError(28, "No space left")
+
+    columns, features = image_columns([label_map(0, 1)])
+    write_parquet(tmp_path / "train.parquet", columns, features)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(OSError, match=r"No space left: .* --streaming"):
+        load_split(folder_recipe(), "train", tmp_path)
+
+
+def test_files_with_other_columns_than_their_neighbours_are_told_why(tmp_path):
+    columns, features = image_columns([label_map(0, 1)])
+    write_parquet(tmp_path / "train" / "0.parquet", columns, features)
+    write_parquet(tmp_path / "train" / "1.parquet", {"image": columns["image"], "other": [1]})
+    with pytest.raises(ValueError, match=r"(?s)cannot be read: .*column names don't match"):
+        load_split(folder_recipe(), "train", tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["damaged", "folder", "pipe"])
 def test_parquet_that_cannot_be_read_is_named(tmp_path, kind):
     path = tmp_path / "train.parquet"
