@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
+from datasets.exceptions import DatasetNotFoundError
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -188,6 +189,8 @@ def main() -> int:
     for split in split_names(args.split) if args.split else recipe.splits:
         try:
             samples = load_split(recipe, split, args.data_dir, args.streaming)
+        except DatasetNotFoundError:  # of no use to look for the other splits
+            raise
         except (FileNotFoundError, ValueError) as error:
             if args.split or not isinstance(error, FileNotFoundError) or split in split_names(recipe.train_on):
                 problems.append((split, str(error)))

@@ -211,6 +211,19 @@ def test_what_training_needs_has_to_be_there(check, folder):
     assert "test: not there" in printed
 
 
+def test_a_set_that_the_hub_does_not_give_is_told_once(monkeypatch, capsys):
+    """And not split by split, with the advice to do without validation."""
+
+    def load(*names, **kwargs):
+        raise datasets.exceptions.DatasetNotFoundError("It is a gated dataset on the Hub.")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--recipe", "imagenet1k"])
+    with pytest.raises(SystemExit, match=r"^DatasetNotFoundError: It is a gated .* 'hf auth login'"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert "eval_every" not in capsys.readouterr().out
+
+
 def test_a_stream_without_samples(check, folder):
     for part in ("images", "masks"):
         (folder / "train" / part / "1.png").rename(folder / f"{part}.png")

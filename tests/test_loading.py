@@ -225,6 +225,28 @@ def test_imagenet_in_its_schemas(tmp_path, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+def test_imagenets_classes_on_the_hub_are_those_of_the_recipe(tmp_path, streaming):
+    """There they are synonyms, two are called crane, and half of them have a single name."""
+    recipe = load_recipe("imagenet1k", {"crop_size": (32, 32), "resize": 40})
+    names = [name if number % 2 else f"{name}, synonym of {name}" for number, name in recipe.id2label.items()]
+    names[0], names[638:640] = "tench, Tinca tinca", ["maillot", "maillot, tank suit"]
+    names[134], names[517] = "crane", "crane2"
+    labels = [0, 134, 517, 638, 639, 999]
+    columns = {"image": [encoded(picture(0), "JPEG")] * len(labels), "label": labels}
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    write_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet", columns, datasets.Features(features))
+    samples = load_split(recipe, "train", tmp_path / "hub", streaming)
+    assert [SampleDecoder(recipe)(stored).labels for stored in samples] == labels
+    # In another order their numbers are others.
+    features["label"] = datasets.ClassLabel(names=[names[1], names[0], *names[2:]])
+    write_parquet(tmp_path / "other" / "data" / "train-00000-of-00001.parquet", columns, datasets.Features(features))
+    with pytest.raises(
+        ValueError, match=r"has 1000 class names, of which tench, Tinca tinca, .* are none of the 1000"
+    ):
+        load_split(recipe, "train", tmp_path / "other", streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 def test_class_folders_have_the_numbers_of_the_recipes_classes(tmp_path, streaming):
     """Whatever their alphabetical order, and whichever of them a split lacks."""
     for folder in ("train/cat", "train/dog", "train/fox", "val/dog", "val/fox"):
@@ -1138,6 +1160,62 @@ def test_a_hub_data_set_is_read_at_the_recipes_revision(monkeypatch):
     with pytest.raises(OSError, match="offline"):
         load_split(recipe, "validation")
     assert (asked["names"], asked["revision"]) == ((recipe.dataset, "full"), "abc")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "says"),
+    [
+        (
+            datasets.exceptions.DatasetNotFoundError("'x/y' is a gated dataset on the Hub."),
+            FileNotFoundError,
+            "accept them at https://huggingface.co/datasets/x/y and log in with 'hf auth login'",
+        ),
+        (
+            ConnectionError("Couldn't reach 'x/y' on the Hub"),
+            ConnectionError,
+            "hf download x/y --repo-type dataset --revision abc --include 'scene_parsing/train/\\*.parquet' --include",
+        ),
+        (
+            ValueError("Couldn't find cache for x/y for config 'default-1'"),
+            ConnectionError,
+            "--data_dir DIR; .* download",
+        ),
+        (RuntimeError("Dataset scripts are no longer supported, but found y.py"), ValueError, "refs/convert/parquet"),
+        (OSError(28, "No space left on device"), OSError, "No space left on device: .* HF_HOME"),
+        (ValueError("Unknown split"), ValueError, "^Unknown split$"),
+        (OSError("something else"), OSError, "^something else$"),
+    ],
+    ids=["gated", "no_network", "not_in_the_cache", "program", "full_disk", "other_value", "other_system"],
+)
+def test_what_the_hub_does_not_give_has_a_way_out(monkeypatch, error, kind, says):
+    def load(*names, **kwargs):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    recipe = load_recipe("ade20k", {"dataset": "x/y", "revision": "abc"})
+    with pytest.raises(kind, match=says):
+        load_split(recipe, "train")
+
+
+def test_a_disk_that_fills_while_files_are_decoded_is_named(tmp_path, monkeypatch):
+    """`datasets` says no more of it than that a data set could not be generated."""
+
+    def load(*names, **kwargs):
+        raise datasets.exceptions.DatasetGenerationError("An error occurred") from OSError(28, "No space left")
+
+    columns, features = image_columns([label_map(0, 1)])
+    write_parquet(tmp_path / "train.parquet", columns, features)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(OSError, match=r"No space left: .* --streaming"):
+        load_split(folder_recipe(), "train", tmp_path)
+
+
+def test_files_with_other_columns_than_their_neighbours_are_told_why(tmp_path):
+    columns, features = image_columns([label_map(0, 1)])
+    write_parquet(tmp_path / "train" / "0.parquet", columns, features)
+    write_parquet(tmp_path / "train" / "1.parquet", {"image": columns["image"], "other": [1]})
+    with pytest.raises(ValueError, match=r"(?s)cannot be read: .*column names don't match"):
+        load_split(folder_recipe(), "train", tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["damaged", "folder", "pipe"])

@@ -367,6 +367,13 @@ def test_card_of_a_classifier_speaks_of_pictures(folder):
     assert "pixels do not count" not in text
 
 
+def test_card_tells_of_the_crop(folder):
+    """Of classifiers, whose pictures lose their edges."""
+    LeMoReImageProcessor(**load_recipe("imagenet1k").processor_settings).save_pretrained(folder)
+    text = write_card(folder, "someone/lemore-test", RESULTS).read_text()
+    assert "a shortest edge of 256 pixels, cropped to the 224×224 pixels in their middle, and normalized" in text
+
+
 def test_card_names_the_hubs_data_sets_alone(folder):
     write_card(folder, "someone/lemore-test", RESULTS, load_recipe("ade20k"))
     card = ModelCard.load(folder / "README.md")

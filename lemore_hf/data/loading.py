@@ -12,6 +12,7 @@ for batch in DataLoader(dataset, recipe.batch_size, sampler=sampler, collate_fn=
 ```
 """
 
+import errno
 import functools
 import glob
 import io
@@ -31,6 +32,7 @@ import pyarrow.parquet as pq
 import torch
 from accelerate.utils import gather_object
 from datasets.distributed import split_dataset_by_node
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from PIL import Image, ImageOps
 from torch.utils.data import IterableDataset, Sampler, get_worker_info
 from torchvision.transforms.v2 import functional as F
@@ -159,14 +161,51 @@ def _load_published(recipe: Recipe, split: str, streaming: bool) -> Samples:
         return scenes.to_iterable_dataset() if streaming else scenes
     name = recipe.splits[split]
     data_files = None if recipe.data_files is None else {name: recipe.data_files[split]}
-    return datasets.load_dataset(
-        recipe.dataset,
-        recipe.dataset_config,
-        data_files=data_files,
-        split=name,
-        revision=recipe.revision,
-        streaming=streaming,
-    )
+    try:
+        return _load_dataset(
+            recipe.dataset,
+            recipe.dataset_config,
+            data_files=data_files,
+            split=name,
+            revision=recipe.revision,
+            streaming=streaming,
+        )
+    except DatasetNotFoundError as error:
+        raise DatasetNotFoundError(
+            f"{error} Where it has terms, accept them at https://huggingface.co/datasets/{recipe.dataset} and log in with "
+            "'hf auth login'; a folder that holds it is given as data_dir."
+        ) from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if str(error).startswith("Dataset scripts"):
+            raise ValueError(
+                f"{error}, a program: for many of them the Hub has the same as parquet (--revision refs/convert/parquet)."
+            ) from error
+        # Of given files `datasets` keeps what it made of them under a name that it only finds with the Hub's help.
+        if not isinstance(error, ConnectionError) and not str(error).startswith("Couldn't find cache"):
+            raise
+        revision = "" if recipe.revision is None else f" --revision {recipe.revision}"
+        patterns = "".join(f" --include '{pattern}'" for pattern in (recipe.data_files or {}).values())
+        raise ConnectionError(
+            f"{error}. Where there is no network, give its files as --data_dir DIR; they are downloaded elsewhere with: "
+            f"hf download {recipe.dataset} --repo-type dataset{revision}{patterns} --local-dir DIR"
+        ) from error
+
+
+def _load_dataset(*names: str | None, **options: Any) -> Samples:
+    """`datasets.load_dataset`, whose errors say where a disk is full, and what is wrong with files that do not fit."""
+    try:
+        return datasets.load_dataset(*names, **options)
+    except (OSError, DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                cause.errno,
+                f"{cause.strerror}: data sets are downloaded to and decoded into {datasets.config.HF_CACHE_HOME}. Set HF_HOME "
+                "to a folder with more room, or read without keeping anything on disk: --streaming",
+            ) from error
+        if isinstance(error, OSError):
+            raise
+        raise ValueError(f"The data set {names[0]} cannot be read: {cause}") from error
 
 
 def _load_parquet(recipe: Recipe, split: str, folder: Path, streaming: bool) -> Samples:
@@ -189,9 +228,7 @@ def _load_parquet(recipe: Recipe, split: str, folder: Path, streaming: bool) -> 
 def _read_parquet(files: list[Path], streaming: bool) -> Samples:
     if sum(_num_rows(file) for file in files) == 0:
         raise ValueError(f"There is no sample in {listed([str(file) for file in files])}.")
-    return datasets.load_dataset(
-        "parquet", data_files=[str(file) for file in files], split="train", streaming=streaming
-    )
+    return _load_dataset("parquet", data_files=[str(file) for file in files], split="train", streaming=streaming)
 
 
 def _num_rows(file: Path) -> int:
@@ -260,6 +297,12 @@ def _with_labels_of(recipe: Recipe, samples: Samples, place: Path | str, kind: s
         return samples
     names = feature.names
     if names == [str(number) for number in range(len(names))]:  # how `datasets` calls classes that have no names
+        return samples
+    # ImageNet's on the Hub are synonyms, "tench, Tinca tinca" for the class tench: where all of them are those of the class
+    # of the same number, the numbers are the recipe's.
+    if len(names) == recipe.num_classes and all(
+        own in name.split(", ") for own, name in zip(recipe.id2label.values(), names, strict=True)
+    ):
         return samples
     if not set(names) <= recipe.label2id.keys():
         # Such as WordNet's numbers, which stand in the order of the classes. One class by its name is reason to doubt.
